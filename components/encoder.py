@@ -1,0 +1,317 @@
+"""SAM's image encoder as a frozen (or trainable) module that knows its own identity."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from components.sam import import_from_segment_anything, load_part, read_checkpoint
+
+image_encoder = import_from_segment_anything("modeling.image_encoder")
+
+logger = logging.getLogger(__name__)
+
+PATCH_SIZE = 16
+EMBEDDING_CHANNELS = 256
+WINDOW_SIZE = 14
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+RANDOM_WEIGHTS_SEED = 20230613
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one SAM image encoder from another."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attn_indexes: tuple[int, ...]
+    native_size: int
+
+
+# Source: `segment_anything/build_sam.py` for b, l and h; `vit_tiny` is this project's own, of the same classes.
+ARCHITECTURES = {
+    "vit_b": Architecture(768, 12, 12, (2, 5, 8, 11), 1024),
+    "vit_l": Architecture(1024, 24, 16, (5, 11, 17, 23), 1024),
+    "vit_h": Architecture(1280, 32, 16, (7, 15, 23, 31), 1024),
+    "vit_tiny": Architecture(192, 6, 3, (0, 1, 2, 3, 4, 5), 256),
+}
+
+
+class EncoderBlock(image_encoder.Block):  # type: ignore[name-defined]
+    """One transformer block of SAM's image encoder.
+
+    Differs: windows are parted and rejoined in one branch, so that it scripts; the numbers are the same.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend, in windows or globally, then apply the MLP.
+
+        Args:
+            x: tokens BxHxWxC.
+
+        Returns:
+            tokens BxHxWxC.
+        """
+        shortcut = x
+        x = self.norm1(x)
+        if self.window_size > 0:
+            height, width = x.shape[1], x.shape[2]
+            x, padded = image_encoder.window_partition(x, self.window_size)
+            x = image_encoder.window_unpartition(self.attn(x), self.window_size, padded, (height, width))
+        else:
+            x = self.attn(x)
+        x = shortcut + x
+        return x + self.mlp(self.norm2(x))
+
+
+class ImageEncoder(image_encoder.ImageEncoderViT):  # type: ignore[name-defined]
+    """SAM's image encoder with SAM's parameter names, for input of any multiple of the patch size.
+
+    Positional embeddings are kept at the native size and interpolated on the way (absolute ones here, relative ones in
+    SAM's own attention), so a state dict is the same whatever the image size.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(
+            img_size=architecture.native_size,
+            patch_size=PATCH_SIZE,
+            embed_dim=architecture.embed_dim,
+            depth=0,
+            out_chans=EMBEDDING_CHANNELS,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        grid = architecture.native_size // PATCH_SIZE
+        self.blocks.extend(
+            EncoderBlock(
+                dim=architecture.embed_dim,
+                num_heads=architecture.num_heads,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                use_rel_pos=True,
+                window_size=0 if index in architecture.global_attn_indexes else WINDOW_SIZE,
+                input_size=(grid, grid),
+            )
+            for index in range(architecture.depth)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode normalised images.
+
+        Args:
+            x: images Bx3xHxW, H and W multiples of 16.
+
+        Returns:
+            embeddings Bx256x(H/16)x(W/16).
+        """
+        x = self.patch_embed(x)
+        positions = self.pos_embed
+        if positions is not None:
+            if positions.shape[1] != x.shape[1] or positions.shape[2] != x.shape[2]:
+                positions = F.interpolate(
+                    positions.permute(0, 3, 1, 2), size=[x.shape[1], x.shape[2]], mode="bicubic", align_corners=False
+                ).permute(0, 2, 3, 1)
+            x = x + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+class SamEncoder(nn.Module):
+    """SAM's image encoder from pixels to embeddings, frozen unless told otherwise.
+
+    Source: paper section 3.1. Differs: pixels are normalised as SAM does, which the authors' code leaves out.
+
+    A frozen encoder stays in eval mode and runs under `no_grad`. Its `state_dict()` holds its fingerprint alone: 32
+    bytes that tell its weights from any other's at every image size and precision. Loading goes by content: a state
+    dict with encoder weights must hold all of them and describe them truly, and is loaded; one without must carry the
+    fingerprint of the weights already here. A trainable encoder's `state_dict()` holds its weights as well.
+
+    Args:
+        model_type: `vit_b`, `vit_l`, `vit_h` or `vit_tiny`.
+        checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, always the same ones.
+        image_size: side in pixels to which images are resized, a multiple of 16.
+        trainable: whether the encoder's weights train too (the paper's "AutoSAM (ft all)").
+
+    Raises:
+        ValueError: for an unknown model type, an impossible image size or a checkpoint that does not fit.
+        FileNotFoundError: when the checkpoint is not there.
+    """
+
+    def __init__(
+        self, model_type: str, checkpoint: str | None = None, image_size: int = 1024, trainable: bool = False
+    ) -> None:
+        super().__init__()
+        if model_type not in ARCHITECTURES:
+            raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(ARCHITECTURES)}")
+        if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
+            raise ValueError(f"image_size must be a positive multiple of {PATCH_SIZE}, received {image_size}")
+        self.model_type = model_type
+        self.image_size = image_size
+        self.trainable = trainable
+        self.image_encoder = _build(model_type, checkpoint)
+        self.image_encoder.requires_grad_(trainable)
+        self.pixel_mean = nn.Buffer(torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.pixel_std = nn.Buffer(torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        self.fingerprint = nn.Buffer(fingerprint(self.image_encoder.state_dict()))
+        self.register_state_dict_post_hook(_reduce_to_what_was_trained)
+        self.register_load_state_dict_pre_hook(_check_identity)
+        self.train(self.training)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Resize, normalise and encode images.
+
+        Args:
+            images: Bx3xHxW in 0..255, any height and width.
+
+        Returns:
+            embeddings Bx256x(image_size/16)x(image_size/16).
+        """
+        # A single return: torch.jit.script cannot leave a `with` block early.
+        if self.trainable:
+            embeddings = self.image_encoder(self.preprocess(images))
+        else:
+            with torch.no_grad():
+                embeddings = self.image_encoder(self.preprocess(images))
+        return embeddings
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Resize images to `image_size` and normalise them by SAM's pixel mean and standard deviation.
+
+        Args:
+            images: Bx3xHxW in 0..255.
+
+        Returns:
+            Bx3x`image_size`x`image_size`, about zero mean and unit variance.
+        """
+        height, width = images.shape[2], images.shape[3]
+        if height != self.image_size or width != self.image_size:
+            # Low-pass filtering matters only where pixels are thrown away.
+            shrinks = height > self.image_size or width > self.image_size
+            images = F.interpolate(
+                images,
+                size=[self.image_size, self.image_size],
+                mode="bilinear",
+                align_corners=False,
+                antialias=shrinks,
+            )
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def train(self, mode: bool = True) -> "SamEncoder":
+        """Set training mode, which a frozen encoder ignores."""
+        super().train(mode)
+        if not self.trainable:
+            self.image_encoder.eval()
+        return self
+
+
+def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Hash an image encoder's weights.
+
+    Args:
+        state: its state dict, with SAM's key names and native positional embeddings.
+
+    Returns:
+        uint8 tensor of 32 elements, the SHA-256 of names, shapes and fp32 values.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().to(device="cpu", dtype=torch.float32).contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().data)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _build(model_type: str, checkpoint: str | None) -> ImageEncoder:
+    """Build an image encoder and fill it from a checkpoint, or from a constant seed and with a warning."""
+    # The global generator is left as it was, so that a head built next is the same whatever the encoder.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
+        encoder = ImageEncoder(ARCHITECTURES[model_type])
+    if checkpoint is None:
+        logger.warning(
+            "*** The %s image encoder has RANDOM weights, as no SAM checkpoint was given. ***\n"
+            "*** It has learned nothing: for real work give --sam_checkpoint a file.      ***",
+            model_type,
+        )
+        return encoder
+    state = read_checkpoint(checkpoint)["image_encoder"]
+    _check_model_type(state, model_type, checkpoint)
+    load_part(encoder, "image_encoder", state, path=checkpoint)
+    return encoder
+
+
+def _check_model_type(state: Mapping[str, torch.Tensor], model_type: str, path: str) -> None:
+    """Raise ValueError when the weights are plainly those of another model type."""
+    positions = state.get("pos_embed")
+    if positions is None or positions.ndim != 4:
+        return
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    for other, architecture in ARCHITECTURES.items():
+        same = (architecture.embed_dim, architecture.depth) == (positions.shape[3], depth)
+        if same and other != model_type:
+            raise ValueError(
+                f"{path} is a {other} checkpoint, but model_type is {model_type}: "
+                f"give --model_type {other}, or --sam_checkpoint a {model_type} file"
+            )
+
+
+def _weights(state: Mapping[str, Any], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the image encoder's entries of a larger state dict, without their prefix."""
+    start = f"{prefix}image_encoder."
+    return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+
+
+def _reduce_to_what_was_trained(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Leave a frozen encoder's weights out of its state dict; bring a trainable one's fingerprint up to date."""
+    assert isinstance(module, SamEncoder)
+    weights = _weights(state, prefix)
+    if module.trainable:
+        with torch.no_grad():
+            module.fingerprint.copy_(fingerprint(weights))
+        return
+    for key in weights:
+        del state[f"{prefix}image_encoder.{key}"]
+
+
+def _check_identity(
+    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, *_reports: list[str]
+) -> None:
+    """Refuse a state dict of another encoder before anything is loaded, and fill in frozen weights left out.
+
+    Raises:
+        RuntimeError: when the weights are incomplete or are not those that the fingerprint describes.
+    """
+    assert isinstance(module, SamEncoder)
+    stored = state.get(f"{prefix}fingerprint")
+    received = _weights(state, prefix)
+    present = dict(module.image_encoder.state_dict())
+    if received:
+        missing = [f"{prefix}image_encoder.{key}" for key in present if key not in received]
+        if missing:
+            raise RuntimeError(f"the checkpoint holds the image encoder only in part; missing: {', '.join(missing)}")
+        described, what = fingerprint(received), "the encoder weights beside it: the checkpoint is damaged"
+        state.setdefault(f"{prefix}fingerprint", described)
+    else:
+        described = fingerprint(present)
+        what = (
+            f"the {module.model_type} encoder in use: give the --model_type and --sam_checkpoint "
+            "that the head was trained with"
+        )
+        for key, value in present.items():
+            state[f"{prefix}image_encoder.{key}"] = value
+    if stored is not None and not torch.equal(stored.cpu(), described):
+        raise RuntimeError(
+            f"the checkpoint's encoder fingerprint {_short(stored)} is not {_short(described)}, that of {what}"
+        )
+
+
+def _short(value: torch.Tensor) -> str:
+    """Return the first eight bytes of a fingerprint in hexadecimal."""
+    return bytes(value.cpu().tolist()[:8]).hex()

@@ -1,0 +1,209 @@
+"""Prompt-free prediction heads, each from SAM's image embeddings Bx256xhxw to raw logits BxCx4hx4w.
+
+Source: paper section 3.2. Where a head differs from the authors' code, its class says so.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from components.sam import import_from_segment_anything, load_part, read_checkpoint
+
+common = import_from_segment_anything("modeling.common")
+mask_decoder = import_from_segment_anything("modeling.mask_decoder")
+prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
+transformer = import_from_segment_anything("modeling.transformer")
+
+EMBEDDING_CHANNELS = 256
+TOKEN_NOISE_SEED = 0
+
+
+class ViTHead(nn.Module):
+    """SAM's mask decoder without prompts, one set of output tokens a class ("AutoSAM").
+
+    Source: paper section 3.2, "Vision Transformer", and `segment_anything/modeling/mask_decoder.py`.
+    Differs: the authors' code draws a random positional encoding, leaves `no_mask_embed` out, and loads neither IoU nor
+    mask tokens; here all four are SAM's own. The classes share one hypernetwork MLP (that of SAM's mask 0) and differ
+    in their tokens. IoU head and the MLPs of masks 1 to 3 are left out. With one class and no noise this is SAM's
+    decoder given no prompt.
+
+    Args:
+        out_channels: number of classes C, background included.
+        checkpoint: SAM checkpoint whose mask decoder and prompt encoder the head starts from; None for random weights.
+        token_noise: standard deviation of the seeded noise that sets the classes' copies of SAM's tokens apart.
+
+    Raises:
+        ValueError: when the checkpoint's decoder or prompt encoder does not fit.
+        FileNotFoundError: when the checkpoint is not there.
+    """
+
+    def __init__(self, out_channels: int, checkpoint: str | None = None, *, token_noise: float = 0.02) -> None:
+        super().__init__()
+        decoder, prompts = _sam_decoder(checkpoint)
+        self.out_channels = out_channels
+        self.transformer: Any = decoder.transformer
+        self.output_upscaling: Any = decoder.output_upscaling
+        self.hypernetwork: Any = decoder.output_hypernetworks_mlps[0]
+        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).detach()
+        noise = torch.randn(out_channels, *tokens.shape, generator=torch.Generator().manual_seed(TOKEN_NOISE_SEED))
+        self.tokens = nn.Parameter(tokens + token_noise * noise)
+        self.no_mask_embed = nn.Buffer(prompts.no_mask_embed.weight.detach().clone())
+        self.frequencies = nn.Buffer(prompts.pe_layer.positional_encoding_gaussian_matrix.clone())
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Decode a mask for each class.
+
+        Args:
+            embeddings: Bx256xhxw.
+
+        Returns:
+            logits BxCx4hx4w.
+        """
+        batch, channels, height, width = embeddings.shape
+        image = embeddings.flatten(2).transpose(1, 2) + self.no_mask_embed
+        positions = self.positional_encoding(height, width)
+        tokens = self.tokens.unsqueeze(0).expand(batch, -1, -1, -1)
+
+        queries, keys = self._attend_from_shared_image(tokens, image, positions)
+        tokens = tokens.flatten(0, 1)
+        for index, layer in enumerate(self.transformer.layers):
+            if index > 0:  # rather than a slice of the list, which torch.jit.script cannot call
+                queries, keys = layer(queries=queries, keys=keys, query_pe=tokens, key_pe=positions)
+        attended = self.transformer.final_attn_token_to_image(q=queries + tokens, k=keys + positions, v=keys)
+        queries = self.transformer.norm_final_attn(queries + attended)
+
+        mask_token = queries[:, 1]  # the IoU token comes first, then the tokens of masks 0 to 3
+        features = self.output_upscaling(keys.transpose(1, 2).reshape(-1, channels, height, width))
+        logits = torch.einsum("nc,nchw->nhw", self.hypernetwork(mask_token), features)
+        return logits.unflatten(0, [batch, self.out_channels])
+
+    def positional_encoding(self, height: int, width: int) -> torch.Tensor:
+        """Encode the positions of a grid by SAM's random Fourier features.
+
+        Source: `PositionEmbeddingRandom` of `segment_anything/modeling/prompt_encoder.py`, in a form that scripts.
+
+        Args:
+            height: rows of the grid.
+            width: columns of the grid.
+
+        Returns:
+            (`height`*`width`)x256, row by row.
+        """
+        frequencies = self.frequencies
+        y = (torch.arange(height, device=frequencies.device, dtype=frequencies.dtype) + 0.5) / height
+        x = (torch.arange(width, device=frequencies.device, dtype=frequencies.dtype) + 0.5) / width
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        points = 2 * torch.stack([grid_x, grid_y], dim=-1) - 1
+        angles = 2 * math.pi * (points @ frequencies)
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1).flatten(0, 1)
+
+    def _attend_from_shared_image(
+        self, tokens: torch.Tensor, image: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the first two-way block, whose image side is the same for all classes and so is projected once.
+
+        Source: `TwoWayAttentionBlock.forward` with `skip_first_layer_pe`.
+
+        Args:
+            tokens: BxCxTx256.
+            image: Bx(h*w)x256.
+            positions: (h*w)x256.
+
+        Returns:
+            queries (B*C)xTx256 and, now different for each class, keys (B*C)x(h*w)x256.
+        """
+        batch, classes, count, channels = tokens.shape
+        layer = self.transformer.layers[0]
+        flat = tokens.flatten(0, 1)
+        queries = layer.norm1(layer.self_attn(q=flat, k=flat, v=flat))
+
+        # Queries attend independently of one another: all classes' tokens can ask the one image together.
+        asked = (queries + flat).view(batch, classes * count, channels)
+        attended = layer.cross_attn_token_to_image(q=asked, k=image + positions, v=image)
+        queries = layer.norm2(queries + attended.view(batch * classes, count, channels))
+        queries = layer.norm3(queries + layer.mlp(queries))
+
+        attention = layer.cross_attn_image_to_token
+        heads = attention.num_heads
+        q = attention.q_proj(image + positions).unflatten(2, [heads, -1]).transpose(1, 2).unsqueeze(1)
+        k = attention.k_proj(queries + flat).view(batch, classes, count, heads, -1).transpose(2, 3)
+        v = attention.v_proj(queries).view(batch, classes, count, heads, -1).transpose(2, 3)
+        weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
+        attended = attention.out_proj((weights @ v).transpose(2, 3).flatten(3))
+        keys = layer.norm4(image.unsqueeze(1) + attended)
+        return queries, keys.flatten(0, 1)
+
+
+class CNNHead(nn.Sequential):
+    """A convolutional decoder of k stages that upscales by 4 at every k.
+
+    Source: paper section 3.2, "Convolutional Neural Network". Differs: the authors' code drops the transposed
+    convolution of the first two stages for every k > 2, so that its upscaling depends on k; here the first k-2 stages
+    have none and the last two have one each.
+
+    Args:
+        out_channels: number of classes C, background included.
+        depth: number of stages k, at least 2; stage widths begin at 64 * 2^k channels and halve.
+
+    Raises:
+        ValueError: when `depth` is below 2.
+    """
+
+    def __init__(self, out_channels: int, depth: int = 4) -> None:
+        if depth < 2:
+            raise ValueError(f"depth must be at least 2 (two stages upscale by 2 each), received {depth}")
+        width = 64 * 2**depth
+        layers: list[nn.Module] = [*_conv_relu(EMBEDDING_CHANNELS, width, 1), *_conv_relu(width, width, 1)]
+        for stage in range(depth):
+            if stage < depth - 2:
+                layers += [*_conv_relu(width, width, 3), *_conv_relu(width, width // 2, 3)]
+            else:
+                layers += [*_conv_relu(width, width, 3), *_conv_relu(width, width, 3)]
+                layers.append(nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2))
+            width //= 2
+        layers += [nn.Conv2d(width, width, kernel_size=3, padding=1), nn.Conv2d(width, out_channels, kernel_size=1)]
+        super().__init__(*layers)
+
+
+class LinearHead(nn.Sequential):
+    """Two transposed convolutions, then two point-wise ones.
+
+    Source: paper section 3.2, "Linear Layer". Differs: the authors' code ends on a ReLU, after which a class whose
+    logits fall below zero never learns again; here the logits are raw.
+
+    Args:
+        out_channels: number of classes C, background included.
+    """
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__(
+            nn.ConvTranspose2d(EMBEDDING_CHANNELS, 64, kernel_size=2, stride=2),
+            common.LayerNorm2d(64),
+            nn.GELU(),
+            nn.ConvTranspose2d(64, 32, kernel_size=2, stride=2),
+            nn.GELU(),
+            nn.Conv2d(32, 32, kernel_size=1),
+            nn.ReLU(),
+            nn.Conv2d(32, out_channels, kernel_size=1),
+        )
+
+
+def _conv_relu(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2), nn.ReLU()
+
+
+def _sam_decoder(checkpoint: str | None) -> tuple[Any, Any]:
+    """Build SAM's mask decoder and prompt encoder as `build_sam` does, filled from a checkpoint if one is given."""
+    decoder = mask_decoder.MaskDecoder(
+        transformer_dim=EMBEDDING_CHANNELS,
+        transformer=transformer.TwoWayTransformer(depth=2, embedding_dim=EMBEDDING_CHANNELS, num_heads=8, mlp_dim=2048),
+    )
+    # The two sizes only serve prompts, of which there are none.
+    prompts = prompt_encoder.PromptEncoder(EMBEDDING_CHANNELS, (64, 64), (1024, 1024), mask_in_chans=16)
+    if checkpoint is not None:
+        parts = read_checkpoint(checkpoint)
+        load_part(decoder, "mask_decoder", parts["mask_decoder"], path=checkpoint)
+        load_part(prompts, "prompt_encoder", parts["prompt_encoder"], path=checkpoint)
+    return decoder, prompts

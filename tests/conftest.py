@@ -1,0 +1,56 @@
+"""Fixtures that several test modules share: SAM checkpoints with random weights, real ACDC where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from components.sam import import_from_segment_anything
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def randomise_positions(image_encoder: nn.Module) -> None:
+    """SAM initialises its positional embeddings with zeros, which no test could tell from leaving them out."""
+    nn.init.normal_(image_encoder.pos_embed, std=0.1)
+    for block in image_encoder.blocks:
+        nn.init.normal_(block.attn.rel_pos_h, std=0.1)
+        nn.init.normal_(block.attn.rel_pos_w, std=0.1)
+
+
+@pytest.fixture(scope="session")
+def sam_vit_b() -> nn.Module:
+    """`segment_anything`'s own vit_b with random weights."""
+    torch.manual_seed(0)
+    sam = import_from_segment_anything("build_sam").build_sam_vit_b()
+    randomise_positions(sam.image_encoder)
+    return sam
+
+
+@pytest.fixture(scope="session")
+def sam_checkpoint(sam_vit_b, tmp_path_factory) -> str:
+    """A checkpoint file saved from it, in Meta's layout."""
+    path = tmp_path_factory.mktemp("sam") / "sam_vit_b_random.pth"
+    torch.save(sam_vit_b.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def acdc_dir() -> str:
+    """Real ACDC patients: the folder named by ACDC_DIR, or one shared beside the checkout."""
+    path = Path(os.environ.get("ACDC_DIR", REPOSITORY.parent / "shared" / "data" / "acdc"))
+    if not (path / "training").is_dir():
+        pytest.skip("no ACDC data at hand: set ACDC_DIR to the release's root")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def metadata_schema() -> str:
+    """MONAI's metadata schema: the file named by METADATA_SCHEMA, or one shared beside the checkout."""
+    name = "meta_schema_20240725.json"
+    path = Path(os.environ.get("METADATA_SCHEMA", REPOSITORY.parent / "shared" / "tools" / name))
+    if not path.is_file():
+        pytest.skip(f"no {name} at hand: set METADATA_SCHEMA to a copy")
+    return str(path)

@@ -1,0 +1,191 @@
+import logging
+from functools import partial
+
+import pytest
+import torch
+from conftest import randomise_positions
+from torch import nn
+
+from components.encoder import ARCHITECTURES, SamEncoder, fingerprint
+from components.sam import import_from_segment_anything
+
+PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
+PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
+
+
+def build_sam_tiny() -> nn.Module:
+    """A whole SAM around the tiny encoder, put together from `segment_anything`'s classes alone."""
+    sam = import_from_segment_anything("build_sam").build_sam_vit_b()
+    tiny = ARCHITECTURES["vit_tiny"]
+    sam.image_encoder = import_from_segment_anything("modeling.image_encoder").ImageEncoderViT(
+        img_size=tiny.native_size,
+        embed_dim=tiny.embed_dim,
+        depth=tiny.depth,
+        num_heads=tiny.num_heads,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=tiny.global_attn_indexes,
+    )
+    randomise_positions(sam.image_encoder)
+    return sam
+
+
+@pytest.fixture(scope="module")
+def sam_tiny() -> nn.Module:
+    torch.manual_seed(1)
+    return build_sam_tiny()
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(sam_tiny, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("tiny") / "sam_vit_tiny.pth"
+    torch.save(sam_tiny.state_dict(), path)
+    return str(path)
+
+
+def save_changed(checkpoint: str, folder, change) -> str:
+    state = torch.load(checkpoint, weights_only=True)
+    change(state)
+    path = folder / "changed.pth"
+    torch.save(state, path)
+    return str(path)
+
+
+def test_vit_b_equals_segment_anything(sam_vit_b, sam_checkpoint):
+    images = torch.rand(1, 3, 1024, 1024) * 255
+    encoder = SamEncoder("vit_b", sam_checkpoint)
+    with torch.no_grad():
+        expected = sam_vit_b.image_encoder((images - PIXEL_MEAN) / PIXEL_STD)
+    torch.testing.assert_close(encoder(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_vit_tiny_equals_segment_anything(sam_tiny, tiny_checkpoint):
+    images = torch.rand(2, 3, 256, 256) * 255
+    encoder = SamEncoder("vit_tiny", tiny_checkpoint, image_size=256)
+    with torch.no_grad():
+        expected = sam_tiny.image_encoder((images - PIXEL_MEAN) / PIXEL_STD)
+    torch.testing.assert_close(encoder(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("model_type", "millions"), [("vit_b", 89.67), ("vit_l", 308.28), ("vit_h", 637.03)])
+def test_parameter_counts_are_sams(model_type, millions):
+    with torch.device("meta"):
+        from components.encoder import ImageEncoder
+
+        encoder = ImageEncoder(ARCHITECTURES[model_type])
+    assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("image_size", [128, 256, 320])
+@pytest.mark.parametrize("size_hw", [(256, 256), (100, 300)])
+def test_embeddings_are_a_sixteenth_of_the_image_size_for_any_input(image_size, size_hw):
+    encoder = SamEncoder("vit_tiny", image_size=image_size)
+    embeddings = encoder(torch.rand(1, 3, *size_hw) * 255)
+    assert embeddings.shape == (1, 256, image_size // 16, image_size // 16)
+
+
+def test_constant_pixel_mean_becomes_zero():
+    encoder = SamEncoder("vit_tiny", image_size=64)
+    assert encoder.preprocess(PIXEL_MEAN.expand(1, 3, 32, 32)).abs().max() < 1e-5
+
+
+def test_interpolated_positions_keep_left_from_right(tiny_checkpoint):
+    # One white pixel patch at the left: with positions a shifted image gives other embeddings, not shifted ones.
+    encoder = SamEncoder("vit_tiny", tiny_checkpoint, image_size=320)
+    native = SamEncoder("vit_tiny", tiny_checkpoint, image_size=256)
+    assert torch.equal(native.fingerprint, encoder.fingerprint)
+    for key, value in native.image_encoder.state_dict().items():
+        assert torch.equal(value, encoder.image_encoder.state_dict()[key]), key
+    blank = torch.full((1, 3, 64, 64), 100.0)
+    assert encoder(blank).std(dim=(2, 3)).mean() > 0.01
+
+
+def test_frozen_encoder_stays_in_eval_mode_without_gradients():
+    encoder = SamEncoder("vit_tiny", image_size=64).train()
+    assert encoder.training
+    assert not encoder.image_encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder(torch.rand(1, 3, 64, 64)).requires_grad
+
+
+def test_trainable_encoder_learns_and_follows_train_and_eval():
+    encoder = SamEncoder("vit_tiny", image_size=64, trainable=True).train()
+    assert encoder.image_encoder.training
+    encoder(torch.rand(1, 3, 64, 64) * 255).square().mean().backward()
+    assert all(p.grad is not None for p in encoder.image_encoder.parameters())
+    assert not encoder.eval().image_encoder.training
+
+
+def test_random_weights_are_the_same_for_every_seed_and_leave_the_generator_alone(caplog):
+    torch.manual_seed(1)
+    with caplog.at_level(logging.WARNING):
+        first = SamEncoder("vit_tiny")
+    after = torch.rand(1)
+    assert "RANDOM" in caplog.text
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    torch.manual_seed(2)
+    assert torch.equal(first.fingerprint, SamEncoder("vit_tiny").fingerprint)
+
+
+def test_fingerprint_changes_with_any_weight_name_or_shape():
+    state = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
+    reference = fingerprint(state)
+    assert reference.shape == (32,)
+    assert torch.equal(reference, fingerprint(dict(reversed(state.items()))))
+    assert not torch.equal(reference, fingerprint({**state, "b": torch.ones(1) + 1e-6}))
+    assert not torch.equal(reference, fingerprint({"a": state["a"].view(3, 2), "b": state["b"]}))
+    assert not torch.equal(reference, fingerprint({"c": state["a"], "b": state["b"]}))
+
+
+def test_unknown_model_type_and_image_size_are_refused():
+    with pytest.raises(ValueError, match=r"unknown model_type 'vit_x': expected one of vit_b, vit_l, vit_h, vit_tiny"):
+        SamEncoder("vit_x")
+    with pytest.raises(ValueError, match="multiple of 16, received 250"):
+        SamEncoder("vit_tiny", image_size=250)
+
+
+def test_missing_checkpoint_says_how_to_get_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="download_large_files"):
+        SamEncoder("vit_b", str(tmp_path / "nowhere.pth"))
+
+
+def test_file_that_is_no_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "text.pth"
+    path.write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        SamEncoder("vit_tiny", str(path))
+
+
+def test_checkpoint_of_another_model_type_is_named(tiny_checkpoint):
+    with pytest.raises(ValueError, match=r"is a vit_tiny checkpoint.* give --model_type vit_tiny"):
+        SamEncoder("vit_b", tiny_checkpoint)
+
+
+def test_missing_key_is_named(tiny_checkpoint, tmp_path):
+    path = save_changed(tiny_checkpoint, tmp_path, lambda state: state.pop("image_encoder.neck.0.weight"))
+    with pytest.raises(ValueError, match=r"missing: image_encoder\.neck\.0\.weight"):
+        SamEncoder("vit_tiny", path)
+
+
+def test_extra_keys_are_named(tiny_checkpoint, tmp_path):
+    path = save_changed(tiny_checkpoint, tmp_path, lambda state: state.update({"image_encoder.extra": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"extra: image_encoder\.extra"):
+        SamEncoder("vit_tiny", path)
+    path = save_changed(tiny_checkpoint, tmp_path, lambda state: state.update({"stranger": torch.ones(1)}))
+    with pytest.raises(ValueError, match="received also stranger"):
+        SamEncoder("vit_tiny", path)
+
+
+def test_misshapen_key_is_named(tiny_checkpoint, tmp_path):
+    key = "image_encoder.patch_embed.proj.bias"
+    path = save_changed(tiny_checkpoint, tmp_path, lambda state: state.update({key: torch.ones(5)}))
+    with pytest.raises(ValueError, match=r"misshapen: image_encoder.patch_embed.proj.bias \(expected \(192,\)"):
+        SamEncoder("vit_tiny", path)
+
+
+def test_segment_anything_imports_the_same_modules_later():
+    ours = import_from_segment_anything("modeling.image_encoder")
+    assert ours.__name__ == "segment_anything.modeling.image_encoder"
+    assert import_from_segment_anything("modeling.image_encoder") is ours

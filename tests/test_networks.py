@@ -1,0 +1,166 @@
+import copy
+
+import pytest
+import torch
+from monai.handlers import CheckpointLoader, CheckpointSaver
+from monai.networks.utils import copy_model_state
+from torch import nn
+
+from components.encoder import RANDOM_WEIGHTS_SEED, SamEncoder
+from components.heads import LinearHead
+from components.networks import PromptFreeSam
+
+IMAGES = torch.arange(2 * 3 * 64 * 64).view(2, 3, 64, 64).float() % 255
+
+
+def build(trainable: bool = False, *, other_encoder: bool = False, image_size: int = 64) -> PromptFreeSam:
+    encoder = SamEncoder("vit_tiny", image_size=image_size, trainable=trainable)
+    if other_encoder:
+        state = SamEncoder("vit_tiny", trainable=True).state_dict()
+        del state["fingerprint"]
+        state["image_encoder.neck.0.weight"] = state["image_encoder.neck.0.weight"] + 0.1
+        encoder.load_state_dict(state)
+    return PromptFreeSam(encoder, LinearHead(4))
+
+
+def head_differs(first: nn.Module, second: nn.Module) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("image_size", [64, 256])
+def test_logits_have_the_images_size(image_size):
+    assert build(image_size=image_size)(IMAGES).shape == (2, 4, 64, 64)
+
+
+def test_scripted_network_equals_eager_and_carries_the_encoder():
+    network = build()
+    scripted = torch.jit.script(network)
+    torch.testing.assert_close(scripted(IMAGES), network(IMAGES))
+    assert "encoder.image_encoder.pos_embed" in scripted.state_dict()
+    assert "encoder.image_encoder.pos_embed" not in network.state_dict()
+
+
+def test_frozen_checkpoint_holds_head_and_fingerprint_only():
+    keys = build().state_dict().keys()
+    assert {key for key in keys if key.startswith("encoder.")} == {"encoder.fingerprint"}
+    assert {key for key in keys if key.startswith("head.")} == {f"head.{key}" for key in LinearHead(4).state_dict()}
+
+
+def test_trainable_checkpoint_holds_everything_with_the_fingerprint_of_now():
+    network = build(trainable=True)
+    before = network.state_dict()["encoder.fingerprint"].clone()
+    with torch.no_grad():
+        network.encoder.image_encoder.pos_embed.add_(1)
+    state = network.state_dict()
+    assert "encoder.image_encoder.pos_embed" in state
+    assert not torch.equal(before, state["encoder.fingerprint"])
+    fresh = build(trainable=True)
+    fresh.load_state_dict(state)
+    torch.testing.assert_close(fresh(IMAGES), network(IMAGES))
+
+
+def test_head_goes_to_another_network_of_the_same_encoder_at_any_image_size():
+    trained, fresh = build(), build(image_size=128)
+    assert head_differs(trained.head, fresh.head)
+    fresh.load_state_dict(trained.state_dict())
+    assert not head_differs(trained.head, fresh.head)
+
+
+def test_head_of_another_encoder_is_refused_and_nothing_is_loaded():
+    network = build(other_encoder=True)
+    before = copy.deepcopy(network.head.state_dict())
+    with pytest.raises(RuntimeError, match=r"fingerprint \w+ is not \w+, that of the vit_tiny encoder in use"):
+        network.load_state_dict(build().state_dict())
+    assert all(torch.equal(value, network.head.state_dict()[key]) for key, value in before.items())
+
+
+def test_head_starts_ft_all_on_the_same_encoder_only():
+    state = build().state_dict()
+    build(trainable=True).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="fingerprint"):
+        build(trainable=True, other_encoder=True).load_state_dict(state)
+
+
+def test_missing_head_key_and_missing_fingerprint_are_named():
+    state = build().state_dict()
+    without_head_key = {key: value for key, value in state.items() if key != "head.0.weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*head\.0\.weight"):
+        build().load_state_dict(without_head_key)
+    without_fingerprint = {key: value for key, value in state.items() if key != "encoder.fingerprint"}
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*encoder\.fingerprint"):
+        build().load_state_dict(without_fingerprint)
+
+
+def test_frozen_network_takes_a_full_checkpoint_and_describes_the_encoder_it_took():
+    full = build(trainable=True, other_encoder=True)
+    frozen = build()
+    frozen.load_state_dict(full.state_dict())
+    torch.testing.assert_close(frozen(IMAGES), full(IMAGES))
+    assert torch.equal(frozen.state_dict()["encoder.fingerprint"], full.state_dict()["encoder.fingerprint"])
+
+
+def test_full_checkpoint_that_misdescribes_its_encoder_is_refused():
+    state = build(trainable=True).state_dict()
+    state["encoder.image_encoder.pos_embed"] = state["encoder.image_encoder.pos_embed"] + 1
+    with pytest.raises(RuntimeError, match="the checkpoint is damaged"):
+        build().load_state_dict(state)
+
+
+def test_encoder_in_part_is_refused_even_when_not_strict():
+    state = build(trainable=True).state_dict()
+    del state["encoder.image_encoder.pos_embed"]
+    with pytest.raises(RuntimeError, match=r"only in part; missing: encoder\.image_encoder\.pos_embed"):
+        build().load_state_dict(state, strict=False)
+
+
+def test_monai_saver_and_loader_and_copy_model_state(tmp_path):
+    trained, fresh = build(), build()
+    CheckpointSaver(str(tmp_path), {"model": trained}, save_final=True, final_filename="model.pt").completed(_engine())
+    assert (tmp_path / "model.pt").stat().st_size < 400_000
+    CheckpointLoader(str(tmp_path / "model.pt"), {"model": fresh})(_engine())
+    assert not head_differs(trained.head, fresh.head)
+    other = build(other_encoder=True)
+    with pytest.raises(RuntimeError, match="fingerprint"):
+        CheckpointLoader(str(tmp_path / "model.pt"), {"model": other})(_engine())
+    with pytest.raises(RuntimeError, match="fingerprint"):
+        copy_model_state(other, torch.load(tmp_path / "model.pt", weights_only=True))
+    copied = build()
+    copy_model_state(copied, torch.load(tmp_path / "model.pt", weights_only=True))
+    assert not head_differs(trained.head, copied.head)
+
+
+def test_distributed_data_parallel_saves_and_checks_the_same(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(build())
+        state = wrapped.state_dict()
+        assert {key for key in state if "encoder" in key} == {"module.encoder.fingerprint"}
+        nn.parallel.DistributedDataParallel(build()).load_state_dict(state)
+        with pytest.raises(RuntimeError, match="fingerprint"):
+            nn.parallel.DistributedDataParallel(build(other_encoder=True)).load_state_dict(state)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_copied_network_keeps_its_identity_checks():
+    network = copy.deepcopy(build())
+    assert "encoder.image_encoder.pos_embed" not in network.state_dict()
+    with pytest.raises(RuntimeError, match="fingerprint"):
+        network.load_state_dict(build(other_encoder=True).state_dict())
+
+
+def test_random_encoder_seed_is_not_the_heads():
+    torch.manual_seed(RANDOM_WEIGHTS_SEED)
+    first = build()
+    torch.manual_seed(RANDOM_WEIGHTS_SEED + 1)
+    second = build()
+    assert head_differs(first.head, second.head)
+    assert not head_differs(first.encoder, second.encoder)
+
+
+def _engine():
+    from ignite.engine import Engine
+
+    engine = Engine(lambda _engine, _batch: None)
+    engine.state.max_epochs = 1
+    return engine
