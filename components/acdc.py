@@ -1,0 +1,155 @@
+"""The ACDC release: listing its patients, splitting them, and choosing the labelled ones.
+
+Layout: `<root>/training/patient001/` holds `Info.cfg`, which names the end-diastolic (ED) and end-systolic (ES) frames,
+one `patient001_frame<NN>.nii.gz` and `patient001_frame<NN>_gt.nii.gz` for either, and the whole 4D series.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+SUBSETS = ("training", "validation", "test")
+LABEL_UNITS = ("patients", "frames")
+HELD_OUT_PERCENT = 15  # of the patients for validation and as many for test (paper section 4.1)
+
+Case = dict[str, str]  # paths of an `image` and its `label`
+
+
+def list_cases(
+    dataset_dir: str,
+    subset: str,
+    *,
+    split_seed: int = 0,
+    labelled_patients: int | None = None,
+    label_unit: str = "patients",
+    include_testing: bool = False,
+) -> list[Case]:
+    """List the image and label of every case of one subset, as MONAI's datasets take them.
+
+    Source: paper sections 4.1 and 4.4.
+
+    Args:
+        dataset_dir: the release's root or its `training` folder.
+        subset: `training`, `validation` or `test`.
+        split_seed: seed of the split by patient, 70:15:15, and of the choice of labelled patients.
+        labelled_patients: how many of the training patients count as labelled; None for all. A smaller choice is
+            part of every larger one.
+        label_unit: what `labelled_patients` counts: `patients`, both frames of each, or single `frames`.
+        include_testing: whether the release's `testing` folder takes part in the split.
+
+    Returns:
+        dictionaries with the paths `image` and `label`, ED before ES.
+
+    Raises:
+        ValueError: for a folder that is not ACDC's layout, an unknown subset or unit, more labelled patients than there
+            are, or a training or test subset without patients.
+        FileNotFoundError: for a frame or a label that is missing.
+    """
+    if subset not in SUBSETS:
+        raise ValueError(f"unknown subset {subset!r}: expected one of {', '.join(SUBSETS)}")
+    patients = list_patients(dataset_dir, include_testing=include_testing)
+    chosen = split_patients(list(patients), split_seed)[subset]
+    if not chosen and subset != "validation":
+        raise ValueError(f"no patient is left for the {subset} subset of {dataset_dir}: it holds only {len(patients)}")
+    if subset != "training" or labelled_patients is None:
+        cases = [case for patient in chosen for case in patients[patient]]
+    else:
+        cases = _choose_labelled(patients, chosen, labelled_patients, label_unit)
+    logger.info("%s: %d volumes: %s", subset, len(cases), ", ".join(Path(case["image"]).name for case in cases))
+    return cases
+
+
+def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[str, list[Case]]:
+    """Read the layout of an ACDC release.
+
+    Args:
+        dataset_dir: the release's root or its `training` folder.
+        include_testing: whether to list the root's `testing` folder as well.
+
+    Returns:
+        the ED and ES cases of every patient, by patient name, in order of name.
+
+    Raises:
+        ValueError: when no folder is given, or it does not hold patients in ACDC's layout.
+        FileNotFoundError: when the folder, a frame or a label is missing.
+    """
+    if not dataset_dir:
+        raise ValueError(
+            "dataset_dir is not set: expected the ACDC release's root or its training folder; give --dataset_dir PATH"
+        )
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        raise FileNotFoundError(f"dataset_dir {root} is not a folder: expected the ACDC release's root or its training")
+    folders = [root / "training"] if (root / "training").is_dir() else [root]
+    if include_testing:
+        folders.append(folders[0].parent / "testing")
+    found = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
+    patients = sorted((path for path in found if re.fullmatch(r"patient\d+", path.name)), key=lambda path: path.name)
+    if not patients:
+        raise ValueError(
+            f"dataset_dir {root} is not the ACDC release: expected folders patient001, patient002, ... in it or in its "
+            f"training folder, found {', '.join(sorted(path.name for path in root.iterdir())[:5]) or 'nothing'}"
+        )
+    return {patient.name: _list_frames(patient) for patient in patients}
+
+
+def split_patients(patients: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """Split patients 70:15:15, validation and test rounded to the nearest whole patient, the rest training.
+
+    Args:
+        patients: their names, in a fixed order.
+        seed: seed of the shuffle.
+
+    Returns:
+        the names of each subset, in shuffled order.
+    """
+    shuffled = [patients[index] for index in np.random.RandomState(seed).permutation(len(patients))]
+    held_out = (HELD_OUT_PERCENT * len(patients) + 50) // 100
+    return {
+        "validation": shuffled[:held_out],
+        "test": shuffled[held_out : 2 * held_out],
+        "training": shuffled[2 * held_out :],
+    }
+
+
+def _choose_labelled(patients: dict[str, list[Case]], training: list[str], count: int, unit: str) -> list[Case]:
+    """Return the cases of the first `count` training patients, or the first frames of a shuffle of their frames."""
+    if unit not in LABEL_UNITS:
+        raise ValueError(f"unknown label_unit {unit!r}: expected one of {', '.join(LABEL_UNITS)}")
+    groups = [patients[patient] for patient in training]
+    if unit == "frames":
+        # ED and ES alternate along the shuffled patients, so that one frame a patient comes first.
+        groups = [[cases[(index + turn) % 2]] for turn in range(2) for index, cases in enumerate(groups)]
+    if not 1 <= count <= len(groups):
+        raise ValueError(
+            f"labelled_patients must be between 1 and {len(groups)}, the {unit} of the training subset, "
+            f"received {count}"
+        )
+    return [case for group in groups[:count] for case in group]
+
+
+def _list_frames(patient: Path) -> list[Case]:
+    """Return the ED and ES cases of one patient's folder."""
+    info = patient / "Info.cfg"
+    if not info.is_file():
+        raise ValueError(f"{patient} is not an ACDC patient: expected an Info.cfg that names its ED and ES frames")
+    fields = dict(re.findall(r"^\s*(\w+)\s*:\s*(\S+)", info.read_text(), flags=re.MULTILINE))
+    cases = []
+    for phase in ("ED", "ES"):
+        if not fields.get(phase, "").isdigit():
+            raise ValueError(f"{info} does not name the {phase} frame: expected a line such as `{phase}: 1`")
+        stem = f"{patient.name}_frame{int(fields[phase]):02d}"
+        case = {"image": str(patient / f"{stem}.nii.gz"), "label": str(patient / f"{stem}_gt.nii.gz")}
+        for role, path in case.items():
+            if not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"{patient.name} has no {role} of its {phase} frame: expected {path}; "
+                    "complete the patient or take its folder out of dataset_dir"
+                )
+        cases.append(case)
+    return cases

@@ -1,0 +1,67 @@
+"""What a volume says about itself: its name and its voxel spacing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
+
+
+def case_name(path: str | os.PathLike[str]) -> str:
+    """Return the name of a case: its image file's name without folder and NIfTI suffix.
+
+    Args:
+        path: image file, such as `patient001/patient001_frame01.nii.gz`.
+
+    Returns:
+        The file name without `.nii.gz` or `.nii`; any other suffix stays.
+    """
+    name = Path(path).name
+    return name.removesuffix(".gz").removesuffix(".nii") if name.endswith((".nii", ".nii.gz")) else name
+
+
+def case_name_of(volume: torch.Tensor) -> str:
+    """Return the name of the case a loaded volume belongs to.
+
+    Args:
+        volume: MetaTensor of one volume, its `meta["filename_or_obj"]` as set by `LoadImaged`.
+
+    Returns:
+        The name, see `case_name`.
+
+    Raises:
+        ValueError: if the volume carries no file name.
+    """
+    path = volume.meta.get("filename_or_obj") if isinstance(volume, MetaTensor) else None
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(
+            "Expected a MetaTensor of one volume with its file's name in meta['filename_or_obj'], received "
+            f"{type(volume).__name__} with {path!r}: load the volume with LoadImaged and keep its metadata."
+        )
+    return case_name(path)
+
+
+def header_spacing_mm(volume: torch.Tensor) -> tuple[float, ...]:
+    """Return a volume's voxel spacing as its affine states it.
+
+    Args:
+        volume: channel-first MetaTensor `(C,spatial...)` of one volume, with 1 to 3 spatial axes.
+
+    Returns:
+        One spacing in mm per spatial axis, in array order.
+
+    Raises:
+        ValueError: if there is no affine, or only the identity that MONAI fills in for a tensor without a header.
+    """
+    if isinstance(volume, MetaTensor):
+        affine = volume.affine.double().cpu()
+        from_file = "original_affine" in volume.meta or "filename_or_obj" in volume.meta
+        if from_file or not torch.equal(affine, torch.eye(len(affine), dtype=affine.dtype)):
+            return tuple(affine_to_spacing(affine, r=volume.ndim - 1).tolist())
+    raise ValueError(
+        "Expected a voxel spacing: a MetaTensor with the affine of its file, or the argument spacing_mm. Received "
+        f"{type(volume).__name__} without a header's affine: keep the metadata of LoadImaged, or pass spacing_mm."
+    )

@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import pytest
+
+from components.acdc import list_cases, list_patients, split_patients
+
+
+def write_patient(folder: Path, name: str, ed: int = 1, es: int = 12) -> Path:
+    """An ACDC patient of empty files: listing looks at names alone."""
+    patient = folder / name
+    patient.mkdir(parents=True)
+    (patient / "Info.cfg").write_text(f"ED: {ed}\nES: {es}\nGroup: NOR\nHeight: 170.0\n")
+    for stem in ("4d", f"frame{ed:02d}", f"frame{ed:02d}_gt", f"frame{es:02d}", f"frame{es:02d}_gt"):
+        (patient / f"{name}_{stem}.nii.gz").touch()
+    return patient
+
+
+@pytest.fixture
+def release(tmp_path) -> Path:
+    for index in range(1, 21):
+        write_patient(tmp_path / "training", f"patient{index:03d}")
+    write_patient(tmp_path / "testing", "patient101")
+    return tmp_path
+
+
+def patients_of(cases) -> list[str]:
+    return [Path(case["image"]).parent.name for case in cases]
+
+
+def test_frames_are_read_from_info_cfg_and_4d_files_left_out(tmp_path):
+    write_patient(tmp_path, "patient090", ed=4, es=11)
+    cases = list_patients(str(tmp_path))["patient090"]
+    assert [Path(case["image"]).name for case in cases] == [
+        "patient090_frame04.nii.gz",
+        "patient090_frame11.nii.gz",
+    ]
+    assert [Path(case["label"]).name for case in cases] == [
+        "patient090_frame04_gt.nii.gz",
+        "patient090_frame11_gt.nii.gz",
+    ]
+
+
+def test_root_and_its_training_folder_list_the_same(release):
+    assert list_patients(str(release)) == list_patients(str(release / "training"))
+
+
+def test_testing_folder_takes_part_only_when_asked_for(release):
+    assert "patient101" not in list_patients(str(release))
+    assert "patient101" in list_patients(str(release), include_testing=True)
+    assert "patient101" in list_patients(str(release / "training"), include_testing=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"), [(100, 15), (24, 4), (20, 3), (10, 2), (4, 1), (3, 0), (1, 0)], ids=lambda value: str(value)
+)
+def test_split_is_70_15_15_with_held_out_parts_rounded(count, held_out):
+    patients = [f"patient{index:03d}" for index in range(count)]
+    split = split_patients(patients, seed=0)
+    assert len(split["validation"]) == len(split["test"]) == held_out
+    assert sorted(split["training"] + split["validation"] + split["test"]) == patients
+
+
+def test_split_depends_on_its_seed_alone():
+    patients = [f"patient{index:03d}" for index in range(20)]
+    assert split_patients(patients, seed=3) == split_patients(patients, seed=3)
+    assert split_patients(patients, seed=3) != split_patients(patients, seed=4)
+
+
+def test_subsets_share_no_patient(release):
+    subsets = [set(patients_of(list_cases(str(release), subset))) for subset in ("training", "validation", "test")]
+    assert [len(subset) for subset in subsets] == [14, 3, 3]
+    assert len(set.union(*subsets)) == 20
+
+
+def test_labelled_patients_bring_both_frames_and_smaller_choices_are_part_of_larger(release):
+    one = list_cases(str(release), "training", labelled_patients=1)
+    five = list_cases(str(release), "training", labelled_patients=5)
+    assert len(one) == 2
+    assert len(set(patients_of(one))) == 1
+    assert len(five) == 10
+    assert five[:2] == one
+    assert len(list_cases(str(release), "training")) == 28
+
+
+def test_frames_as_label_unit_come_from_as_many_patients(release):
+    frames = list_cases(str(release), "training", labelled_patients=5, label_unit="frames")
+    assert len(frames) == len(set(patients_of(frames))) == 5
+    assert len(list_cases(str(release), "training", labelled_patients=28, label_unit="frames")) == 28
+
+
+@pytest.mark.parametrize("count", [0, 15, -1])
+def test_impossible_number_of_labelled_patients_is_refused(release, count):
+    with pytest.raises(ValueError, match=f"between 1 and 14, the patients of the training subset, received {count}"):
+        list_cases(str(release), "training", labelled_patients=count)
+
+
+def test_missing_dataset_dir_says_what_to_give():
+    with pytest.raises(ValueError, match=r"dataset_dir is not set.*--dataset_dir PATH"):
+        list_patients("")
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        list_patients("nowhere")
+
+
+def test_folder_that_is_not_acdc_is_refused(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    with pytest.raises(ValueError, match=r"is not the ACDC release: expected folders patient001.*found imagesTr"):
+        list_patients(str(tmp_path))
+
+
+def test_patient_without_ground_truth_is_named(release):
+    missing = release / "training" / "patient007" / "patient007_frame12_gt.nii.gz"
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match=r"patient007 has no label of its ES frame: expected .*frame12_gt"):
+        list_cases(str(release), "training", labelled_patients=1)
+
+
+def test_patient_without_info_or_phase_is_named(tmp_path):
+    patient = write_patient(tmp_path, "patient001")
+    (patient / "Info.cfg").write_text("ED: 1\n")
+    with pytest.raises(ValueError, match="does not name the ES frame"):
+        list_patients(str(tmp_path))
+    (patient / "Info.cfg").unlink()
+    with pytest.raises(ValueError, match=r"expected an Info\.cfg"):
+        list_patients(str(tmp_path))
+
+
+def test_too_few_patients_leave_no_test_subset_but_may_leave_no_validation(tmp_path):
+    write_patient(tmp_path, "patient001")
+    assert list_cases(str(tmp_path), "validation") == []
+    with pytest.raises(ValueError, match="no patient is left for the test subset"):
+        list_cases(str(tmp_path), "test")
+
+
+def test_unknown_subset_and_unit_are_refused(release):
+    with pytest.raises(ValueError, match="unknown subset 'train'"):
+        list_cases(str(release), "train")
+    with pytest.raises(ValueError, match="unknown label_unit 'volumes'"):
+        list_cases(str(release), "training", labelled_patients=1, label_unit="volumes")
+
+
+def test_real_release_lists_two_frames_a_patient(acdc_dir):
+    patients = list_patients(acdc_dir)
+    assert all(len(cases) == 2 for cases in patients.values())
+    assert all(Path(path).is_file() for cases in patients.values() for case in cases for path in case.values())

@@ -1,0 +1,156 @@
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Invertd, Resized
+
+from components.datasets import SliceDataset
+from components.transforms import LoadVolumed, PadInPlaneToSquared, RoundIntensityd
+
+SHAPE = (6, 10, 3)
+
+
+def save(path: Path, array: np.ndarray) -> str:
+    nib.save(nib.Nifti1Image(array, np.diag([1.5, 1.5, 10, 1])), path)
+    return str(path)
+
+
+@pytest.fixture
+def case(tmp_path) -> dict[str, str]:
+    image = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16)
+    return {
+        "image": save(tmp_path / "image.nii.gz", image),
+        "label": save(tmp_path / "label.nii.gz", (image % 4).astype(np.uint8)),
+    }
+
+
+load = LoadVolumed(["image", "label"])
+
+
+def test_volume_and_label_are_loaded_channel_first(case):
+    loaded = load(case)
+    assert loaded["image"].shape == loaded["label"].shape == (1, *SHAPE)
+    assert loaded["image"][0, 1, 2, 1] == 1 * 30 + 2 * 3 + 1
+
+
+def test_single_slice_keeps_its_third_axis(tmp_path):
+    path = save(tmp_path / "one.nii.gz", np.arange(60).reshape(6, 10, 1).astype(np.int16))
+    assert LoadVolumed("image")({"image": path})["image"].shape == (1, 6, 10, 1)
+
+
+@pytest.mark.parametrize("shape", [(6, 10, 3, 5), (6, 10)])
+def test_series_and_flat_image_are_refused(tmp_path, shape):
+    path = save(tmp_path / "x.nii.gz", np.arange(np.prod(shape)).reshape(shape).astype(np.int16))
+    with pytest.raises(ValueError, match=r"x\.nii\.gz is not one 3D volume: expected \(H, W, D\), received \(6, 10"):
+        LoadVolumed("image")({"image": path})
+
+
+def test_truncated_file_is_named(case):
+    path = Path(case["image"])
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"image\.nii\.gz cannot be read: expected a complete NIfTI file"):
+        load(case)
+
+
+def test_file_whose_voxels_end_early_is_named(case):
+    path = Path(case["image"])
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-50]))
+    with pytest.raises(ValueError, match=r"image\.nii\.gz cannot be read"):
+        load(case)
+
+
+def test_missing_file_is_named(case):
+    with pytest.raises(FileNotFoundError, match=r"there is no label .*gone"):
+        load({**case, "label": str(Path(case["label"]).with_name("gone.nii.gz"))})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_counted(case, tmp_path, value):
+    image = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.float32)
+    image[0, 0, :2] = value
+    with pytest.raises(ValueError, match="holds 2 NaN or infinite voxels"):
+        load({**case, "image": save(tmp_path / "nan.nii.gz", image)})
+
+
+def test_constant_volume_is_refused(case, tmp_path):
+    with pytest.raises(ValueError, match=r"has no contrast.*received 7 from"):
+        load({**case, "image": save(tmp_path / "flat.nii.gz", np.full(SHAPE, 7, np.int16))})
+
+
+def test_label_of_another_shape_is_refused(case, tmp_path):
+    label = save(tmp_path / "other.nii.gz", np.zeros((6, 10, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"expected the image's shape \(6, 10, 3\), received \(6, 10, 4\)"):
+        load({**case, "label": label})
+
+
+@pytest.mark.parametrize("value", [4, 255, 0.5, -1])
+def test_label_value_out_of_range_is_named(case, tmp_path, value):
+    label = np.zeros(SHAPE, np.float32)
+    label[2, 3, 1] = value
+    with pytest.raises(ValueError, match=rf"holds labels \[{float(value)}\]: expected whole numbers 0\.\.3"):
+        load({**case, "label": save(tmp_path / "odd.nii.gz", label)})
+
+
+@pytest.mark.parametrize(("shape", "start"), [((4, 8, 2), (2, 0)), ((9, 4, 2), (0, 2)), ((5, 5, 1), (0, 0))])
+def test_square_is_padded_evenly_and_undone(shape, start):
+    pad = PadInPlaneToSquared("image")
+    image = MetaTensor(torch.rand(1, *shape) + 1)
+    padded = pad({"image": image})["image"]
+    side = max(shape[:2])
+    assert padded.shape == (1, side, side, shape[2])
+    row, column = start
+    assert torch.equal(padded[:, row : row + shape[0], column : column + shape[1]], image)
+    assert padded.sum() == pytest.approx(image.sum().item(), rel=1e-6)
+    assert torch.equal(pad.inverse({"image": padded})["image"], image)
+
+
+@pytest.mark.parametrize("shape", [(154, 224, 3), (512, 428, 2), (40, 30, 1)])
+def test_canvas_is_inverted_to_the_native_grid(tmp_path, shape):
+    grid = np.stack(np.meshgrid(*(np.linspace(0, 1, size) for size in shape[:2]), indexing="ij"))
+    ramp = (grid[0] + 2 * grid[1])[..., None].repeat(shape[2], axis=2).astype(np.float32)
+    canvas = Compose(
+        [
+            LoadVolumed("image"),
+            PadInPlaneToSquared("image"),
+            Resized("image", spatial_size=[256, 256, -1], mode="trilinear"),
+        ]
+    )
+    item = canvas({"image": save(tmp_path / "ramp.nii.gz", ramp)})
+    assert item["image"].shape == (1, 256, 256, shape[2])
+    item["pred"] = item["image"].clone()
+    native = Invertd("pred", transform=canvas, orig_keys="image", nearest_interp=False)(item)["pred"]
+    assert native.shape == (1, *shape)
+    assert np.allclose(native.affine, nib.load(tmp_path / "ramp.nii.gz").affine)
+    # Interpolation keeps a ramp but for its rim, where the padding's zeros mix in.
+    inner = (slice(6, -6), slice(6, -6))
+    assert np.abs(native[0].numpy()[inner] - ramp[inner]).max() < 0.02
+
+
+def test_values_are_clipped_and_rounded():
+    rounded = RoundIntensityd("image")({"image": torch.tensor([-3.0, 0.4, 0.6, 254.6, 300.0]), "other": 1})
+    assert rounded["image"].tolist() == [0, 0, 1, 255, 255]
+    assert rounded["other"] == 1
+
+
+def test_slice_dataset_yields_each_slice_of_each_volume(case):
+    dataset = SliceDataset([case, case], load, progress=False)
+    assert len(dataset) == 6
+    volume = load(case)
+    for index in range(6):
+        assert torch.equal(dataset[index]["image"], volume["image"][..., index % 3].as_tensor())
+        assert torch.equal(dataset[index]["label"], volume["label"][..., index % 3].as_tensor())
+
+
+def test_slice_transform_sees_a_fresh_copy_every_time(case):
+    def blacken(item):
+        item["image"].zero_()
+        return item
+
+    dataset = SliceDataset([case], load, blacken, progress=False)
+    assert dataset[0]["image"].sum() == 0
+    dataset.slice_transform = None
+    assert dataset[0]["image"].sum() > 0

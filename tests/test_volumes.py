@@ -1,0 +1,95 @@
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.transforms import SaveImaged
+
+from components.transforms import LoadVolumed
+from components.volumes import find_volumes
+
+AFFINE = np.array([[-1.2, 0.3, 0.1, 20.5], [0.2, 1.1, -4.0, -7.25], [0.05, 0.4, 9.0, 3.125], [0, 0, 0, 1]])
+
+
+def save(path, shape, dtype=np.int16, values=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.arange(np.prod(shape)).reshape(shape) % 100 if values is None else values
+    nib.save(nib.Nifti1Image(array.astype(dtype), AFFINE), path)
+    return str(path)
+
+
+def test_folder_is_searched_recursively_without_labels_predictions_and_series(tmp_path):
+    expected = [save(tmp_path / "a" / "x_frame01.nii.gz", (4, 4, 2)), save(tmp_path / "b" / "c" / "y.nii", (4, 4, 1))]
+    save(tmp_path / "a" / "x_frame01_gt.nii.gz", (4, 4, 2))
+    save(tmp_path / "a" / "x_frame01_pred.nii.gz", (4, 4, 2))
+    save(tmp_path / "a" / "x_4d.nii.gz", (4, 4, 2, 3))
+    save(tmp_path / "a" / "series.nii.gz", (4, 4, 2, 3))
+    save(tmp_path / "a" / "._x_frame01.nii.gz", (4, 4, 2))
+    assert [volume["image"] for volume in find_volumes(str(tmp_path))] == expected
+
+
+def test_file_is_taken_as_it_is_named(tmp_path):
+    path = save(tmp_path / "x_gt.nii.gz", (4, 4, 2))
+    assert find_volumes(path) == [{"image": path}]
+
+
+def test_damaged_file_stays_in_the_list_for_the_loader_to_name(tmp_path):
+    (tmp_path / "broken.nii.gz").write_bytes(b"\x1f\x8b\x08garbage")
+    assert len(find_volumes(str(tmp_path))) == 1
+    with pytest.raises(ValueError, match=r"broken\.nii\.gz cannot be read"):
+        LoadVolumed("image")(find_volumes(str(tmp_path))[0])
+
+
+def test_nothing_to_segment_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="give --dataset_dir"):
+        find_volumes("")
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        find_volumes(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no volume found"):
+        find_volumes(str(tmp_path))
+
+
+def test_two_volumes_that_would_overwrite_each_others_prediction_are_refused(tmp_path):
+    save(tmp_path / "a" / "x.nii.gz", (4, 4, 2))
+    save(tmp_path / "b" / "x.nii.gz", (4, 4, 2))
+    with pytest.raises(ValueError, match="would both be saved as x_pred"):
+        find_volumes(str(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (5, 7, 1), (1, 7, 3)])
+def test_saved_label_map_has_the_images_shape_affine_and_uint8(tmp_path, shape):
+    image = LoadVolumed("image")({"image": save(tmp_path / "x.nii.gz", shape)})["image"]
+    labels = (image > 10).float()
+    labels.affine = labels.affine + 1e-9  # what rounding in an inversion may leave behind
+    _saver(tmp_path / "out")({"pred": labels})
+    written = nib.load(tmp_path / "out" / "x_pred.nii.gz")
+    assert written.shape == shape
+    assert written.get_data_dtype() == np.uint8
+    assert np.array_equal(written.affine, nib.load(tmp_path / "x.nii.gz").affine)
+    assert np.array_equal(np.asarray(written.dataobj), labels[0].numpy())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x_pred.nii.gz"]
+
+
+def test_label_map_on_another_grid_is_not_written(tmp_path):
+    image = LoadVolumed("image")({"image": save(tmp_path / "x.nii.gz", (5, 7, 3))})["image"]
+    with pytest.raises(Exception) as caught:
+        _saver(tmp_path / "out")({"pred": torch.cat([image, image], dim=1)})
+    assert "image's grid" in "".join(str(error) for error in _chain(caught.value))
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def _saver(folder):
+    return SaveImaged(
+        "pred",
+        output_dir=str(folder),
+        output_postfix="pred",
+        output_dtype="uint8",
+        resample=False,
+        separate_folder=False,
+        writer="components.volumes.VolumeWriter",
+    )
+
+
+def _chain(error):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
