@@ -1,0 +1,137 @@
+"""Write the bundles that differ from `autosam_acdc` in their head only, or check that they do.
+
+`autosam_acdc` is the source. Every other bundle is the same text with the replacements listed here, file by file, so a
+change is made once: edit `autosam_acdc`, then run `python bundles/derive.py`. `python bundles/derive.py --check` writes
+nothing and fails when a file is not what it would write.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+BUNDLES = Path(__file__).parent
+SOURCE = "autosam_acdc"
+# Files that make up a bundle; what else lies in its folder was made by running it.
+FILES = ("LICENSE", "large_files.yml", "configs/*.json", "configs/logging.conf", "docs/*")
+
+HEAD_OF_SOURCE = """        "head": {
+            "_target_": "components.heads.ViTHead",
+            "out_channels": "@out_channels",
+            "checkpoint": "@sam_checkpoint"
+        }
+"""
+KNOB_OF_ENCODER = '    "trainable_encoder": false,\n'
+KNOB_OF_DEMO_ENCODER = '    "trainable_encoder": true,\n'
+
+Replacements = dict[str, str]
+
+CNN_CONFIG: Replacements = {
+    HEAD_OF_SOURCE: """        "head": {
+            "_target_": "components.heads.CNNHead",
+            "out_channels": "@out_channels",
+            "depth": "@depth"
+        }
+""",
+    KNOB_OF_ENCODER: KNOB_OF_ENCODER + '    "depth": 4,\n',
+}
+LINEAR_CONFIG: Replacements = {
+    HEAD_OF_SOURCE: """        "head": {
+            "_target_": "components.heads.LinearHead",
+            "out_channels": "@out_channels"
+        }
+""",
+}
+METADATA_NAME = '"name": "AutoSAM (ViT head) on ACDC"'
+METADATA_HEAD = "a prompt-free ViT head made of SAM's own mask decoder"
+README_TITLE = "# AutoSAM: ViT head on ACDC"
+README_HEAD = """\
+The head is SAM's own mask decoder without prompts ("AutoSAM" in the paper): each class has its own copy of SAM's output
+tokens, and all else of the decoder starts from SAM's weights. 3,510,144 parameters train."""
+README_KNOB = '| `trainable_encoder` | `false` | train the encoder along (the paper\'s "AutoSAM (ft all)") |\n'
+
+# bundle -> file -> text of the source -> text instead
+DERIVED: dict[str, dict[str, Replacements]] = {
+    "cnnhead_acdc": {
+        "configs/train.json": CNN_CONFIG,
+        "configs/inference.json": CNN_CONFIG,
+        "configs/demo.json": {KNOB_OF_DEMO_ENCODER: KNOB_OF_DEMO_ENCODER + '    "depth": 2,\n'},
+        "configs/metadata.json": {
+            METADATA_NAME: '"name": "SAM encoder with CNN head on ACDC"',
+            METADATA_HEAD: "a convolutional head of k stages",
+        },
+        "docs/README.md": {
+            README_TITLE: "# SAM encoder with CNN head on ACDC",
+            README_HEAD: """\
+The head is a convolutional decoder of `depth` = k stages ("Encoder + CNN" in the paper) whose output is 4 times its
+input's size at every k. 1,808,132 / 5,610,500 / 20,686,340 / 80,722,436 parameters train at k = 2 / 3 / 4 / 5.""",
+            README_KNOB: README_KNOB + "| `depth` | `4` | stages k of the CNN head, at least 2 |\n",
+        },
+    },
+    "linearhead_acdc": {
+        "configs/train.json": LINEAR_CONFIG,
+        "configs/inference.json": LINEAR_CONFIG,
+        "configs/metadata.json": {
+            METADATA_NAME: '"name": "SAM encoder with linear head on ACDC"',
+            METADATA_HEAD: "a linear head",
+        },
+        "docs/README.md": {
+            README_TITLE: "# SAM encoder with linear head on ACDC",
+            README_HEAD: """\
+The head is two transposed convolutions and two point-wise ones ("Encoder + LN" in the paper), a probe of what the
+encoder's features hold. 75,140 parameters train.""",
+        },
+    },
+}
+
+
+def expected_files() -> dict[Path, str]:
+    """Return the text that every file of every derived bundle should have.
+
+    Raises:
+        ValueError: when a text to replace does not stand exactly once in its file.
+    """
+    source = BUNDLES / SOURCE
+    files = {}
+    for bundle, replacements in DERIVED.items():
+        for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
+            name = path.relative_to(source).as_posix()
+            text = path.read_text(encoding="utf-8")
+            for old, new in replacements.get(name, {}).items():
+                if text.count(old) != 1:
+                    raise ValueError(f"expected once in {SOURCE}/{name}, found {text.count(old)} times: {old!r}")
+                text = text.replace(old, new)
+            files[BUNDLES / bundle / name] = text.replace(SOURCE, bundle)
+    return files
+
+
+def differing_files() -> list[Path]:
+    """Return the files of derived bundles that are missing, extra or other than expected."""
+    expected = expected_files()
+    extra = [
+        path
+        for bundle in DERIVED
+        for pattern in FILES
+        for path in (BUNDLES / bundle).glob(pattern)
+        if path not in expected
+    ]
+    return extra + [
+        path for path, text in expected.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main() -> None:
+    """Write the derived bundles, or with `--check` report what differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail when a file would change")
+    if parser.parse_args().check:
+        differing = differing_files()
+        if differing:
+            sys.exit(f"not derived from {SOURCE}, run `python bundles/derive.py`: {', '.join(map(str, differing))}")
+        return
+    for path, text in expected_files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

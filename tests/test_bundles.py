@@ -1,0 +1,276 @@
+"""The bundles through MONAI's own entry points, on synthetic patients and the tiny encoder with random weights."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from monai.metrics import SurfaceDistanceMetric
+
+import components
+from components.phantom_dataset import write_phantom_dataset
+
+BUNDLES = ("autosam_acdc", "cnnhead_acdc", "linearhead_acdc")
+TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}
+CLASSES = ("RV", "Myo", "LV")
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> str:
+    """Four patients: two train, one validates, one tests."""
+    return write_phantom_dataset(str(tmp_path_factory.mktemp("data") / "phantoms"), patients=4, size_hw_d=(64, 48, 4))
+
+
+def config(bundle: str, *names: str) -> list[str]:
+    return [str(REPOSITORY / "bundles" / bundle / "configs" / f"{name}.json") for name in names]
+
+
+def knobs(bundle: str, **others) -> dict:
+    """Overrides for a quick run of any bundle."""
+    depth = {"depth": 2} if bundle == "cnnhead_acdc" else {}
+    return {**TINY, **depth, **others}
+
+
+def run(bundle: str, run_id: str, *names: str, cwd: Path | None = None, **overrides) -> subprocess.CompletedProcess:
+    """Run MONAI's runner as a user would, from inside the bundle unless told otherwise."""
+    files = config(bundle, *names)
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
+    for name, value in overrides.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"}
+    return subprocess.run(
+        command,
+        cwd=cwd or REPOSITORY / "bundles" / bundle,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def succeeds(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="session", params=BUNDLES)
+def trained(request, phantoms, tmp_path_factory) -> tuple[str, Path]:
+    """A bundle after two epochs of training, its folders below one temporary folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    overrides = knobs(
+        request.param, dataset_dir=phantoms, ckpt_dir=folder / "models", output_dir=folder / "eval", epochs=2
+    )
+    succeeds(run(request.param, "training", "train", **overrides, val_interval=1))
+    return request.param, folder
+
+
+def test_bundles_differ_in_their_head_only():
+    subprocess.run([sys.executable, str(REPOSITORY / "bundles" / "derive.py"), "--check"], check=True)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
+    for name in (
+        "LICENSE",
+        "large_files.yml",
+        "docs/README.md",
+        "docs/data_license.txt",
+        "configs/metadata.json",
+        "configs/train.json",
+        "configs/evaluate.json",
+        "configs/inference.json",
+        "configs/logging.conf",
+    ):
+        assert (REPOSITORY / "bundles" / bundle / name).is_file(), name
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_version_stands_in_one_changelog_and_pins_are_the_tested_ones(bundle):
+    metadata = json.loads(Path(config(bundle, "metadata")[0]).read_text())
+    assert metadata["version"] == components.__version__
+    assert metadata["version"] in metadata["changelog"]
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
+    pins = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+        **metadata["required_packages_version"],
+    }
+    assert pins == {name: tested[name] for name in pins}
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_readme_explains_every_knob_with_its_default(bundle):
+    text = (REPOSITORY / "bundles" / bundle / "docs" / "README.md").read_text()
+    train = json.loads(Path(config(bundle, "train")[0]).read_text())
+    explained = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|none) \|", text, flags=re.MULTILINE)
+    for knob, default in explained:
+        value = train[knob]
+        if not isinstance(value, dict) and not str(value).startswith("$"):
+            assert str(default) == (json.dumps(value) if not isinstance(value, str) else value), knob
+    plain = {key for key, value in train.items() if isinstance(value, int | float | str) and not key.startswith("_")}
+    hidden = {"bundle_root", "device", "network", "run", "out_channels", "canvas_size"}
+    assert plain - hidden <= {knob for knob, _ in explained}
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_metadata_follows_the_schema(bundle, metadata_schema, tmp_path):
+    local = shutil.copy(metadata_schema, tmp_path / "schema.json")
+    verify_metadata(meta_file=config(bundle, "metadata")[0], filepath=local)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize(
+    ("names", "workflow_type"),
+    [(("train",), "train"), (("train", "evaluate"), "train"), (("inference",), "infer"), (("train", "demo"), "train")],
+    ids=["train", "evaluate", "infer", "demo"],
+)
+def test_workflow_has_every_property(bundle, names, workflow_type, phantoms, tmp_path):
+    overrides = knobs(bundle, dataset_dir=phantoms, output_dir=str(tmp_path), ckpt_dir=str(tmp_path))
+    overrides["labelled_patients"] = 1
+    if workflow_type == "infer":
+        overrides["ckpt_path"] = str(Path(overrides.pop("ckpt_dir")) / "model.pt")
+    workflow = ConfigWorkflow(config(bundle, *names), workflow_type=workflow_type, logging_file=False, **overrides)
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_network_takes_and_gives_what_the_metadata_say(bundle):
+    verify_net_in_out(
+        net_id="network_def",
+        config_file=config(bundle, "inference")[0],
+        meta_file=config(bundle, "metadata")[0],
+        device="cpu",
+        **knobs(bundle),
+    )
+
+
+def test_exported_torchscript_equals_the_trained_network(trained, tmp_path):
+    bundle, folder = trained
+    inference = config(bundle, "inference")[0]
+    ckpt_export(
+        net_id="network_def",
+        filepath=str(tmp_path / "model.ts"),
+        ckpt_file=str(folder / "models" / "model.pt"),
+        meta_file=config(bundle, "metadata")[0],
+        config_file=inference,
+        **knobs(bundle),
+    )
+    parser = ConfigParser()
+    parser.read_config(inference)
+    parser.update(knobs(bundle))
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(folder / "models" / "model.pt", weights_only=True))
+    images = torch.rand(2, 3, 256, 256) * 255
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(images), network(images))
+
+
+def test_training_leaves_the_head_the_last_epochs_and_tensorboard_events(trained):
+    _, folder = trained
+    written = sorted(path.name for path in (folder / "models").iterdir())
+    assert written == ["checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt", "model.pt"]
+    state = torch.load(folder / "models" / "model.pt", weights_only=True)
+    assert [key for key in state if key.startswith("encoder.")] == ["encoder.fingerprint"]
+    assert list((folder / "eval").glob("events.out.tfevents.*"))
+
+
+def test_resumed_training_goes_on_after_the_last_epoch(trained, phantoms, tmp_path):
+    bundle, folder = trained
+    models = tmp_path / "models"
+    shutil.copytree(folder / "models", models)
+    overrides = knobs(bundle, dataset_dir=phantoms, ckpt_dir=models, output_dir=tmp_path / "eval")
+    output = succeeds(run(bundle, "training", "train", **overrides, epochs=3, val_interval=1, resume=True))
+    assert "[3/3]" in output
+    assert "[1/3]" not in output
+    assert (models / "checkpoint_epoch=3.pt").is_file()
+
+
+def test_evaluation_is_confirmed_by_the_files_it_saves(trained, phantoms):
+    bundle, folder = trained
+    overrides = knobs(bundle, dataset_dir=phantoms, ckpt_dir=folder / "models", output_dir=folder / "eval")
+    output = succeeds(run(bundle, "evaluating", "train", "evaluate", **overrides))
+    assert str(folder / "eval" / "metrics.csv") in output
+    with (folder / "eval" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["case", "class", "dice", "assd_mm"]
+    cases = sorted({row["case"] for row in rows})
+    assert len(cases) == 2
+    assert len(rows) == 2 * len(CLASSES)
+    for row in rows:
+        check_row(row, phantoms, folder / "eval")
+    for case in cases:
+        assert (folder / "eval" / f"{case}_overlay.png").stat().st_size > 10_000
+    assert (folder / "eval" / "summary.csv").is_file()
+
+
+def check_row(row: dict, dataset_dir: str, output_dir: Path) -> None:
+    """Recompute one row's Dice, and its ASSD by MONAI's metric, from the NIfTI files."""
+    truth_file = next(Path(dataset_dir).rglob(f"{row['case']}_gt.nii.gz"))
+    image = nib.load(str(truth_file).replace("_gt", ""))
+    prediction = nib.load(output_dir / f"{row['case']}_pred.nii.gz")
+    assert prediction.shape == image.shape
+    assert np.array_equal(prediction.affine, image.affine)
+    assert prediction.get_data_dtype() == np.uint8
+    value = CLASSES.index(row["class"]) + 1
+    masks = [np.asarray(file.dataobj) == value for file in (prediction, nib.load(truth_file))]
+    sizes = sum(mask.sum() for mask in masks)
+    if sizes == 0:
+        assert row["dice"] == row["assd_mm"] == "nan"
+        return
+    assert float(row["dice"]) == pytest.approx(2 * (masks[0] & masks[1]).sum() / sizes, abs=1e-6)
+    if all(mask.any() for mask in masks):
+        metric = SurfaceDistanceMetric(include_background=True, symmetric=True)
+        distance = metric(
+            *(torch.tensor(mask)[None, None] for mask in masks), spacing=[float(mm) for mm in image.header.get_zooms()]
+        )
+        assert float(row["assd_mm"]) == pytest.approx(distance.item(), abs=1e-4)
+
+
+def test_inference_segments_every_volume_of_a_folder_on_its_own_grid(trained, phantoms, tmp_path):
+    bundle, folder = trained
+    single = nib.load(next(Path(phantoms).rglob("*_frame12.nii.gz"), next(Path(phantoms).rglob("*frame01.nii.gz"))))
+    volumes = tmp_path / "volumes"
+    shutil.copytree(Path(phantoms) / "training" / "patient001", volumes / "deep" / "patient001")
+    nib.save(single.slicer[:, :, :1], volumes / "one_slice.nii.gz")
+    overrides = knobs(
+        bundle, dataset_dir=volumes, ckpt_path=folder / "models" / "model.pt", output_dir=tmp_path / "out"
+    )
+    succeeds(run(bundle, "inferring", "inference", **overrides))
+    images = [path for path in volumes.rglob("*.nii.gz") if not path.name.endswith("_gt.nii.gz")]
+    assert len(images) == len(list((tmp_path / "out").iterdir())) == 3
+    for path in images:
+        image = nib.load(path)
+        prediction = nib.load(tmp_path / "out" / path.name.replace(".nii.gz", "_pred.nii.gz"))
+        assert prediction.shape == image.shape
+        assert np.array_equal(prediction.affine, image.affine)
+        assert set(np.unique(np.asarray(prediction.dataobj))) <= {0, 1, 2, 3}
+
+
+def test_default_run_from_the_repositorys_root_trains_too(phantoms, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "monai.bundle",
+        "run",
+        "--config_file",
+        "bundles/linearhead_acdc/configs/train.json",
+    ]
+    command += ["--bundle_root", "bundles/linearhead_acdc", "--dataset_dir", phantoms, "--ckpt_dir", str(tmp_path)]
+    command += ["--output_dir", str(tmp_path), "--epochs", "1", "--model_type", "vit_tiny", "--image_size", "64"]
+    result = subprocess.run(
+        [*command, "--sam_checkpoint", "$None"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    succeeds(result)
+    assert (tmp_path / "model.pt").is_file()
