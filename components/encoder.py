@@ -140,7 +140,8 @@ class SamEncoder(nn.Module):
         trainable: whether the encoder's weights train too (the paper's "AutoSAM (ft all)").
 
     Raises:
-        ValueError: for an unknown model type, an impossible image size or a checkpoint that does not fit.
+        ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, or a
+            `trainable` that is no bool (a command line's `false` arrives as a word, which would count as true).
         FileNotFoundError: when the checkpoint is not there.
     """
 
@@ -152,6 +153,10 @@ class SamEncoder(nn.Module):
             raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(ARCHITECTURES)}")
         if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
             raise ValueError(f"image_size must be a positive multiple of {PATCH_SIZE}, received {image_size}")
+        if not isinstance(trainable, bool):
+            raise ValueError(
+                f"trainable must be True or False, received {trainable!r}: write `--trainable_encoder True` or False"
+            )
         self.model_type = model_type
         self.image_size = image_size
         self.trainable = trainable

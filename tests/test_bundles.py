@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metad
 from monai.metrics import SurfaceDistanceMetric
 
 import components
-from components.phantom_dataset import write_phantom_dataset
+from components.phantom.dataset import write_phantom_dataset
 
 BUNDLES = ("autosam_acdc", "cnnhead_acdc", "linearhead_acdc")
 TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}

@@ -1,0 +1,11 @@
+"""Synthetic short-axis cardiac cine MR slices: anatomy and appearance as two pure, batched functions.
+
+Convention: pictures are (B, H, W), rows run down (y) and columns right (x); millimetres are measured from the picture's
+centre. With no rotation the chest's front is on the left, the right ventricle to the left of the left one, and the
+abdomen below. `level` is 0 at the base and 1 at the apex, `phase` 0 at end-diastole (ED) and 1 at end-systole (ES).
+
+A *draw* is what subjects keep: a dictionary of tensors whose first axis is the subject. `select` picks and repeats
+subjects, so that all slices of a volume and both its phases share one anatomy and one contrast.
+
+Plain numbers in the painting functions are proportions and places, in mm, judged by eye on real slices.
+"""

@@ -1,0 +1,155 @@
+"""Appearance: from tissue maps to images as cine MR shows them. Conventions are the package's."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.phantom.anatomy import Tissue
+from components.phantom.draws import Draw, Range, draw_uniform, smooth_field
+
+
+@dataclass(frozen=True)
+class AppearanceRanges:
+    """Ranges (low, high) a subject's appearance is drawn from, uniformly; the default is cine bSSFP.
+
+    A tissue's value is its signal over the LV blood's.
+    """
+
+    arbitrary_chance: Range = (0, 0)  # every tissue's signal drawn from 0..1 instead
+    opposed_phase_chance: Range = (0.8, 0.8)  # water and fat cancel: dark lines between them
+    rv_pool: Range = (0.6, 0.95)
+    great_vessel: Range = (0.75, 1.3)
+    myo: Range = (0.28, 0.42)
+    wall: Range = (0.15, 0.4)  # thin walls
+    muscle: Range = (0.2, 0.38)
+    lung: Range = (0.03, 0.12)
+    lung_vessel: Range = (0.4, 0.8)
+    liver: Range = (0.25, 0.4)
+    liver_vessel: Range = (0.5, 0.9)
+    organ: Range = (0.25, 0.5)
+    stomach: Range = (0.3, 1.2)
+    bowel: Range = (0.2, 0.9)
+    bone: Range = (0.3, 0.6)
+    fat: Range = (0.8, 1.4)  # subcutaneous
+    inner_fat: Range = (0.75, 1.25)  # around the heart and in the abdomen
+    air: Range = (0.0, 0.01)
+    texture: Range = (0.04, 0.1)  # unevenness within a tissue, fraction
+    blur_px: Range = (0.5, 0.95)  # partial volume, standard deviation
+    coil_log: Range = (0.5, 1.2)  # the coils' fall-off across the picture, natural logarithm
+    coil_angle_deg: Range = (170, 250)  # where the coils are, clockwise from the right
+    bias_log: Range = (0.05, 0.15)  # smooth unevenness, natural logarithm, standard deviation
+    noise: Range = (0.008, 0.03)  # Rician, over the LV blood's signal
+    gamma: Range = (0.9, 1.15)
+    black_percentile: Range = (0.2, 0.8)
+    white_percentile: Range = (98.8, 99.7)
+
+
+_NO_SIGNAL_OF_THEIR_OWN = {
+    Tissue.ABDOMINAL_FAT: "inner_fat",
+    Tissue.PERICARDIAL_FAT: "inner_fat",
+    Tissue.STOMACH_WALL: "wall",
+    Tissue.VESSEL_WALL: "wall",
+    Tissue.RV_WALL: "myo",
+    Tissue.RV_TRABECULA: "myo",
+    Tissue.LV_PAPILLARY: "myo",
+}
+_FATS = (Tissue.FAT, Tissue.ABDOMINAL_FAT, Tissue.PERICARDIAL_FAT)
+_UNEVENNESS = {"LUNG": 4.0, "ORGAN": 2.0, "BOWEL": 4.0, "STOMACH": 2.0, "FAT": 0.3, "AIR": 0.0}  # times the texture
+
+
+def draw_appearance(count: int, ranges: AppearanceRanges, generator: torch.Generator) -> Draw:
+    """Draw the contrast, coil and noise of subjects.
+
+    Args:
+        count: number of subjects.
+        ranges: what to draw from.
+        generator: source of every draw; its device is the result's.
+
+    Returns:
+        A tensor (count,) for each field of `ranges`, and more (count, ...) for `signal`.
+    """
+    draw = draw_uniform(count, ranges, generator)
+    device = generator.device
+    signals = draw | {"lv_pool": torch.ones(count, device=device)}
+    table = torch.stack([signals[_NO_SIGNAL_OF_THEIR_OWN.get(tissue, tissue.name.lower())] for tissue in Tissue], dim=1)
+    arbitrary = torch.rand(table.shape, generator=generator, device=device)
+    draw["tissue_signal"] = torch.where(draw["arbitrary_chance"][:, None] > 0, arbitrary, table)
+    draw["bias_field"] = torch.randn(count, 6, 6, generator=generator, device=device)
+    return draw
+
+
+def signal(tissues: Tensor, draw: Draw, generator: torch.Generator) -> Tensor:
+    """Give each tissue its signal, texture, blur, coil bias and noise, as a scanner would.
+
+    Args:
+        tissues: codes (B, H, W).
+        draw: subjects of `draw_appearance`, one a slice.
+        generator: source of texture and noise, on the tissues' device.
+
+    Returns:
+        Signals (B, H, W), float, from 0; the LV's blood is near 1 before the coils.
+    """
+    size_hw = (tissues.shape[1], tissues.shape[2])
+    device = tissues.device
+    one = {name: value.view(-1, 1, 1) for name, value in draw.items() if value.dim() == 1}
+    sign = torch.ones(len(Tissue), device=device)
+    sign[list(_FATS)] = -1
+    uneven = torch.tensor([_UNEVENNESS.get(tissue.name, 1.0) for tissue in Tissue], device=device)
+    table = torch.where(draw["opposed_phase_chance"][:, None] > 0, sign, 1.0) * draw["tissue_signal"]
+    codes = tissues.flatten(1).long()
+    image = table.gather(1, codes).view(tissues.shape)
+    spread = (table * uneven * draw["texture"][:, None]).gather(1, codes).view(tissues.shape)
+    grain = torch.randn(len(tissues), 120, 120, generator=generator, device=device)
+    image.addcmul_(spread, smooth_field(grain, size_hw))
+    image = _blur(image, draw["blur_px"]).abs_()
+    image *= _coil_bias(draw, size_hw)
+    noise = torch.randn(2, *tissues.shape, generator=generator, device=device) * one["noise"]
+    return torch.hypot(image.add_(noise[0]), noise[1])
+
+
+def appearance(tissues: Tensor, draw: Draw, generator: torch.Generator) -> Tensor:
+    """Turn tissue maps into images: `signal`, then gamma and scaling between percentiles.
+
+    Args:
+        tissues: codes (B, H, W).
+        draw: subjects of `draw_appearance`, one a slice.
+        generator: source of texture and noise, on the tissues' device.
+
+    Returns:
+        Images (B, H, W), float, whole numbers 0..255.
+    """
+    image = signal(tissues, draw, generator)
+    sample = image[:, 1::4, 1::4].flatten(1).sort(dim=1).values  # a sixteenth of the pixels settles a percentile
+    limits = []
+    for name in ("black_percentile", "white_percentile"):
+        position = (draw[name] / 100 * (sample.shape[1] - 1)).round().long()
+        limits.append(sample.gather(1, position[:, None])[:, :, None])
+    black, white = limits
+    image = ((image - black) / (white - black).clamp_min(1e-6)).clamp_(0, 1)
+    return image.pow_(draw["gamma"].view(-1, 1, 1)).mul_(255).round_()
+
+
+def _blur(image: Tensor, sigma_px: Tensor, reach: int = 3) -> Tensor:
+    """Blur each image (B, H, W) by a Gaussian of its own width (B,), cut off after `reach` pixels."""
+    offsets = torch.arange(-reach, reach + 1, device=image.device)
+    weights = torch.exp(-0.5 * (offsets / sigma_px.clamp_min(0.05)[:, None]) ** 2)
+    weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None]
+    for dim in (1, 2):
+        length = image.shape[dim]
+        inside = torch.arange(-reach, length + reach, device=image.device).clamp_(0, length - 1)
+        padded = image.index_select(dim, inside)
+        image = torch.zeros_like(image)
+        for position in range(2 * reach + 1):
+            image.addcmul_(padded.narrow(dim, position, length), weights[:, position])
+    return image
+
+
+def _coil_bias(draw: Draw, size_hw: tuple[int, int]) -> Tensor:
+    """Sensitivity of the surface coils (B, H, W), about 1 in the centre."""
+    angle = torch.deg2rad(draw["coil_angle_deg"]).view(-1, 1, 1)
+    coarse = torch.linspace(-0.5, 0.5, 24, device=angle.device)
+    towards = coarse * angle.cos() + coarse[:, None] * angle.sin()
+    uneven = draw["bias_log"].view(-1, 1, 1) * smooth_field(draw["bias_field"], (24, 24))
+    log = draw["coil_log"].view(-1, 1, 1) * towards + uneven
+    return torch.nn.functional.interpolate(log.exp()[:, None], size=size_hw, mode="bilinear", align_corners=True)[:, 0]

@@ -1,0 +1,165 @@
+"""What a user gets wrong, through MONAI's runner: one message that says what was expected, what came, what to do."""
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from components.phantom.dataset import write_phantom_dataset
+
+CONFIGS = REPOSITORY / "bundles" / "autosam_acdc" / "configs"
+TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}
+
+
+@pytest.fixture
+def phantoms(tmp_path) -> Path:
+    """Patients of its own for each test to spoil: two train, one validates, one tests."""
+    return Path(write_phantom_dataset(str(tmp_path / "data"), patients=4, size_hw_d=(48, 40, 3)))
+
+
+def message_of(run_id: str, name: str, folder: Path, **overrides) -> str:
+    """Run a workflow that must fail and return the whole chain of its errors' messages."""
+    output = {"output_dir": str(folder / "eval")}
+    output |= {"ckpt_dir": str(folder / "models"), "epochs": 1} if name == "train" else {}
+    with pytest.raises(Exception) as caught:  # MONAI wraps a component's error in one of its own
+        monai.bundle.run(run_id, config_file=str(CONFIGS / f"{name}.json"), **{**TINY, **output, **overrides})
+    messages = []
+    error: BaseException | None = caught.value
+    while error is not None:
+        messages.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(messages)
+
+
+def train(phantoms: Path, **overrides) -> str:
+    return message_of("training", "train", phantoms.parent, dataset_dir=str(phantoms), **overrides)
+
+
+def infer(dataset_dir: Path | str, folder: Path) -> str:
+    model = str(folder / "model.pt")
+    return message_of("inferring", "inference", folder, dataset_dir=str(dataset_dir), ckpt_path=model)
+
+
+def rewrite(path: Path, change) -> None:
+    """Change a NIfTI file's voxels."""
+    file = nib.load(path)
+    voxels = change(np.asarray(file.dataobj).astype(np.float32))
+    nib.save(nib.Nifti1Image(voxels, file.affine), path)
+
+
+def first_frame(phantoms: Path, suffix: str = "") -> Path:
+    """A file of every patient's ED frame is spoilt in turn, as the split decides who trains."""
+    return sorted(phantoms.rglob(f"*frame*{suffix}.nii.gz"))[0]
+
+
+def spoil_all(phantoms: Path, change, *, labels: bool) -> None:
+    for path in phantoms.rglob("*_frame*.nii.gz"):
+        if path.name.endswith("_gt.nii.gz") == labels:
+            rewrite(path, change)
+
+
+def test_no_dataset_dir(tmp_path):
+    assert "give --dataset_dir PATH" in message_of("training", "train", tmp_path)
+    assert "give --dataset_dir PATH" in infer("", tmp_path)
+
+
+def test_folder_that_is_not_acdc(tmp_path):
+    (tmp_path / "imagesTr").mkdir()
+    assert "expected folders patient001" in message_of("training", "train", tmp_path, dataset_dir=str(tmp_path))
+
+
+def test_patient_without_ground_truth(phantoms):
+    first_frame(phantoms, "_gt").unlink()
+    assert "has no label of its" in train(phantoms)
+
+
+def test_image_and_label_of_different_shapes(phantoms):
+    spoil_all(phantoms, lambda voxels: voxels[:-1], labels=True)
+    assert "expected the image's shape (48, 40, 3), received (47, 40, 3)" in train(phantoms)
+
+
+def test_label_out_of_range(phantoms):
+    spoil_all(phantoms, lambda voxels: voxels + 1, labels=True)
+    assert "holds labels [4.0]: expected whole numbers 0..3" in train(phantoms)
+
+
+def test_truncated_volume(phantoms):
+    for path in phantoms.rglob("*_frame*.nii.gz"):
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-100]))
+    assert "cannot be read: expected a complete NIfTI file" in train(phantoms)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda voxels: np.where(voxels > voxels.mean(), np.nan, voxels), "NaN or infinite voxels"),
+        (np.ones_like, "has no contrast"),
+    ],
+    ids=["nan", "constant"],
+)
+def test_volume_of_no_use(phantoms, change, message):
+    spoil_all(phantoms, change, labels=False)
+    assert message in train(phantoms)
+
+
+def test_no_sam_checkpoint(phantoms):
+    nowhere = str(phantoms.parent / "sam_vit_b_01ec64.pth")
+    message = train(phantoms, model_type="vit_b", sam_checkpoint=nowhere)
+    assert f"no SAM checkpoint at {nowhere}" in message
+    assert "download_large_files" in message
+
+
+def test_checkpoint_of_another_model_type(phantoms, sam_checkpoint):
+    message = train(phantoms, sam_checkpoint=sam_checkpoint)
+    assert "is a vit_b checkpoint, but model_type is vit_tiny: give --model_type vit_b" in message
+
+
+def test_inference_without_a_model(phantoms):
+    message = infer(phantoms, phantoms.parent)
+    assert f"expected a trained model at '{phantoms.parent / 'model.pt'}'" in message
+    assert "Train first" in message
+
+
+def test_inference_with_another_encoder(phantoms):
+    from components.encoder import SamEncoder
+    from components.heads import ViTHead
+    from components.networks import PromptFreeSam
+
+    state = PromptFreeSam(SamEncoder("vit_tiny"), ViTHead(4)).state_dict()
+    state["encoder.fingerprint"] = state["encoder.fingerprint"] + 1
+    torch.save(state, phantoms.parent / "model.pt")
+    assert "the vit_tiny encoder in use" in infer(phantoms, phantoms.parent)
+
+
+def test_inference_of_a_series_named_itself(tmp_path):
+    from components.encoder import SamEncoder
+    from components.heads import ViTHead
+    from components.networks import PromptFreeSam
+
+    torch.save(PromptFreeSam(SamEncoder("vit_tiny"), ViTHead(4)).state_dict(), tmp_path / "model.pt")
+    series = tmp_path / "patient001_4d.nii.gz"
+    nib.save(nib.Nifti1Image(np.random.RandomState(0).rand(16, 16, 2, 3), np.eye(4)), series)
+    assert "is not one 3D volume: expected (H, W, D), received (16, 16, 2, 3)" in infer(series, tmp_path)
+
+
+def test_switch_given_as_a_word_is_not_taken_for_true(phantoms):
+    assert "trainable must be True or False, received 'false'" in train(phantoms, trainable_encoder="false")
+    assert "resume must be True or False" in train(phantoms, resume="false")
+
+
+def test_error_ends_the_command_with_a_non_zero_exit():
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "train.json")]
+    for arguments, message in (
+        ([], "give --dataset_dir PATH"),
+        (["--labeled_patients", "5"], "Did you mean '--labelled_patients'?"),
+    ):
+        result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode != 0
+        assert message in result.stdout + result.stderr
