@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -44,7 +45,13 @@ class _Scan:
 
 
 def write_phantom_dataset(
-    root: str, *, patients: int = 10, seed: int = 0, size_hw_d: tuple[int, int, int] | None = None, series: bool = False
+    root: str,
+    *,
+    patients: int = 10,
+    seed: int = 0,
+    size_hw_d: tuple[int, int, int] | None = None,
+    zoom: float = 1.0,
+    series: bool = False,
 ) -> str:
     """Write synthetic patients in ACDC's layout, or reuse the folder if the same call has written it before.
 
@@ -57,6 +64,7 @@ def write_phantom_dataset(
         patients: number of patients, at least 1.
         seed: 0 or more; the same seed gives the same voxels.
         size_hw_d: the arrays' shape in the order of their axes (x, y, z), at least (16, 16, 2); it varies by default.
+        zoom: how far the pictures close in on the heart: the field of view is divided by it.
         series: also write the whole heart beat, `patientNNN_4d.nii.gz` (some seconds a patient).
 
     Returns:
@@ -71,7 +79,10 @@ def write_phantom_dataset(
         raise ValueError(f"Expected patients >= 1 and seed >= 0, received patients={patients}, seed={seed}.")
     if size is not None and (len(size) != 3 or min(size[:2]) < 16 or size[2] < 2):
         raise ValueError(f"Expected size_hw_d of three numbers, at least (16, 16, 2), received {size_hw_d}.")
-    arguments = {"format": _FORMAT, "patients": patients, "seed": seed, "size_hw_d": size, "series": series}
+    if not zoom > 0:
+        raise ValueError(f"Expected zoom > 0, received {zoom}.")
+    content: dict[str, Any] = {"seed": seed, "size_hw_d": size, "zoom": zoom, "series": series}
+    arguments = {"format": _FORMAT, "patients": patients, **content}
     target = Path(root)
     if _is_written(target, arguments):
         return str(root)
@@ -79,7 +90,7 @@ def write_phantom_dataset(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         for number in range(1, patients + 1):
-            _write_patient(staging / "training", number, seed=seed, size_hw_d=size, series=series)
+            _write_patient(staging / "training", number, **content)
         files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         (staging / MANIFEST).write_text(json.dumps({"arguments": arguments, "files": files}, indent=2) + "\n")
         staging.chmod(0o755)  # temporary folders are private
@@ -111,7 +122,7 @@ def _is_written(target: Path, arguments: dict) -> bool:
     return True
 
 
-def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None) -> _Scan:
+def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None, zoom: float) -> _Scan:
     """Draw a patient's grid, slices, frames and position."""
     random = np.random.default_rng([seed, number])
     size_hw = _SIZES_HW[(number - 1 + int(random.integers(2))) % len(_SIZES_HW)]
@@ -121,7 +132,7 @@ def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None) -> _Scan:
     if size_hw_d is not None:
         size_hw, depth = (size_hw_d[0], size_hw_d[1]), size_hw_d[2]
         spacing *= _USUAL_SIDE / max(size_hw)
-    spacing_mm = (round(spacing, 4), round(spacing, 4), thickness)
+    spacing_mm = (round(spacing / zoom, 4), round(spacing / zoom, 4), thickness)
     first, last = random.uniform(0.0, 0.06), random.uniform(0.86, 0.97)
     if number % 3 == 0:  # one slice beyond the base, the apex or both
         which = random.integers(1, 4)
@@ -152,9 +163,11 @@ def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None) -> _Scan:
     )
 
 
-def _write_patient(folder: Path, number: int, *, seed: int, size_hw_d: list[int] | None, series: bool) -> None:
+def _write_patient(
+    folder: Path, number: int, *, seed: int, size_hw_d: list[int] | None, zoom: float, series: bool
+) -> None:
     """Write a patient's folder."""
-    scan = _plan_scan(number, seed=seed, size_hw_d=size_hw_d)
+    scan = _plan_scan(number, seed=seed, size_hw_d=size_hw_d, zoom=zoom)
     place = folder / scan.name
     place.mkdir(parents=True)
     info = {
