@@ -18,6 +18,8 @@ transformer = import_from_segment_anything("modeling.transformer")
 
 EMBEDDING_CHANNELS = 256
 TOKEN_NOISE_SEED = 0
+SAM_TOKEN_NOISE = 0.02
+RANDOM_TOKEN_NOISE = 1.0  # less, and the classes of a random decoder take hundreds of steps to part
 
 
 class ViTHead(nn.Module):
@@ -32,16 +34,19 @@ class ViTHead(nn.Module):
     Args:
         out_channels: number of classes C, background included.
         checkpoint: SAM checkpoint whose mask decoder and prompt encoder the head starts from; None for random weights.
-        token_noise: standard deviation of the seeded noise that sets the classes' copies of SAM's tokens apart.
+        token_noise: standard deviation of the seeded noise that sets the classes' copies of SAM's tokens apart; None for
+            0.02, or for 1, the spread of tokens themselves, where these are random and hold nothing worth keeping.
 
     Raises:
         ValueError: when the checkpoint's decoder or prompt encoder does not fit.
         FileNotFoundError: when the checkpoint is not there.
     """
 
-    def __init__(self, out_channels: int, checkpoint: str | None = None, *, token_noise: float = 0.02) -> None:
+    def __init__(self, out_channels: int, checkpoint: str | None = None, *, token_noise: float | None = None) -> None:
         super().__init__()
         decoder, prompts = _sam_decoder(checkpoint)
+        if token_noise is None:
+            token_noise = RANDOM_TOKEN_NOISE if checkpoint is None else SAM_TOKEN_NOISE
         self.out_channels = out_channels
         self.transformer: Any = decoder.transformer
         self.output_upscaling: Any = decoder.output_upscaling

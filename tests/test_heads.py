@@ -88,6 +88,8 @@ def test_vit_head_token_noise_sets_classes_apart_the_same_way_every_time(sam_che
     silent = ViTHead(4, sam_checkpoint, token_noise=0.0).tokens
     assert torch.equal(silent[0], silent[3])
     assert (tokens - silent).std().item() == pytest.approx(0.02, rel=0.1)
+    untaught = ViTHead(4).tokens
+    assert (untaught[0] - untaught[1]).std().item() == pytest.approx(2**0.5, rel=0.1)
 
 
 def test_vit_head_positions_and_no_mask_embedding_are_frozen_buffers():
