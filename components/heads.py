@@ -34,8 +34,8 @@ class ViTHead(nn.Module):
     Args:
         out_channels: number of classes C, background included.
         checkpoint: SAM checkpoint whose mask decoder and prompt encoder the head starts from; None for random weights.
-        token_noise: standard deviation of the seeded noise that sets the classes' copies of SAM's tokens apart; None for
-            0.02, or for 1, the spread of tokens themselves, where these are random and hold nothing worth keeping.
+        token_noise: standard deviation of the seeded noise that sets the classes' copies of SAM's tokens apart; None
+            for 0.02, or without a checkpoint for 1, the spread of the random tokens themselves.
 
     Raises:
         ValueError: when the checkpoint's decoder or prompt encoder does not fit.

@@ -19,8 +19,8 @@ from monai.transforms import MapTransform
 from components.cases import case_name_of, header_spacing_mm
 from components.files import write_atomically
 
-# Label, name and colour of each class: the colours of Okabe and Ito's colour-blind-safe palette that stand out on grey.
-CLASS_STYLES = ((1, "RV", "#56B4E9"), (2, "Myo", "#F0E442"), (3, "LV", "#D55E00"))
+# The colours of Okabe and Ito's colour-blind-safe palette, those that stand out on grey first; they repeat after all.
+CLASS_COLOURS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
 TRUTH_STYLE: dict[str, Any] = {"linestyles": "solid", "linewidths": 1.1}
 PREDICTION_STYLE: dict[str, Any] = {"linestyles": [(0, (2.5, 1.2))], "linewidths": 1.1}
 PANELS_PER_ROW = 6
@@ -34,7 +34,13 @@ Extent = tuple[tuple[int, int], tuple[int, int]]
 
 
 def draw_overlay(
-    image: np.ndarray, label: np.ndarray | None, pred: np.ndarray, *, spacing_mm: Sequence[float], title: str
+    image: np.ndarray,
+    label: np.ndarray | None,
+    pred: np.ndarray,
+    *,
+    spacing_mm: Sequence[float],
+    title: str,
+    class_names: Sequence[str] = ("RV", "Myo", "LV"),
 ) -> Figure:
     """Draw one panel per slice, the image grey, the truth's contours solid and the prediction's dashed.
 
@@ -43,10 +49,11 @@ def draw_overlay(
 
     Args:
         image: grey values `(H,W,D)`, any range.
-        label: true labels `(H,W,D)`, 0 background, 1 RV, 2 Myo, 3 LV; None draws the prediction alone.
+        label: true labels `(H,W,D)`, 0 the background; None draws the prediction alone.
         pred: predicted labels `(H,W,D)`.
         spacing_mm: voxel spacing in mm in array order, three numbers.
         title: heading of the figure.
+        class_names: names of labels 1, 2, ...
 
     Returns:
         A figure that belongs to no global state, to be saved with `savefig`.
@@ -62,14 +69,16 @@ def draw_overlay(
     for z, axes in enumerate(panels):
         axes.imshow(image[..., z].T, cmap="gray", vmin=vmin, vmax=vmax, origin="upper", interpolation="bilinear")
         if label is not None:
-            _draw_contours(axes, label[..., z], TRUTH_STYLE)
-        _draw_contours(axes, pred[..., z], PREDICTION_STYLE)
+            _draw_contours(axes, label[..., z], len(class_names), TRUTH_STYLE)
+        _draw_contours(axes, pred[..., z], len(class_names), PREDICTION_STYLE)
         axes.set(xlim=np.subtract(extent[0], 0.5), ylim=np.subtract(extent[1], 0.5)[::-1], xticks=[], yticks=[])
         axes.set_aspect(spacing_mm[1] / spacing_mm[0])
         axes.set_title(f"slice {z + 1} of {image.shape[2]}", fontsize=8, color="0.35", pad=3)
         axes.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    figure.legend(handles=_legend_lines(has_truth=label is not None), loc="outside lower center", ncols=5, fontsize=9)
+    figure.legend(
+        handles=_legend_lines(class_names, has_truth=label is not None), loc="outside lower center", ncols=5, fontsize=9
+    )
     return figure
 
 
@@ -84,6 +93,7 @@ class SaveOverlayd(MapTransform):
         label_key: key of the true label map `(1,H,W,D)` on the same grid; None, or a key the data lack, draws the
             prediction alone.
         pred_key: key of the predicted label map `(1,H,W,D)` on the same grid.
+        class_names: names of labels 1, 2, ...
         dpi: dots per inch of the picture.
     """
 
@@ -94,6 +104,7 @@ class SaveOverlayd(MapTransform):
         image_key: str = "image",
         label_key: str | None = "label",
         pred_key: str = "pred",
+        class_names: Sequence[str] = ("RV", "Myo", "LV"),
         dpi: int = 150,
     ) -> None:
         super().__init__([key for key in (image_key, label_key, pred_key) if key is not None])
@@ -101,6 +112,7 @@ class SaveOverlayd(MapTransform):
         self.image_key = image_key
         self.label_key = label_key
         self.pred_key = pred_key
+        self.class_names = tuple(class_names)
         self.dpi = dpi
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -118,6 +130,7 @@ class SaveOverlayd(MapTransform):
             self._label_array(data[self.pred_key], self.pred_key),
             spacing_mm=header_spacing_mm(image),
             title=case,
+            class_names=self.class_names,
         )
         with write_atomically(self.output_dir / f"{case}_overlay.png") as temporary:
             figure.savefig(temporary, format="png", dpi=self.dpi)
@@ -178,19 +191,23 @@ def _panel_grid(n_slices: int, extent: Extent, spacing_mm: Sequence[float]) -> t
     return figure, panels[:n_slices]
 
 
-def _draw_contours(axes: Axes, labels: np.ndarray, style: Mapping[str, Any]) -> None:
+def _colour(label: int) -> str:
+    return CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
+
+
+def _draw_contours(axes: Axes, labels: np.ndarray, count: int, style: Mapping[str, Any]) -> None:
     """Draw each class's outline on one slice `(H,W)`; nothing for a class the slice lacks."""
-    for value, _, colour in CLASS_STYLES:
+    for value in range(1, count + 1):
         mask = labels == value
         if mask.any():
             # A rim of background closes the outline of a mask that touches the slice's border.
             x, y = (np.arange(-1, size + 1) for size in mask.shape)
-            axes.contour(x, y, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=colour, **style)
+            axes.contour(x, y, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=_colour(value), **style)
 
 
-def _legend_lines(*, has_truth: bool) -> list[Line2D]:
+def _legend_lines(class_names: Sequence[str], *, has_truth: bool) -> list[Line2D]:
     """Return one line per class and one per kind of contour."""
-    lines = [Line2D([], [], color=colour, linewidth=3, label=name) for _, name, colour in CLASS_STYLES]
+    lines = [Line2D([], [], color=_colour(n), linewidth=3, label=name) for n, name in enumerate(class_names, start=1)]
     kinds = [("truth", TRUTH_STYLE["linestyles"])] if has_truth else []
     kinds.append(("prediction", PREDICTION_STYLE["linestyles"][0]))
     return lines + [Line2D([], [], color="0.2", linestyle=style, label=name) for name, style in kinds]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -274,3 +275,29 @@ def test_default_run_from_the_repositorys_root_trains_too(phantoms, tmp_path):
     )
     succeeds(result)
     assert (tmp_path / "model.pt").is_file()
+
+
+def test_head_and_data_of_ones_own_need_an_overlay_only(phantoms, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "my_package.py").write_text(
+        "import torch\n"
+        "class MyHead(torch.nn.Sequential):\n"
+        "    def __init__(self, out_channels):\n"
+        "        super().__init__(torch.nn.ConvTranspose2d(256, out_channels, 4, stride=4))\n"
+        "def labelled_volumes(folder):\n"
+        "    import glob\n"
+        "    labels = sorted(glob.glob(folder + '/training/*/*_gt.nii.gz'))[:2]\n"
+        "    return [{'image': label.replace('_gt', ''), 'label': label} for label in labels]\n"
+    )
+    monkeypatch.syspath_prepend(str(package))
+    data = {"_target_": "my_package.labelled_volumes", "folder": "@dataset_dir"}
+    overlay = {"out_channels": 5, "class_names": ["a", "b", "c", "d"]}
+    overlay |= {"train#dataset#data": data, "validate#dataset#data": data}
+    overlay |= {"network_def#head": {"_target_": "my_package.MyHead", "out_channels": "@out_channels"}}
+    (tmp_path / "mine.json").write_text(json.dumps(overlay))
+    files = [*config("autosam_acdc", "train"), str(tmp_path / "mine.json")]
+    folders = {"dataset_dir": phantoms, "ckpt_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
+    monai.bundle.run("training", config_file=files, **TINY, **folders, epochs=1)
+    state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert state["head.0.weight"].shape == (256, 5, 4, 4)
