@@ -5,9 +5,9 @@ import torch
 from matplotlib.colors import to_hex
 from monai.data import MetaTensor
 
-from components.overlays import CLASS_STYLES, SaveOverlayd, draw_overlay
+from components.overlays import CLASS_COLOURS, SaveOverlayd, draw_overlay
 
-RV, MYO, LV = (colour.lower() for _, _, colour in CLASS_STYLES)
+RV, MYO, LV = (colour.lower() for colour in CLASS_COLOURS[:3])
 
 
 def label_map(*, size=(40, 30), depth=1, row=10, column=8, value=3):
