@@ -136,7 +136,8 @@ def test_transform_takes_the_spacing_from_the_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr("components.overlays.draw_overlay", remember)
     SaveOverlayd(tmp_path)(case())
-    assert seen == {"spacing_mm": (1.5, 1.5, 10.0), "title": "patient001_frame01"}
+    assert seen["spacing_mm"] == (1.5, 1.5, 10.0)
+    assert seen["title"] == "patient001_frame01"
 
 
 @pytest.mark.parametrize("label_key", ["label", None])
