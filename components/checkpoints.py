@@ -30,7 +30,7 @@ from components.checkpoint_folder import (
     save_atomically,
     set_aside,
 )
-from components.files import remove_partial_files
+from components.files import remove_partial_files, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -167,17 +167,19 @@ class TrainingCheckpoints:
         Args:
             engine: the trainer.
         """
-        score = self._validated_score(engine)
-        if score is not None and self._is_best(score):
-            self.best_score, self.best_epoch = score, engine.state.epoch
-            if _is_writer():
-                save_atomically(self.network.state_dict(), self.ckpt_dir / MODEL_FILENAME)
-                logger.info("epoch %d: best validation score so far, %g, model saved", engine.state.epoch, score)
+        epoch, score = engine.state.epoch, self._validated_score(engine)
+        is_best = score is not None and self._is_best(score)
+        if is_best:
+            self.best_score, self.best_epoch = score, epoch
         self._tell_evaluator()
-        if _is_writer():
-            path = checkpoint_path(self.ckpt_dir, engine.state.epoch)
-            save_atomically(self._checkpoint(engine), path)
-            remove_superseded(self.ckpt_dir, epoch=engine.state.epoch)
+        if not _is_writer():
+            return
+        with write_atomically(checkpoint_path(self.ckpt_dir, epoch)) as partial:
+            torch.save(self._checkpoint(engine), partial)
+            if is_best:  # only now, so that next to no time lies between the model and the record of its score
+                save_atomically(self.network.state_dict(), self.ckpt_dir / MODEL_FILENAME)
+                logger.info("epoch %d: best validation score so far, %g, model saved", epoch, score)
+        remove_superseded(self.ckpt_dir, epoch=epoch)
 
     def finish(self, engine: Engine) -> None:
         """Keep the last model if no validation has chosen one.

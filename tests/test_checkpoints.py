@@ -142,7 +142,13 @@ def test_fresh_run_keeps_the_best_model_and_the_last_two_checkpoints(tmp_path):
 
 def test_model_is_written_before_the_checkpoint_that_records_its_score(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(checkpoints, "save_atomically", lambda _, path: written.append(path.name))
+    replace = Path.replace
+
+    def remember(partial, target):
+        written.append(target.name)
+        return replace(partial, target)
+
+    monkeypatch.setattr(Path, "replace", remember)
     train(tmp_path, scores=[0.1, 0.0, 0.2])
     assert written == [
         "model.pt", "checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt", "model.pt", "checkpoint_epoch=3.pt",
