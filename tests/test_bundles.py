@@ -301,3 +301,34 @@ def test_head_and_data_of_ones_own_need_an_overlay_only(phantoms, tmp_path, monk
     monai.bundle.run("training", config_file=files, **TINY, **folders, epochs=1)
     state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert state["head.0.weight"].shape == (256, 5, 4, 4)
+
+
+def test_real_volumes_are_segmented_on_their_own_grid(trained, acdc_dir, tmp_path):
+    bundle, folder = trained
+    patient = next(iter(sorted((Path(acdc_dir) / "training").glob("patient*"))))
+    model = folder / "models" / "model.pt"
+    overrides = knobs(bundle, dataset_dir=patient, ckpt_path=model, output_dir=tmp_path)
+    succeeds(run(bundle, "inferring", "inference", **overrides))
+    predictions = sorted(tmp_path.glob("*_pred.nii.gz"))
+    assert len(predictions) == 2
+    for path in predictions:
+        prediction, image = nib.load(path), nib.load(patient / path.name.replace("_pred", ""))
+        assert prediction.shape == image.shape
+        assert np.array_equal(prediction.affine, image.affine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_demo_learns_to_segment_patients_it_has_not_seen(bundle, tmp_path):
+    succeeds(run(bundle, "training", "train", "demo", demo_dir=tmp_path))
+    succeeds(run(bundle, "evaluating", "train", "evaluate", "demo", demo_dir=tmp_path))
+    with (tmp_path / "eval" / "summary.csv").open() as file:
+        scores = {row["class"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
+    assert scores["mean"] > 0.7, scores
+
+
+@pytest.mark.slow
+def test_vit_b_at_full_size_trains_on_the_cpu(phantoms, sam_checkpoint, tmp_path):
+    overrides = {"dataset_dir": phantoms, "sam_checkpoint": sam_checkpoint, "ckpt_dir": tmp_path}
+    succeeds(run("linearhead_acdc", "training", "train", **overrides, output_dir=tmp_path, epochs=1, val_interval=1))
+    assert (tmp_path / "model.pt").stat().st_size < 400_000
