@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,8 @@ class SamEncoder(nn.Module):
         FileNotFoundError: when the checkpoint is not there.
     """
 
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["_hashed"]
+
     def __init__(
         self, model_type: str, checkpoint: str | None = None, image_size: int = 1024, trainable: bool = False
     ) -> None:
@@ -164,7 +166,9 @@ class SamEncoder(nn.Module):
         self.image_encoder.requires_grad_(trainable)
         self.pixel_mean = nn.Buffer(torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.pixel_std = nn.Buffer(torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
-        self.fingerprint = nn.Buffer(fingerprint(self.image_encoder.state_dict()))
+        self.fingerprint = nn.Buffer(torch.zeros(32, dtype=torch.uint8))
+        self._hashed: list[tuple[int, int]] = []
+        _refresh_fingerprint(self)
         self.register_state_dict_post_hook(_reduce_to_what_was_trained)
         self.register_load_state_dict_pre_hook(_check_identity)
         self.train(self.training)
@@ -267,6 +271,18 @@ def _check_model_type(state: Mapping[str, torch.Tensor], model_type: str, path: 
             )
 
 
+def _refresh_fingerprint(encoder: SamEncoder) -> torch.Tensor:
+    """Bring an encoder's fingerprint up to date with its weights, hashing them only if they may have changed."""
+    weights = list(encoder.image_encoder.parameters())
+    # Every change in place raises a tensor's version. Weights cast to less than fp32 cannot be hashed as they were.
+    hashed = [(weight.data_ptr(), weight._version) for weight in weights]
+    if hashed != encoder._hashed and all(weight.dtype == torch.float32 for weight in weights):
+        with torch.no_grad():
+            encoder.fingerprint.copy_(fingerprint(encoder.image_encoder.state_dict()))
+        encoder._hashed = hashed
+    return encoder.fingerprint
+
+
 def _weights(state: Mapping[str, Any], prefix: str) -> dict[str, torch.Tensor]:
     """Return the image encoder's entries of a larger state dict, without their prefix."""
     start = f"{prefix}image_encoder."
@@ -274,15 +290,12 @@ def _weights(state: Mapping[str, Any], prefix: str) -> dict[str, torch.Tensor]:
 
 
 def _reduce_to_what_was_trained(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Leave a frozen encoder's weights out of its state dict; bring a trainable one's fingerprint up to date."""
+    """Bring the fingerprint in a state dict up to date, and leave a frozen encoder's weights out."""
     assert isinstance(module, SamEncoder)
-    weights = _weights(state, prefix)
-    if module.trainable:
-        with torch.no_grad():
-            module.fingerprint.copy_(fingerprint(weights))
-        return
-    for key in weights:
-        del state[f"{prefix}image_encoder.{key}"]
+    _refresh_fingerprint(module)  # in place, so in the state dict as well
+    if not module.trainable:
+        for key in _weights(state, prefix):
+            del state[f"{prefix}image_encoder.{key}"]
 
 
 def _check_identity(
@@ -304,14 +317,14 @@ def _check_identity(
         described, what = fingerprint(received), "the encoder weights beside it: the checkpoint is damaged"
         state.setdefault(f"{prefix}fingerprint", described)
     else:
-        described = fingerprint(present)
+        described = _refresh_fingerprint(module).clone()  # loading is about to write into the buffer
         what = (
             f"the {module.model_type} encoder in use: give the --model_type and --sam_checkpoint "
             "that the head was trained with"
         )
         for key, value in present.items():
             state[f"{prefix}image_encoder.{key}"] = value
-    if stored is not None and not torch.equal(stored.cpu(), described):
+    if stored is not None and not torch.equal(stored.cpu(), described.cpu()):
         raise RuntimeError(
             f"the checkpoint's encoder fingerprint {_short(stored)} is not {_short(described)}, that of {what}"
         )

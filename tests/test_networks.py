@@ -106,6 +106,23 @@ def test_full_checkpoint_that_misdescribes_its_encoder_is_refused():
         build().load_state_dict(state)
 
 
+def test_encoder_changed_in_place_is_another_encoder():
+    state = build().state_dict()
+    network = build()
+    with torch.no_grad():
+        network.encoder.image_encoder.pos_embed.add_(1)
+    with pytest.raises(RuntimeError, match="fingerprint"):
+        network.load_state_dict(state)
+    assert not torch.equal(network.state_dict()["encoder.fingerprint"], state["encoder.fingerprint"])
+
+
+def test_head_fits_the_same_encoder_in_half_precision():
+    state = build().state_dict()
+    half = build().half()
+    half.load_state_dict(state)
+    assert torch.equal(half.state_dict()["encoder.fingerprint"], state["encoder.fingerprint"])
+
+
 def test_encoder_in_part_is_refused_even_when_not_strict():
     state = build(trainable=True).state_dict()
     del state["encoder.image_encoder.pos_embed"]
