@@ -14,6 +14,8 @@ SOURCE = "autosam_acdc"
 # Files that make up a bundle; what else lies in its folder was made by running it.
 FILES = ("LICENSE", "large_files.yml", "configs/*.json", "configs/logging.conf", "docs/*")
 
+ONLY_IN_SOURCE = ("configs/demo.json",)  # shows how fast its own head learns
+
 HEAD_OF_SOURCE = """        "head": {
             "_target_": "components.heads.ViTHead",
             "out_channels": "@out_channels",
@@ -21,7 +23,6 @@ HEAD_OF_SOURCE = """        "head": {
         }
 """
 KNOB_OF_ENCODER = '    "trainable_encoder": false,\n'
-KNOB_OF_DEMO_ENCODER = '    "trainable_encoder": true,\n'
 
 Replacements = dict[str, str]
 
@@ -54,7 +55,6 @@ DERIVED: dict[str, dict[str, Replacements]] = {
     "cnnhead_acdc": {
         "configs/train.json": CNN_CONFIG,
         "configs/inference.json": CNN_CONFIG,
-        "configs/demo.json": {KNOB_OF_DEMO_ENCODER: KNOB_OF_DEMO_ENCODER + '    "depth": 2,\n'},
         "configs/metadata.json": {
             METADATA_NAME: '"name": "SAM encoder with CNN head on ACDC"',
             METADATA_HEAD: "a convolutional head of k stages",
@@ -95,6 +95,8 @@ def expected_files() -> dict[Path, str]:
     for bundle, replacements in DERIVED.items():
         for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
             name = path.relative_to(source).as_posix()
+            if name in ONLY_IN_SOURCE:
+                continue
             text = path.read_text(encoding="utf-8")
             for old, new in replacements.get(name, {}).items():
                 if text.count(old) != 1:

@@ -130,12 +130,12 @@ def test_metadata_follows_the_schema(bundle, metadata_schema, tmp_path):
     verify_metadata(meta_file=config(bundle, "metadata")[0], filepath=local)
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
 @pytest.mark.parametrize(
     ("names", "workflow_type"),
-    [(("train",), "train"), (("train", "evaluate"), "train"), (("inference",), "infer"), (("train", "demo"), "train")],
-    ids=["train", "evaluate", "infer", "demo"],
+    [(("train",), "train"), (("train", "evaluate"), "train"), (("inference",), "infer")],
+    ids=["train", "evaluate", "infer"],
 )
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_workflow_has_every_property(bundle, names, workflow_type, phantoms, tmp_path):
     overrides = knobs(bundle, dataset_dir=phantoms, output_dir=str(tmp_path), ckpt_dir=str(tmp_path))
     overrides["labelled_patients"] = 1
@@ -318,10 +318,9 @@ def test_real_volumes_are_segmented_on_their_own_grid(trained, acdc_dir, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", BUNDLES)
-def test_demo_learns_to_segment_patients_it_has_not_seen(bundle, tmp_path):
-    succeeds(run(bundle, "training", "train", "demo", demo_dir=tmp_path))
-    succeeds(run(bundle, "evaluating", "train", "evaluate", "demo", demo_dir=tmp_path))
+def test_demo_learns_to_segment_patients_it_has_not_seen(tmp_path):
+    succeeds(run("autosam_acdc", "training", "train", "demo", demo_dir=tmp_path))
+    succeeds(run("autosam_acdc", "evaluating", "train", "evaluate", "demo", demo_dir=tmp_path))
     with (tmp_path / "eval" / "summary.csv").open() as file:
         scores = {row["class"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
     assert scores["mean"] > 0.7, scores
