@@ -50,7 +50,7 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
         hint = f" Did you mean '--{nearest[0]}'?" if nearest else ""
         raise ValueError(
             f"expected options that the configs define, got '{argument}'{read_as}: no config has the key '{top}'."
-            f"{hint} The keys are: {', '.join(sorted(knobs))}."
+            f"{hint} The keys are: {', '.join(sorted(knob for knob in knobs if not knob.startswith('_')))}."
         )
 
 
