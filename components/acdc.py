@@ -14,6 +14,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 SUBSETS = ("training", "validation", "test")
+CLASS_NAMES = ("RV", "Myo", "LV")  # labels 1, 2 and 3
 LABEL_UNITS = ("patients", "frames")
 HELD_OUT_PERCENT = 15  # of the patients for validation and as many for test (paper section 4.1)
 

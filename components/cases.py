@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 
 def case_name(path: str | os.PathLike[str]) -> str:
@@ -20,7 +24,10 @@ def case_name(path: str | os.PathLike[str]) -> str:
         The file name without `.nii.gz` or `.nii`; any other suffix stays.
     """
     name = Path(path).name
-    return name.removesuffix(".gz").removesuffix(".nii") if name.endswith((".nii", ".nii.gz")) else name
+    for suffix in NIFTI_SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
 
 
 def case_name_of(volume: torch.Tensor) -> str:
@@ -65,3 +72,25 @@ def header_spacing_mm(volume: torch.Tensor) -> tuple[float, ...]:
         "Expected a voxel spacing: a MetaTensor with the affine of its file, or the argument spacing_mm. Received "
         f"{type(volume).__name__} without a header's affine: keep the metadata of LoadImaged, or pass spacing_mm."
     )
+
+
+def checked_spacing_mm(spacing_mm: Sequence[float], spatial_dims: int) -> list[float]:
+    """Return a voxel spacing as floats after checking it.
+
+    Args:
+        spacing_mm: one number per spatial axis, in array order.
+        spatial_dims: number of spatial axes.
+
+    Returns:
+        The spacing in mm.
+
+    Raises:
+        ValueError: if it is not one finite positive number per axis.
+    """
+    spacing = [float(mm) for mm in spacing_mm]
+    if len(spacing) != spatial_dims or not all(math.isfinite(mm) and mm > 0 for mm in spacing):
+        raise ValueError(
+            f"Expected {spatial_dims} positive spacings in mm, one per spatial axis in array order, received "
+            f"{spacing}: take them from the image's header."
+        )
+    return spacing

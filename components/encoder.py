@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.sam import import_from_segment_anything, load_part, read_checkpoint
+from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
 
 image_encoder = import_from_segment_anything("modeling.image_encoder")
 
 logger = logging.getLogger(__name__)
 
 PATCH_SIZE = 16
-EMBEDDING_CHANNELS = 256
 WINDOW_SIZE = 14
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)

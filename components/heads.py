@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.sam import import_from_segment_anything, load_part, read_checkpoint
+from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
 
 common = import_from_segment_anything("modeling.common")
 mask_decoder = import_from_segment_anything("modeling.mask_decoder")
 prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
 transformer = import_from_segment_anything("modeling.transformer")
 
-EMBEDDING_CHANNELS = 256
 TOKEN_NOISE_SEED = 0
 SAM_TOKEN_NOISE = 0.02
 RANDOM_TOKEN_NOISE = 1.0  # less, and the classes of a random decoder take hundreds of steps to part

@@ -12,7 +12,8 @@ from monai.data import MetaTensor
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric, compute_average_surface_distance
 
-from components.cases import header_spacing_mm
+from components.acdc import CLASS_NAMES
+from components.cases import checked_spacing_mm, header_spacing_mm
 
 
 def dice_per_class(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,7 @@ def assd_per_class_mm(y_pred: torch.Tensor, y: torch.Tensor, spacing_mm: Sequenc
     """
     pred, truth = _foreground_masks(y_pred, y)
     size = pred.shape[2:]
-    spacing = _checked_spacing(spacing_mm, len(size))
+    spacing = checked_spacing_mm(spacing_mm, len(size))
     diagonal_mm = math.hypot(*(n * mm for n, mm in zip(size, spacing, strict=True)))
     in_pred, in_truth = _present(pred), _present(truth)
     scores = torch.full(in_pred.shape, torch.nan, dtype=torch.float64, device=pred.device)
@@ -211,7 +212,7 @@ class VolumeDiceHandler(VolumeMetricHandler):
         self,
         output_transform: Callable = lambda x: x,
         save_details: bool = True,
-        class_names: Sequence[str] = ("RV", "Myo", "LV"),
+        class_names: Sequence[str] = CLASS_NAMES,
     ) -> None:
         super().__init__(
             metric_fn=VolumeDice(),
@@ -228,7 +229,7 @@ class VolumeAssdHandler(VolumeMetricHandler):
         self,
         output_transform: Callable = lambda x: x,
         save_details: bool = True,
-        class_names: Sequence[str] = ("RV", "Myo", "LV"),
+        class_names: Sequence[str] = CLASS_NAMES,
         spacing_mm: Sequence[float] | None = None,
     ) -> None:
         super().__init__(
@@ -268,14 +269,3 @@ def _foreground_masks(y_pred: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tens
 def _present(masks: torch.Tensor) -> torch.Tensor:
     """Return whether each mask of `(B,K,spatial...)` holds any voxel, `(B,K)`."""
     return masks.flatten(2).any(-1)
-
-
-def _checked_spacing(spacing_mm: Sequence[float], spatial_dims: int) -> list[float]:
-    """Return the spacing as floats after checking it."""
-    spacing = [float(mm) for mm in spacing_mm]
-    if len(spacing) != spatial_dims or not all(math.isfinite(mm) and mm > 0 for mm in spacing):
-        raise ValueError(
-            f"Expected {spatial_dims} positive spacings in mm, one per spatial axis in array order, received "
-            f"{spacing}: take them from the image's header."
-        )
-    return spacing

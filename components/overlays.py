@@ -16,7 +16,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from monai.transforms import MapTransform
 
-from components.cases import case_name_of, header_spacing_mm
+from components.acdc import CLASS_NAMES
+from components.cases import case_name_of, checked_spacing_mm, header_spacing_mm
 from components.files import write_atomically
 
 # The colours of Okabe and Ito's colour-blind-safe palette, those that stand out on grey first; they repeat after all.
@@ -40,7 +41,7 @@ def draw_overlay(
     *,
     spacing_mm: Sequence[float],
     title: str,
-    class_names: Sequence[str] = ("RV", "Myo", "LV"),
+    class_names: Sequence[str] = CLASS_NAMES,
 ) -> Figure:
     """Draw one panel per slice, the image grey, the truth's contours solid and the prediction's dashed.
 
@@ -104,7 +105,7 @@ class SaveOverlayd(MapTransform):
         image_key: str = "image",
         label_key: str | None = "label",
         pred_key: str = "pred",
-        class_names: Sequence[str] = ("RV", "Myo", "LV"),
+        class_names: Sequence[str] = CLASS_NAMES,
         dpi: int = 150,
     ) -> None:
         super().__init__([key for key in (image_key, label_key, pred_key) if key is not None])
@@ -159,8 +160,7 @@ def _check(image: np.ndarray, label_maps: Sequence[np.ndarray], spacing_mm: Sequ
             f"Expected image, label and pred (H,W,D) on one grid, received {[v.shape for v in (image, *label_maps)]}: "
             "invert prediction and image to the native grid first."
         )
-    if len(spacing_mm) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing_mm):
-        raise ValueError(f"Expected three positive spacings in mm, received {spacing_mm}: take them from the header.")
+    checked_spacing_mm(spacing_mm, spatial_dims=3)
 
 
 def _foreground_extent(label_maps: Sequence[np.ndarray], spacing_mm: Sequence[float]) -> Extent:

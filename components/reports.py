@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 from monai.utils import string_list_all_gather
 
+from components.acdc import CLASS_NAMES
 from components.cases import case_name_of
 from components.files import write_atomically
 
@@ -92,7 +93,7 @@ class EvaluationReport:
         self,
         output_dir: str | os.PathLike[str],
         *,
-        class_names: Sequence[str] = ("RV", "Myo", "LV"),
+        class_names: Sequence[str] = CLASS_NAMES,
         dice: str = "val_mean_dice",
         assd: str = "val_assd_mm",
         image_key: str = "image",

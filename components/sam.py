@@ -18,6 +18,7 @@ CHECKPOINT_FILES = {
     "vit_l": "sam_vit_l_0b3195.pth",
     "vit_h": "sam_vit_h_4b8939.pth",
 }
+EMBEDDING_CHANNELS = 256  # of the image embeddings, between encoder and head
 CHECKPOINT_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 

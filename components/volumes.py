@@ -10,12 +10,11 @@ import nibabel as nib
 from monai.config import NdarrayOrTensor, PathLike
 from monai.data import NibabelWriter
 
-from components.cases import case_name
+from components.cases import NIFTI_SUFFIXES, case_name
 from components.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
 PREDICTION_POSTFIX = "pred"
 NOT_IMAGES = ("_gt", "_" + PREDICTION_POSTFIX)  # names of labels and predictions end in these
 

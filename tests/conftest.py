@@ -20,6 +20,15 @@ def randomise_positions(image_encoder: nn.Module) -> None:
         nn.init.normal_(block.attn.rel_pos_w, std=0.1)
 
 
+def messages_of(error: BaseException | None) -> str:
+    """The messages of an error and of all that led to it: MONAI wraps the errors of what a config names."""
+    messages = []
+    while error is not None:
+        messages.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(messages)
+
+
 @pytest.fixture(scope="session")
 def sam_vit_b() -> nn.Module:
     """`segment_anything`'s own vit_b with random weights."""

@@ -10,8 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, messages_of
 
+from components.encoder import SamEncoder
+from components.heads import ViTHead
+from components.networks import PromptFreeSam
 from components.phantom.dataset import write_phantom_dataset
 
 CONFIGS = REPOSITORY / "bundles" / "autosam_acdc" / "configs"
@@ -30,12 +33,7 @@ def message_of(run_id: str, name: str, folder: Path, **overrides) -> str:
     output |= {"ckpt_dir": str(folder / "models"), "epochs": 1} if name == "train" else {}
     with pytest.raises(Exception) as caught:  # MONAI wraps a component's error in one of its own
         monai.bundle.run(run_id, config_file=str(CONFIGS / f"{name}.json"), **{**TINY, **output, **overrides})
-    messages = []
-    error: BaseException | None = caught.value
-    while error is not None:
-        messages.append(str(error))
-        error = error.__cause__ or error.__context__
-    return "\n".join(messages)
+    return messages_of(caught.value)
 
 
 def train(phantoms: Path, **overrides) -> str:
@@ -47,6 +45,11 @@ def infer(dataset_dir: Path | str, folder: Path) -> str:
     return message_of("inferring", "inference", folder, dataset_dir=str(dataset_dir), ckpt_path=model)
 
 
+def untrained_state() -> dict[str, torch.Tensor]:
+    """What `model.pt` would hold of a network before training."""
+    return PromptFreeSam(SamEncoder("vit_tiny"), ViTHead(4)).state_dict()
+
+
 def rewrite(path: Path, change) -> None:
     """Change a NIfTI file's voxels."""
     file = nib.load(path)
@@ -54,12 +57,8 @@ def rewrite(path: Path, change) -> None:
     nib.save(nib.Nifti1Image(voxels, file.affine), path)
 
 
-def first_frame(phantoms: Path, suffix: str = "") -> Path:
-    """A file of every patient's ED frame is spoilt in turn, as the split decides who trains."""
-    return sorted(phantoms.rglob(f"*frame*{suffix}.nii.gz"))[0]
-
-
 def spoil_all(phantoms: Path, change, *, labels: bool) -> None:
+    """Change the images or the labels of all patients, as the split decides who trains."""
     for path in phantoms.rglob("*_frame*.nii.gz"):
         if path.name.endswith("_gt.nii.gz") == labels:
             rewrite(path, change)
@@ -76,7 +75,7 @@ def test_folder_that_is_not_acdc(tmp_path):
 
 
 def test_patient_without_ground_truth(phantoms):
-    first_frame(phantoms, "_gt").unlink()
+    next(phantoms.rglob("*_gt.nii.gz")).unlink()
     assert "has no label of its" in train(phantoms)
 
 
@@ -128,22 +127,14 @@ def test_inference_without_a_model(phantoms):
 
 
 def test_inference_with_another_encoder(phantoms):
-    from components.encoder import SamEncoder
-    from components.heads import ViTHead
-    from components.networks import PromptFreeSam
-
-    state = PromptFreeSam(SamEncoder("vit_tiny"), ViTHead(4)).state_dict()
+    state = untrained_state()
     state["encoder.fingerprint"] = state["encoder.fingerprint"] + 1
     torch.save(state, phantoms.parent / "model.pt")
     assert "the vit_tiny encoder in use" in infer(phantoms, phantoms.parent)
 
 
 def test_inference_of_a_series_named_itself(tmp_path):
-    from components.encoder import SamEncoder
-    from components.heads import ViTHead
-    from components.networks import PromptFreeSam
-
-    torch.save(PromptFreeSam(SamEncoder("vit_tiny"), ViTHead(4)).state_dict(), tmp_path / "model.pt")
+    torch.save(untrained_state(), tmp_path / "model.pt")
     series = tmp_path / "patient001_4d.nii.gz"
     nib.save(nib.Nifti1Image(np.random.RandomState(0).rand(16, 16, 2, 3), np.eye(4)), series)
     assert "is not one 3D volume: expected (H, W, D), received (16, 16, 2, 3)" in infer(series, tmp_path)

@@ -6,7 +6,7 @@ import torch
 from conftest import randomise_positions
 from torch import nn
 
-from components.encoder import ARCHITECTURES, SamEncoder, fingerprint
+from components.encoder import ARCHITECTURES, ImageEncoder, SamEncoder, fingerprint
 from components.sam import import_from_segment_anything
 
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
@@ -71,8 +71,6 @@ def test_vit_tiny_equals_segment_anything(sam_tiny, tiny_checkpoint):
 @pytest.mark.parametrize(("model_type", "millions"), [("vit_b", 89.67), ("vit_l", 308.28), ("vit_h", 637.03)])
 def test_parameter_counts_are_sams(model_type, millions):
     with torch.device("meta"):
-        from components.encoder import ImageEncoder
-
         encoder = ImageEncoder(ARCHITECTURES[model_type])
     assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 2) == millions
 
