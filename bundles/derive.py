@@ -20,7 +20,7 @@ HEAD_OF_SOURCE = """        "head": {
             "_target_": "components.heads.ViTHead",
             "out_channels": "@out_channels",
             "checkpoint": "@sam_checkpoint"
-        }
+        },
 """
 KNOB_OF_ENCODER = '    "trainable_encoder": false,\n'
 
@@ -31,7 +31,7 @@ CNN_CONFIG: Replacements = {
             "_target_": "components.heads.CNNHead",
             "out_channels": "@out_channels",
             "depth": "@depth"
-        }
+        },
 """,
     KNOB_OF_ENCODER: KNOB_OF_ENCODER + '    "depth": 4,\n',
 }
@@ -39,7 +39,7 @@ LINEAR_CONFIG: Replacements = {
     HEAD_OF_SOURCE: """        "head": {
             "_target_": "components.heads.LinearHead",
             "out_channels": "@out_channels"
-        }
+        },
 """,
 }
 METADATA_NAME = '"name": "AutoSAM (ViT head) on ACDC"'

@@ -1,26 +1,37 @@
 """A training set of 2D slices, drawn from labelled 3D volumes."""
 
+import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
 from monai.data import Dataset
-from monai.transforms import apply_transform
+from monai.transforms import Randomizable, apply_transform
 from tqdm import tqdm
 
 
 class SliceDataset(Dataset):
     """The slices of volumes, each volume loaded and transformed once.
 
+    With `views` = K, a slice is augmented in K ways only and shows another of them every epoch, the same ones in every
+    run: what draws them is the slice's content and the view's number. So a frozen encoder's embeddings of them can be
+    looked up from the (K+1)th epoch on, and K = epochs is fresh augmentation. Views are kept in memory once made.
+
     Args:
         data: one dictionary a volume, such as the paths `image` and `label`.
         transform: loads and transforms a volume's dictionary; must leave `keys` as CxHxWxD arrays of whole numbers in
             0..255 and the same depth D.
-        slice_transform: applied afresh whenever a slice is asked for; takes and returns a dictionary with `keys`
-            as float32 CxHxW tensors.
+        slice_transform: the augmentation; takes and returns a dictionary with `keys` as float32 CxHxW tensors, and
+            with `views` leaves whole numbers in 0..255.
+        views: number of augmented views of each slice, or 0 to augment afresh whenever a slice is asked for.
+        final_transform: applied to every slice or view last, whenever it is asked for.
         keys: the dictionary's items that become slices.
         progress: whether to show a progress bar while the volumes are loaded.
+
+    Raises:
+        ValueError: when `views` is no whole number from 0 on.
     """
 
     def __init__(
@@ -29,16 +40,27 @@ class SliceDataset(Dataset):
         transform: Callable | None = None,
         slice_transform: Callable | None = None,
         *,
+        views: int = 0,
+        final_transform: Callable | None = None,
         keys: Sequence[str] = ("image", "label"),
         progress: bool = True,
     ) -> None:
         super().__init__(data=data, transform=transform)
+        if not isinstance(views, int) or views < 0:
+            raise ValueError(
+                f"views must be a whole number, 0 for fresh augmentation, received {views!r}: "
+                "give for example --views 16"
+            )
         self.slice_transform = slice_transform
+        self.views = views
+        self.final_transform = final_transform
         self.keys = tuple(keys)
+        self._epoch = 1
+        self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._slices: list[dict[str, np.ndarray]] = []
         for item in tqdm(data, desc="Loading volumes", disable=not progress):
             volume: Any = item if transform is None else apply_transform(transform, item)
-            stacks = {key: np.asarray(volume[key]).astype(np.uint8) for key in self.keys}
+            stacks = {key: _in_whole_values(volume[key]) for key in self.keys}
             depth = next(iter(stacks.values())).shape[-1]
             self._slices += [
                 {key: np.ascontiguousarray(stack[..., index]) for key, stack in stacks.items()}
@@ -48,6 +70,65 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self._slices)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to an epoch's views.
+
+        Args:
+            epoch: its number, from 1 on.
+        """
+        self._epoch = epoch
+
     def _transform(self, index: int) -> Any:
-        item = {key: torch.from_numpy(array).float() for key, array in self._slices[index].items()}
-        return item if self.slice_transform is None else apply_transform(self.slice_transform, item)
+        arrays = self._view(index, (self._epoch - 1) % self.views) if self.views else self._slices[index]
+        item = _as_tensors(arrays)
+        if self.views == 0:
+            item = _applied(self.slice_transform, item)
+        return _applied(self.final_transform, item)
+
+    def _view(self, index: int, view: int) -> dict[str, np.ndarray]:
+        """Return an augmented view of a slice, made when first asked for."""
+        if (index, view) not in self._views:
+            if isinstance(self.slice_transform, Randomizable):
+                self.slice_transform.set_random_state(seed=_seed(self._slices[index], view))
+            item = _applied(self.slice_transform, _as_tensors(self._slices[index]))
+            self._views[index, view] = {key: _in_whole_values(item[key]) for key in self.keys}
+        return self._views[index, view]
+
+
+class EpochViews:
+    """Ignite handler that turns a `SliceDataset` to the views of the epoch about to start.
+
+    Args:
+        dataset: the training set.
+    """
+
+    def __init__(self, dataset: SliceDataset) -> None:
+        self.dataset = dataset
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler on a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Turn to the engine's epoch, which after resuming is not the first."""
+        self.dataset.set_epoch(engine.state.epoch)
+
+
+def _in_whole_values(array: Any) -> np.ndarray:
+    return np.asarray(array).astype(np.uint8)
+
+
+def _as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(array).float() for key, array in arrays.items()}
+
+
+def _applied(transform: Callable | None, item: Any) -> Any:
+    return item if transform is None else apply_transform(transform, item)
+
+
+def _seed(arrays: Mapping[str, np.ndarray], view: int) -> int:
+    """Draw a seed from a slice's content and a view's number, alike in every run and whatever else is trained on."""
+    digest = hashlib.sha256(str(view).encode())
+    for key in sorted(arrays):
+        digest.update(arrays[key].tobytes())
+    return int.from_bytes(digest.digest()[:4], "little")

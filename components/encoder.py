@@ -5,12 +5,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from components.attention import RelPosAttention
+from components.embedding_cache import BlankImages, EmbeddingCache
+from components.layers import LayerNorm2d
 from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
 
 image_encoder = import_from_segment_anything("modeling.image_encoder")
@@ -45,10 +48,13 @@ ARCHITECTURES = {
 
 
 class EncoderBlock(image_encoder.Block):  # type: ignore[name-defined]
-    """One transformer block of SAM's image encoder.
+    """One transformer block of SAM's image encoder, on this project's attention; the numbers are the same."""
 
-    Differs: windows are parted and rejoined in one branch, so that it scripts; the numbers are the same.
-    """
+    def __init__(self, dim: int, num_heads: int, *, window_size: int, input_size: tuple[int, int]) -> None:
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        super().__init__(dim, num_heads, norm_layer=norm_layer, window_size=window_size)
+        side = (window_size, window_size) if window_size > 0 else input_size
+        self.attn = RelPosAttention(dim, num_heads, use_rel_pos=True, input_size=side)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend, in windows or globally, then apply the MLP.
@@ -59,15 +65,11 @@ class EncoderBlock(image_encoder.Block):  # type: ignore[name-defined]
         Returns:
             tokens BxHxWxC.
         """
-        shortcut = x
-        x = self.norm1(x)
+        normalised = self.norm1(x)
         if self.window_size > 0:
-            height, width = x.shape[1], x.shape[2]
-            x, padded = image_encoder.window_partition(x, self.window_size)
-            x = image_encoder.window_unpartition(self.attn(x), self.window_size, padded, (height, width))
+            x = x + self.attn.attend_in_windows(normalised, self.window_size)
         else:
-            x = self.attn(x)
-        x = shortcut + x
+            x = x + self.attn(normalised)
         return x + self.mlp(self.norm2(x))
 
 
@@ -92,13 +94,13 @@ class ImageEncoder(image_encoder.ImageEncoderViT):  # type: ignore[name-defined]
             EncoderBlock(
                 dim=architecture.embed_dim,
                 num_heads=architecture.num_heads,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                use_rel_pos=True,
                 window_size=0 if index in architecture.global_attn_indexes else WINDOW_SIZE,
                 input_size=(grid, grid),
             )
             for index in range(architecture.depth)
         )
+        self.neck[1] = LayerNorm2d(EMBEDDING_CHANNELS)
+        self.neck[3] = LayerNorm2d(EMBEDDING_CHANNELS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Encode normalised images.
@@ -132,22 +134,39 @@ class SamEncoder(nn.Module):
     dict with encoder weights must hold all of them and describe them truly, and is loaded; one without must carry the
     fingerprint of the weights already here. A trainable encoder's `state_dict()` holds its weights as well.
 
+    With `cache_dir`, an image seen before is looked up instead of encoded, also by other runs and processes: by its
+    exact content, under the fingerprint of the weights as they are now, `image_size` and precision. A new image's
+    embedding is rounded to the cache's storage type as well, so that no epoch differs from the next. Without it,
+    blank images alone are remembered. Scripted, traced and exported, the encoder encodes everything, in fp32.
+
     Args:
         model_type: `vit_b`, `vit_l`, `vit_h` or `vit_tiny`.
         checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, always the same ones.
         image_size: side in pixels to which images are resized, a multiple of 16.
         trainable: whether the encoder's weights train too (the paper's "AutoSAM (ft all)").
+        cache_dir: folder in which embeddings are kept; None for no cache.
+        cache_gb: most that this folder may hold, in units of 10^9 bytes; beyond it nothing more is kept.
+        cache_dtype: type in which they are kept, `float16` or `float32` (twice the space, nothing rounded).
 
     Raises:
-        ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, or a
-            `trainable` that is no bool (a command line's `false` arrives as a word, which would count as true).
+        ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, a `trainable`
+            that is no bool (a command line's `false` arrives as a word, which would count as true), or a cache for a
+            trainable encoder.
         FileNotFoundError: when the checkpoint is not there.
     """
 
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["_hashed"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["_hashed", "cache", "_known"]
 
     def __init__(
-        self, model_type: str, checkpoint: str | None = None, image_size: int = 1024, trainable: bool = False
+        self,
+        model_type: str,
+        checkpoint: str | None = None,
+        image_size: int = 1024,
+        trainable: bool = False,
+        *,
+        cache_dir: str | None = None,
+        cache_gb: float = 16.0,
+        cache_dtype: str = "float16",
     ) -> None:
         super().__init__()
         if model_type not in ARCHITECTURES:
@@ -158,6 +177,11 @@ class SamEncoder(nn.Module):
             raise ValueError(
                 f"trainable must be True or False, received {trainable!r}: write `--trainable_encoder True` or False"
             )
+        if trainable and cache_dir is not None:
+            raise ValueError(
+                "a trainable encoder's embeddings change with every step, so none can be looked up: "
+                "give --cache_dir '$None', or --trainable_encoder False"
+            )
         self.model_type = model_type
         self.image_size = image_size
         self.trainable = trainable
@@ -166,6 +190,10 @@ class SamEncoder(nn.Module):
         self.pixel_mean = nn.Buffer(torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.pixel_std = nn.Buffer(torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
         self.fingerprint = nn.Buffer(torch.zeros(32, dtype=torch.uint8))
+        self.cache = None
+        if cache_dir is not None:
+            self.cache = EmbeddingCache(cache_dir, limit_gb=cache_gb, dtype=cache_dtype)
+        self._known = BlankImages() if self.cache is None else self.cache
         self._hashed: list[tuple[int, int]] = []
         _refresh_fingerprint(self)
         self.register_state_dict_post_hook(_reduce_to_what_was_trained)
@@ -183,10 +211,13 @@ class SamEncoder(nn.Module):
         """
         # A single return: torch.jit.script cannot leave a `with` block early.
         if self.trainable:
-            embeddings = self.image_encoder(self.preprocess(images))
+            embeddings = self._encode(images)
         else:
             with torch.no_grad():
-                embeddings = self.image_encoder(self.preprocess(images))
+                if torch.jit.is_scripting():  # noqa: SIM108 - a branch that only a statement leaves out of the script
+                    embeddings = self._encode(images)
+                else:
+                    embeddings = self._encode_once(images)
         return embeddings
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
@@ -210,6 +241,43 @@ class SamEncoder(nn.Module):
                 antialias=shrinks,
             )
         return (images - self.pixel_mean) / self.pixel_std
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode a batch in one piece."""
+        return self.image_encoder(self.preprocess(images)).contiguous()
+
+    @torch.jit.unused
+    def _encode_once(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode those images of a batch that are not known yet, and each of them once.
+
+        Args:
+            images: Bx3xHxW in 0..255.
+
+        Returns:
+            embeddings Bx256x(image_size/16)x(image_size/16).
+        """
+        weights_dtype = self.image_encoder.neck[0].weight.dtype
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or weights_dtype != torch.float32:
+            return self._encode(images)
+        namespace = self._namespace(images.device.type)
+        keys = [self._known.key(namespace, image) for image in images]
+        known = {key: self._known.get(key) for key in dict.fromkeys(keys)}
+        first = {key: images[index] for index, key in reversed(list(enumerate(keys))) if known[key] is None}
+        new = list(first)
+        # On a CPU a batch beyond one full-size image only costs memory.
+        step = max(1, (1024 // self.image_size) ** 2) if images.device.type == "cpu" else len(images)
+        for start in range(0, len(new), step):
+            part = new[start : start + step]
+            for key, embedding in zip(part, self._encode(torch.stack([first[key] for key in part])), strict=True):
+                known[key] = self._known.put(key, embedding)
+        return torch.stack([cast(torch.Tensor, known[key]).to(images.device, torch.float32) for key in keys])
+
+    def _namespace(self, device_type: str) -> str:
+        """Name all that an embedding depends on besides the image."""
+        reduced = torch.is_autocast_enabled(device_type)
+        precision = torch.get_autocast_dtype(device_type) if reduced else torch.float32
+        identity = bytes(_refresh_fingerprint(self).tolist()).hex()
+        return f"{identity} image_size={self.image_size} precision={precision}"
 
     def train(self, mode: bool = True) -> "SamEncoder":
         """Set training mode, which a frozen encoder ignores."""

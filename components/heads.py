@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from components.layers import LayerNorm2d
 from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
 
-common = import_from_segment_anything("modeling.common")
 mask_decoder = import_from_segment_anything("modeling.mask_decoder")
 prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
 transformer = import_from_segment_anything("modeling.transformer")
@@ -49,6 +49,7 @@ class ViTHead(nn.Module):
         self.out_channels = out_channels
         self.transformer: Any = decoder.transformer
         self.output_upscaling: Any = decoder.output_upscaling
+        self.output_upscaling[1] = _fused(self.output_upscaling[1])
         self.hypernetwork: Any = decoder.output_hypernetworks_mlps[0]
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).detach()
         noise = torch.randn(out_channels, *tokens.shape, generator=torch.Generator().manual_seed(TOKEN_NOISE_SEED))
@@ -184,7 +185,7 @@ class LinearHead(nn.Sequential):
     def __init__(self, out_channels: int) -> None:
         super().__init__(
             nn.ConvTranspose2d(EMBEDDING_CHANNELS, 64, kernel_size=2, stride=2),
-            common.LayerNorm2d(64),
+            LayerNorm2d(64),
             nn.GELU(),
             nn.ConvTranspose2d(64, 32, kernel_size=2, stride=2),
             nn.GELU(),
@@ -192,6 +193,13 @@ class LinearHead(nn.Sequential):
             nn.ReLU(),
             nn.Conv2d(32, out_channels, kernel_size=1),
         )
+
+
+def _fused(norm: Any) -> LayerNorm2d:
+    """Return SAM's layer normalisation over channels in its fused form, with the same weights."""
+    fused = LayerNorm2d(norm.weight.shape[0])
+    fused.load_state_dict(norm.state_dict())
+    return fused
 
 
 def _conv_relu(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, nn.Module]:

@@ -1,8 +1,16 @@
 """The network that joins SAM's image encoder and a prompt-free head."""
 
+import functools
+import logging
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class PromptFreeSam(nn.Module):
@@ -10,15 +18,26 @@ class PromptFreeSam(nn.Module):
 
     Source: paper figure 2. Its checkpoints hold what was trained; `components.encoder.SamEncoder` says how.
 
+    Precision is the network's own: it enters autocast for the device that the images are on, so the engines' `amp`
+    stays false. Weights, gradients and logits are fp32 in any case. Scripted, traced and exported, it computes in fp32.
+
     Args:
         encoder: from images Bx3xHxW in 0..255 to embeddings Bx256xhxw.
         head: from embeddings to logits BxCx4hx4w.
+        precision: `fp32`; `bf16` (products and convolutions of encoder and head, in training too); or `auto`, bf16
+            where the device computes it natively and fp32 elsewhere.
+
+    Raises:
+        ValueError: for another precision.
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Module, precision: str = "auto") -> None:
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         self.encoder = encoder
         self.head = head
+        self.precision = precision
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
@@ -27,10 +46,50 @@ class PromptFreeSam(nn.Module):
             images: Bx3xHxW in 0..255.
 
         Returns:
-            raw logits BxCxHxW, interpolated where the head's grid is another.
+            raw logits BxCxHxW, fp32 if the weights are, interpolated where the head's grid is another.
         """
-        logits = self.head(self.encoder(images))
+        if torch.jit.is_scripting():  # noqa: SIM108 - a branch that only a statement leaves out of the script
+            logits = self.head(self.encoder(images))
+        else:
+            logits = self._segment(images)
         size = [images.shape[2], images.shape[3]]
         if logits.shape[2] != size[0] or logits.shape[3] != size[1]:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits
+
+    @torch.jit.unused
+    def _segment(self, images: torch.Tensor) -> torch.Tensor:
+        """Run encoder and head in this network's precision."""
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return self.head(self.encoder(images))
+        with self._autocast(images.device.type):
+            logits = self.head(self.encoder(images))
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def _autocast(self, device_type: str) -> AbstractContextManager:
+        """Return the context in which this network computes on a type of device."""
+        native = has_native_bf16(device_type)
+        if self.precision == "bf16" and not native:
+            _warn_of_emulation(device_type)
+        if self.precision == "bf16" or (self.precision == "auto" and native):
+            return torch.autocast(device_type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def has_native_bf16(device_type: str) -> bool:
+    """Tell whether this machine has bf16 matrix units: AMX in its CPU, or a GPU of compute capability 8 or later.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+
+    Returns:
+        whether; False for other types.
+    """
+    if device_type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@functools.cache
+def _warn_of_emulation(device_type: str) -> None:
+    logger.warning("this %s computes bf16 by emulation, far slower than fp32: give --precision auto", device_type)

@@ -30,7 +30,7 @@ def phantoms(tmp_path) -> Path:
 def message_of(run_id: str, name: str, folder: Path, **overrides) -> str:
     """Run a workflow that must fail and return the whole chain of its errors' messages."""
     output = {"output_dir": str(folder / "eval")}
-    output |= {"ckpt_dir": str(folder / "models"), "epochs": 1} if name == "train" else {}
+    output |= {"ckpt_dir": str(folder / "models"), "cache_dir": "$None", "epochs": 1} if name == "train" else {}
     with pytest.raises(Exception) as caught:  # MONAI wraps a component's error in one of its own
         monai.bundle.run(run_id, config_file=str(CONFIGS / f"{name}.json"), **{**TINY, **output, **overrides})
     return messages_of(caught.value)
@@ -138,6 +138,17 @@ def test_inference_of_a_series_named_itself(tmp_path):
     series = tmp_path / "patient001_4d.nii.gz"
     nib.save(nib.Nifti1Image(np.random.RandomState(0).rand(16, 16, 2, 3), np.eye(4)), series)
     assert "is not one 3D volume: expected (H, W, D), received (16, 16, 2, 3)" in infer(series, tmp_path)
+
+
+def test_cache_for_a_trainable_encoder(phantoms):
+    message = train(phantoms, trainable_encoder=True, cache_dir=str(phantoms.parent / "embeddings"))
+    assert "embeddings change with every step, so none can be looked up: give --cache_dir '$None'" in message
+
+
+def test_cache_folder_that_is_a_file(phantoms):
+    (phantoms.parent / "embeddings").write_text("not a folder")
+    message = train(phantoms, cache_dir=str(phantoms.parent / "embeddings"))
+    assert "give --cache_dir another folder, or '$None' for none" in message
 
 
 def test_switch_given_as_a_word_is_not_taken_for_true(phantoms):

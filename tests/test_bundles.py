@@ -37,9 +37,10 @@ def config(bundle: str, *names: str) -> list[str]:
 
 
 def knobs(bundle: str, **others) -> dict:
-    """Overrides for a quick run of any bundle."""
+    """Overrides for a quick run of any bundle; one that trains keeps its embeddings beside its checkpoints."""
     depth = {"depth": 2} if bundle == "cnnhead_acdc" else {}
-    return {**TINY, **depth, **others}
+    cache = {"cache_dir": str(others["ckpt_dir"]) + "_embeddings"} if "ckpt_dir" in others else {}
+    return {**TINY, **depth, **cache, **others}
 
 
 def run(bundle: str, run_id: str, *names: str, cwd: Path | None = None, **overrides) -> subprocess.CompletedProcess:
@@ -140,6 +141,7 @@ def test_workflow_has_every_property(bundle, names, workflow_type, phantoms, tmp
     overrides = knobs(bundle, dataset_dir=phantoms, output_dir=str(tmp_path), ckpt_dir=str(tmp_path))
     overrides["labelled_patients"] = 1
     if workflow_type == "infer":
+        del overrides["cache_dir"]
         overrides["ckpt_path"] = str(Path(overrides.pop("ckpt_dir")) / "model.pt")
     workflow = ConfigWorkflow(config(bundle, *names), workflow_type=workflow_type, logging_file=False, **overrides)
     workflow.initialize()
@@ -185,6 +187,43 @@ def test_training_leaves_the_head_the_last_epochs_and_tensorboard_events(trained
     state = torch.load(folder / "models" / "model.pt", weights_only=True)
     assert [key for key in state if key.startswith("encoder.")] == ["encoder.fingerprint"]
     assert list((folder / "eval").glob("events.out.tfevents.*"))
+
+
+def looked_up_and_encoded(output: str) -> tuple[int, int]:
+    """What the last line about the embedding cache says of a run."""
+    counts = re.findall(r"this run looked up (\d+), encoded (\d+)", output)
+    return int(counts[-1][0]), int(counts[-1][1])
+
+
+def test_each_image_is_encoded_once_for_all_epochs_validations_and_heads(phantoms, tmp_path):
+    # Of four patients of four slices a frame two are trained on, 16 slices in two views, and one validates, 8 slices.
+    shared = {"dataset_dir": phantoms, "output_dir": tmp_path / "eval", "cache_dir": tmp_path / "embeddings"}
+    training = {"labelled_patients": "$None", "views": 2, "epochs": 3, "val_interval": 1}
+    for bundle in BUNDLES:
+        overrides = knobs(bundle, **shared, **training, ckpt_dir=tmp_path / bundle)
+        counts = looked_up_and_encoded(succeeds(run(bundle, "training", "train", **overrides)))
+        assert counts == (3 * (16 + 8), 2 * 16 + 8 if bundle == BUNDLES[0] else 0)
+    overrides = knobs(BUNDLES[0], **shared, ckpt_dir=tmp_path / BUNDLES[0])
+    for n_encoded in (8, 0):
+        output = succeeds(run(BUNDLES[0], "evaluating", "train", "evaluate", **overrides))
+        assert str(tmp_path / "embeddings") in output
+        assert looked_up_and_encoded(output) == (8, n_encoded)
+
+
+def test_predictions_are_the_same_with_and_without_the_cache(trained, phantoms, tmp_path):
+    bundle, folder = trained
+    predictions = {}
+    for name, cache in {
+        "none": {"cache_dir": "$None"},
+        "float32": {"cache_dir": tmp_path / "full", "network_def#encoder#cache_dtype": "float32"},
+        "float16": {"cache_dir": tmp_path / "half"},
+    }.items():
+        overrides = knobs(bundle, dataset_dir=phantoms, ckpt_dir=folder / "models", output_dir=tmp_path / name)
+        succeeds(run(bundle, "evaluating", "train", "evaluate", **{**overrides, **cache}))
+        files = sorted((tmp_path / name).glob("*_pred.nii.gz"))
+        predictions[name] = np.stack([np.asarray(nib.load(file).dataobj) for file in files])
+    assert np.array_equal(predictions["float32"], predictions["none"])
+    assert (predictions["float16"] != predictions["none"]).mean() < 0.001
 
 
 def test_resumed_training_goes_on_after_the_last_epoch(trained, phantoms, tmp_path):
@@ -270,6 +309,7 @@ def test_default_run_from_the_repositorys_root_trains_too(phantoms, tmp_path):
     ]
     command += ["--bundle_root", "bundles/linearhead_acdc", "--dataset_dir", phantoms, "--ckpt_dir", str(tmp_path)]
     command += ["--output_dir", str(tmp_path), "--epochs", "1", "--model_type", "vit_tiny", "--image_size", "64"]
+    command += ["--cache_dir", str(tmp_path / "embeddings")]
     result = subprocess.run(
         [*command, "--sam_checkpoint", "$None"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -298,7 +338,7 @@ def test_head_and_data_of_ones_own_need_an_overlay_only(phantoms, tmp_path, monk
     (tmp_path / "mine.json").write_text(json.dumps(overlay))
     files = [*config("autosam_acdc", "train"), str(tmp_path / "mine.json")]
     folders = {"dataset_dir": phantoms, "ckpt_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
-    monai.bundle.run("training", config_file=files, **TINY, **folders, epochs=1)
+    monai.bundle.run("training", config_file=files, **TINY, **folders, cache_dir="$None", epochs=1)
     state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert state["head.0.weight"].shape == (256, 5, 4, 4)
 
@@ -328,6 +368,7 @@ def test_demo_learns_to_segment_patients_it_has_not_seen(tmp_path):
 
 @pytest.mark.slow
 def test_vit_b_at_full_size_trains_on_the_cpu(phantoms, sam_checkpoint, tmp_path):
-    overrides = {"dataset_dir": phantoms, "sam_checkpoint": sam_checkpoint, "ckpt_dir": tmp_path}
+    overrides = {"dataset_dir": phantoms, "sam_checkpoint": sam_checkpoint, "ckpt_dir": tmp_path, "views": 1}
+    overrides["cache_dir"] = tmp_path / "embeddings"
     succeeds(run("linearhead_acdc", "training", "train", **overrides, output_dir=tmp_path, epochs=1, val_interval=1))
     assert (tmp_path / "model.pt").stat().st_size < 400_000

@@ -6,6 +6,7 @@ from monai.handlers import CheckpointLoader, CheckpointSaver
 from monai.networks.utils import copy_model_state
 from torch import nn
 
+from components import networks
 from components.encoder import RANDOM_WEIGHTS_SEED, SamEncoder
 from components.heads import LinearHead
 from components.networks import PromptFreeSam
@@ -20,7 +21,7 @@ def build(trainable: bool = False, *, other_encoder: bool = False, image_size: i
         del state["fingerprint"]
         state["image_encoder.neck.0.weight"] = state["image_encoder.neck.0.weight"] + 0.1
         encoder.load_state_dict(state)
-    return PromptFreeSam(encoder, LinearHead(4))
+    return PromptFreeSam(encoder, LinearHead(4), precision="fp32")
 
 
 def head_differs(first: nn.Module, second: nn.Module) -> bool:
@@ -38,6 +39,42 @@ def test_scripted_network_equals_eager_and_carries_the_encoder():
     torch.testing.assert_close(scripted(IMAGES), network(IMAGES))
     assert "encoder.image_encoder.pos_embed" in scripted.state_dict()
     assert "encoder.image_encoder.pos_embed" not in network.state_dict()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_bf16_gives_fp32_logits_near_those_of_fp32_and_trains_fp32_weights(trainable):
+    network = build(trainable)
+    expected = network(IMAGES)
+    network.precision = "bf16"
+    logits = network(IMAGES)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05 * float(expected.detach().abs().max()))
+    logits.square().mean().backward()
+    assert {p.grad.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "native", "reduced"), [("auto", True, True), ("auto", False, False)])
+def test_auto_precision_is_bf16_only_where_native(precision, native, reduced, monkeypatch):
+    network = build()
+    expected = network(IMAGES)
+    network.precision = precision
+    monkeypatch.setattr(networks, "has_native_bf16", lambda _device_type: native)
+    assert torch.equal(network(IMAGES), expected) != reduced
+
+
+def test_forced_bf16_says_so_where_it_is_emulated(monkeypatch, caplog):
+    monkeypatch.setattr(networks, "has_native_bf16", lambda _device_type: False)
+    networks._warn_of_emulation.cache_clear()
+    network = PromptFreeSam(SamEncoder("vit_tiny", image_size=64), LinearHead(4), precision="bf16")
+    network(IMAGES)
+    network(IMAGES)
+    assert caplog.text.count("emulation") == 1
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="unknown precision 'half': expected one of auto, fp32, bf16"):
+        PromptFreeSam(SamEncoder("vit_tiny", image_size=64), LinearHead(4), precision="half")
 
 
 def test_frozen_checkpoint_holds_head_and_fingerprint_only():

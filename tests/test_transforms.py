@@ -8,7 +8,6 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Resized
 
-from components.datasets import SliceDataset
 from components.transforms import LoadVolumed, PadInPlaneToSquared, RoundIntensityd
 
 SHAPE = (6, 10, 3)
@@ -134,23 +133,3 @@ def test_values_are_clipped_and_rounded():
     rounded = RoundIntensityd("image")({"image": torch.tensor([-3.0, 0.4, 0.6, 254.6, 300.0]), "other": 1})
     assert rounded["image"].tolist() == [0, 0, 1, 255, 255]
     assert rounded["other"] == 1
-
-
-def test_slice_dataset_yields_each_slice_of_each_volume(case):
-    dataset = SliceDataset([case, case], load, progress=False)
-    assert len(dataset) == 6
-    volume = load(case)
-    for index in range(6):
-        assert torch.equal(dataset[index]["image"], volume["image"][..., index % 3].as_tensor())
-        assert torch.equal(dataset[index]["label"], volume["label"][..., index % 3].as_tensor())
-
-
-def test_slice_transform_sees_a_fresh_copy_every_time(case):
-    def blacken(item):
-        item["image"].zero_()
-        return item
-
-    dataset = SliceDataset([case], load, blacken, progress=False)
-    assert dataset[0]["image"].sum() == 0
-    dataset.slice_transform = None
-    assert dataset[0]["image"].sum() > 0

@@ -1,0 +1,510 @@
+import copy
+import hashlib
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
+from torch import nn
+
+from components import embedding_cache
+from components.embedding_cache import EmbeddingCache, EmbeddingCacheReport
+
+REPOSITORY = Path(__file__).parents[1]
+SHAPE = (4, 8, 8)
+N_BYTES = {"float16": 512, "float32": 1024}  # of 256 values
+FILE_BYTES = 128 + 512 + 32 + 4  # NumPy's header, float16 values, key, checksum
+GB = 1e9
+
+# What the scripts of other processes share: an embedding that anyone can compute anew from the number of its image.
+COMMON = """
+import os, random, signal, sys, time
+import torch
+from components.embedding_cache import EmbeddingCache
+torch.set_num_threads(1)
+folder = sys.argv[1]
+def image(n):
+    return torch.full((1, 2, 2), float(n))
+def embedding(n, size=256):
+    return torch.randn(size, generator=torch.Generator().manual_seed(n)).half()
+"""
+
+
+def run(script: str, *arguments: object) -> str:
+    """The output of a script in a process of its own, which must succeed and never meet a half-written entry."""
+    result = subprocess.run(
+        [sys.executable, "-c", COMMON + script, *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "damaged" not in result.stderr
+    return result.stdout
+
+
+def embedding_of(seed: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def key_of(n: int) -> bytes:
+    return hashlib.sha256(bytes([n])).digest()
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.npy"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_embedding_comes_back_rounded_to_the_storage_type(tmp_path, dtype, in_memory):
+    cache = EmbeddingCache(None if in_memory else str(tmp_path), dtype=dtype)
+    key = cache.key("encoder", torch.zeros(3, 2, 2))
+    assert cache.get(key) is None
+    stored = cache.put(key, embedding_of(0))
+    assert stored.dtype == getattr(torch, dtype)
+    assert bits(stored) == bits(embedding_of(0).to(stored.dtype))
+    if not in_memory:
+        cache = EmbeddingCache(str(tmp_path), dtype=dtype)
+    found = cache.get(key)
+    assert found.shape == SHAPE
+    assert found.dtype == stored.dtype
+    assert bits(found) == bits(stored)
+
+
+def test_hit_in_another_process_has_the_bits_that_the_miss_returned(tmp_path):
+    cache = EmbeddingCache(str(tmp_path))
+    stored = cache.put(cache.key("encoder", torch.full((1, 2, 2), 7.0)), embedding_of(7))
+    script = """
+found = EmbeddingCache(folder).get(EmbeddingCache(None).key("encoder", image(7)))
+print(tuple(found.shape), found.dtype, found.numpy().tobytes().hex())
+"""
+    assert run(script, tmp_path).strip() == f"{SHAPE} torch.float16 {bits(stored).hex()}"
+
+
+def test_entry_is_a_numpy_file(tmp_path):
+    cache = EmbeddingCache(str(tmp_path))
+    stored = cache.put(key_of(0), embedding_of(0))
+    (path,) = entries(tmp_path)
+    assert path.stat().st_size == FILE_BYTES
+    assert np.array_equal(np.load(path), stored.numpy())
+
+
+def test_key_depends_on_everything_that_an_embedding_depends_on():
+    cache = EmbeddingCache(None)
+    image = torch.zeros(3, 4, 4)
+    third = image.clone()
+    third[2, 3, 3] = 0.3
+    nearly_third = third.clone()
+    nearly_third[2, 3, 3] = 0.3 + 1e-7  # far below a grey value
+    assert float(nearly_third[2, 3, 3]) != float(third[2, 3, 3])
+    keys = [
+        cache.key("encoder", image),
+        cache.key("other encoder", image),
+        EmbeddingCache(None, dtype="float32").key("encoder", image),
+        cache.key("encoder", image.to(torch.float64)),
+        cache.key("encoder", image.to(torch.int32)),  # the same bytes
+        cache.key("encoder", image.view(3, 2, 8)),  # likewise
+        cache.key("encoder", image[None]),  # likewise
+        cache.key("encoder", -image),  # -0.0 equals 0.0, but not in its bytes
+        cache.key("encoder", third),
+        cache.key("encoder", nearly_third),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert {len(key) for key in keys} == {32}
+
+
+def test_every_pixel_changes_the_key():
+    cache = EmbeddingCache(None)
+    images = torch.eye(27).view(27, 3, 3, 3)  # one pixel set in each
+    assert len({cache.key("encoder", image) for image in images}) == 27
+
+
+def test_same_content_has_the_same_key_however_it_lies_in_memory():
+    cache = EmbeddingCache(None)
+    image = torch.rand(3, 4, 5)
+    key = cache.key("encoder", image)
+    assert key == cache.key("encoder", image.permute(2, 0, 1).contiguous().permute(1, 2, 0))
+    assert key == cache.key("encoder", image.clone().requires_grad_())
+    assert key == cache.key("encoder", MetaTensor(image))
+    assert key == EmbeddingCache(None).key("encoder", image)
+    assert cache.key("encoder", image.bfloat16()) != key
+
+
+def test_stored_embedding_is_a_plain_copy_that_trains_whatever_it_was_made_of(tmp_path):
+    original = embedding_of(0)
+    cache = EmbeddingCache(str(tmp_path), dtype="float32")
+    stored = cache.put(key_of(0), original)
+    original.zero_()
+    assert torch.equal(stored, embedding_of(0))
+    with torch.inference_mode():
+        cache.put(key_of(1), MetaTensor(embedding_of(1)) * 2)
+        read = EmbeddingCache(str(tmp_path), dtype="float32").get(key_of(1))
+    for embedding in (cache.get(key_of(1)), read):
+        assert type(embedding) is torch.Tensor
+        weight = torch.ones(SHAPE, requires_grad=True)
+        (weight * embedding).sum().backward()
+        assert torch.equal(weight.grad, embedding_of(1) * 2)
+
+
+def damage(kind: str, path: Path, other: Path) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "bit flipped in the values":
+        content[300] ^= 1
+    elif kind == "bit flipped in the header":
+        content[20] ^= 1
+    elif kind == "bit flipped in the checksum":
+        content[-1] ^= 1
+    elif kind == "truncated":
+        del content[-100:]
+    elif kind == "half written":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    elif kind == "longer":
+        content += b"\0"
+    elif kind == "empty":
+        content.clear()
+    elif kind == "zeros":
+        content[:] = bytes(4)  # whose last four bytes are the CRC-32 of nothing
+    elif kind == "another embedding's file":
+        content[:] = other.read_bytes()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "bit flipped in the values",
+        "bit flipped in the header",
+        "bit flipped in the checksum",
+        "truncated",
+        "half written",
+        "longer",
+        "empty",
+        "zeros",
+        "another embedding's file",
+    ],
+)
+def test_damaged_entry_is_a_miss_and_is_replaced(tmp_path, caplog, kind):
+    cache = EmbeddingCache(str(tmp_path))
+    for n in range(2):
+        cache.put(key_of(n), embedding_of(n))
+    path, other = (next(p for p in entries(tmp_path) if p.stem == key_of(n).hex()) for n in range(2))
+    damage(kind, path, other)
+    fresh = EmbeddingCache(str(tmp_path))
+    assert fresh.get(key_of(0)) is None
+    assert f"{path} is damaged" in caplog.text
+    assert (fresh.hits, fresh.misses) == (0, 1)
+    fresh.put(key_of(0), embedding_of(5))
+    assert bits(EmbeddingCache(str(tmp_path)).get(key_of(0))) == bits(embedding_of(5).half())
+    assert bits(EmbeddingCache(str(tmp_path)).get(key_of(1))) == bits(embedding_of(1).half())
+
+
+def test_whole_entry_of_another_dtype_or_kind_is_a_miss(tmp_path):
+    cache = EmbeddingCache(str(tmp_path))
+    cache.put(key_of(0), embedding_of(0))
+    assert EmbeddingCache(str(tmp_path), dtype="float32").get(key_of(0)) is None
+    (path,) = entries(tmp_path)
+    words = embedding_cache._pack(torch.zeros(256, dtype=torch.int16), key_of(0))
+    path.write_bytes(words)
+    assert EmbeddingCache(str(tmp_path)).get(key_of(0)) is None
+
+
+def test_killed_writers_leave_no_wrong_embedding(tmp_path):
+    # Forked, as importing torch twenty times would take longer than all the rest.
+    script = """
+def fill():
+    cache = EmbeddingCache(folder, memory_gb=0)
+    for n in range(10_000):
+        key = cache.key("encoder", image(n))
+        if cache.get(key) is None:
+            cache.put(key, embedding(n, size=100_000))
+chance = random.Random(0)
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        fill()
+        os._exit(0)
+    time.sleep(chance.uniform(0.01, 0.1))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+cache = EmbeddingCache(folder, memory_gb=0)
+for n in range(10_000):
+    found = cache.get(cache.key("encoder", image(n)))
+    if found is None:
+        break
+    assert torch.equal(found, embedding(n, size=100_000)), n
+key = cache.key("encoder", image(n))
+cache.put(key, embedding(n, size=100_000))
+assert torch.equal(cache.get(key), embedding(n, size=100_000))
+print(n)
+"""
+    n_written = int(run(script, tmp_path))
+    assert n_written >= 10
+    assert len(entries(tmp_path)) == n_written + 1  # and none besides those checked
+    others = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {path.name for path in entries(tmp_path)}
+    assert others == {".lock"}
+
+
+def test_two_processes_filling_at_once_leave_no_wrong_embedding(tmp_path):
+    # Each holds another embedding of the same images: whoever is first, both must go on with the same bits.
+    script = """
+def fill(number, out):
+    cache = EmbeddingCache(folder)
+    for n in range(200):
+        key = cache.key("encoder", image(n))
+        value = cache.get(key)
+        if value is None:
+            value = cache.put(key, embedding(n) + number)
+        out.write(value.numpy().tobytes().hex() + chr(10))
+    out.close()
+wait, go = os.pipe()
+children = []
+for number in (1, 2):
+    children.append(os.fork())
+    if children[-1] == 0:
+        os.close(go)
+        os.read(wait, 1)  # until the parent closes its end
+        fill(number, open(sys.argv[1 + number], "w"))
+        os._exit(0)
+os.close(go)
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+"""
+    folder, *outputs = (tmp_path / name for name in ("cache", "first", "second"))
+    run(script, folder, *outputs)
+    first, second = (output.read_text().split() for output in outputs)
+    assert len(first) == 200
+    assert first == second
+    cache = EmbeddingCache(str(folder))
+    for n, returned in enumerate(first):
+        found = cache.get(cache.key("encoder", torch.full((1, 2, 2), float(n))))
+        assert bits(found).hex() == returned
+        seeded = torch.randn(256, generator=torch.Generator().manual_seed(n)).half()
+        assert any(torch.equal(found, seeded + number) for number in (1, 2))
+
+
+def test_slower_process_takes_over_what_the_faster_one_stored(tmp_path):
+    faster, slower = EmbeddingCache(str(tmp_path)), EmbeddingCache(str(tmp_path))
+    assert faster.get(key_of(0)) is None
+    assert slower.get(key_of(0)) is None
+    stored = faster.put(key_of(0), embedding_of(1))
+    assert bits(slower.put(key_of(0), embedding_of(2))) == bits(stored)
+    assert bits(slower.get(key_of(0))) == bits(stored)
+
+
+def test_at_the_limit_nothing_more_is_admitted_and_earlier_entries_stay(tmp_path):
+    cache = EmbeddingCache(str(tmp_path), limit_gb=2.5 * FILE_BYTES / GB, memory_gb=0)
+    for n in range(4):
+        assert bits(cache.put(key_of(n), embedding_of(n))) == bits(embedding_of(n).half())
+    assert cache.size_bytes() == 2 * FILE_BYTES
+    assert cache.refused == 2
+    assert [cache.get(key_of(n)) is not None for n in range(4)] == [True, True, False, False]
+    reopened = EmbeddingCache(str(tmp_path), limit_gb=2.5 * FILE_BYTES / GB)
+    reopened.put(key_of(5), embedding_of(5))
+    assert (reopened.refused, len(entries(tmp_path))) == (1, 2)
+
+
+def test_damaged_entry_is_replaced_even_at_the_limit(tmp_path):
+    limit_gb = FILE_BYTES / GB
+    EmbeddingCache(str(tmp_path), limit_gb=limit_gb).put(key_of(0), embedding_of(0))
+    damage("bit flipped in the values", entries(tmp_path)[0], tmp_path)
+    cache = EmbeddingCache(str(tmp_path), limit_gb=limit_gb)
+    cache.put(key_of(0), embedding_of(0))
+    assert cache.refused == 0
+    assert EmbeddingCache(str(tmp_path)).get(key_of(0)) is not None
+
+
+def test_caches_sharing_a_folder_count_each_others_entries(tmp_path):
+    limit_gb = 4 * FILE_BYTES / GB  # a 64th of it is less than one entry, so each recounts at every write
+    first, second = (EmbeddingCache(str(tmp_path), limit_gb=limit_gb) for _ in range(2))
+    for n in range(0, 10, 2):
+        first.put(key_of(n), embedding_of(n))
+        second.put(key_of(n + 1), embedding_of(n + 1))
+    assert 4 <= len(entries(tmp_path)) <= 5  # one too many at most: the last to write had not seen the other's
+    assert first.refused + second.refused == 10 - len(entries(tmp_path))
+
+
+def test_memory_is_limited_and_the_disk_holds_the_rest(tmp_path):
+    cache = EmbeddingCache(str(tmp_path), memory_gb=2.5 * N_BYTES["float16"] / GB)
+    for n in range(4):
+        cache.put(key_of(n), embedding_of(n))
+    for path in entries(tmp_path):
+        path.unlink()
+    assert [cache.get(key_of(n)) is not None for n in range(4)] == [True, True, False, False]
+    assert cache.refused == 0
+
+
+def test_second_look_up_is_served_from_memory(tmp_path):
+    EmbeddingCache(str(tmp_path)).put(key_of(0), embedding_of(0))
+    cache = EmbeddingCache(str(tmp_path))
+    found = cache.get(key_of(0))
+    entries(tmp_path)[0].unlink()
+    assert cache.get(key_of(0)) is found
+
+
+def test_memory_serves_what_the_disk_has_no_room_for(tmp_path):
+    cache = EmbeddingCache(str(tmp_path), limit_gb=0)
+    cache.put(key_of(0), embedding_of(0))
+    assert (cache.refused, entries(tmp_path)) == (1, [])
+    assert bits(cache.get(key_of(0))) == bits(embedding_of(0).half())
+
+
+def test_without_a_folder_embeddings_live_in_memory_up_to_its_limit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = EmbeddingCache(None, memory_gb=2.5 * N_BYTES["float32"] / GB, dtype="float32")
+    for n in range(4):
+        assert cache.get(key_of(n)) is None
+        assert torch.equal(cache.put(key_of(n), embedding_of(n)), embedding_of(n))
+    assert [cache.get(key_of(n)) is not None for n in range(4)] == [True, True, False, False]
+    assert (cache.hits, cache.misses, cache.refused) == (2, 6, 2)
+    assert cache.size_bytes() == 2 * N_BYTES["float32"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copied_cache_finds_the_same_entries_and_counts_for_itself(tmp_path, through):
+    cache = EmbeddingCache(str(tmp_path), limit_gb=3, memory_gb=2, dtype="float32")
+    cache.get(key_of(0))
+    cache.put(key_of(0), embedding_of(0))
+    copied = through(cache)
+    assert (copied.folder, copied.limit_gb, copied.memory_gb, copied.dtype) == (tmp_path, 3, 2, "float32")
+    assert torch.equal(copied.get(key_of(0)), embedding_of(0))
+    assert (copied.hits, copied.misses) == (1, 0)
+    assert (cache.hits, cache.misses) == (0, 1)
+
+
+def test_forked_child_reads_and_writes_beside_its_parent(tmp_path):
+    script = """
+cache = EmbeddingCache(folder)
+keys = [cache.key("encoder", image(n)) for n in range(3)]
+cache.put(keys[0], embedding(0))
+child = os.fork()
+cache.put(keys[1 + (child == 0)], embedding(1 + (child == 0)))
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print([torch.equal(cache.get(keys[n]), embedding(n)) for n in range(3)])
+"""
+    assert run(script, tmp_path).strip() == "[True, True, True]"
+
+
+def test_nothing_is_made_before_the_first_look_up(tmp_path):
+    cache = EmbeddingCache(str(tmp_path / "cache"))
+    cache.key("encoder", torch.zeros(1))
+    assert "0 embeddings, 0.00 of 16 GB" in cache.describe()
+    assert not (tmp_path / "cache").exists()
+    cache.get(key_of(0))
+    assert (tmp_path / "cache").is_dir()
+
+
+def test_home_is_found_in_a_folder_that_no_shell_has_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert EmbeddingCache("~/cache").folder == tmp_path / "cache"
+
+
+def test_folder_that_cannot_be_made_is_refused_with_a_way_out(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    cache = EmbeddingCache(str(tmp_path / "file" / "cache"))
+    for use in (lambda: cache.get(key_of(0)), lambda: cache.put(key_of(0), embedding_of(0))):
+        with pytest.raises(
+            OSError, match=r"expected a folder that can be .* received .*file/cache .*--cache_dir .*'\$None'"
+        ):
+            use()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_that_cannot_be_written_is_refused_with_a_way_out(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(OSError, match=r"expected a folder that can be .*--cache_dir .*'\$None'"):
+            EmbeddingCache(str(tmp_path)).get(key_of(0))
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_disk_that_fills_up_during_a_run_does_not_end_it(tmp_path, monkeypatch, caplog):
+    cache = EmbeddingCache(str(tmp_path), memory_gb=0)
+    cache.get(key_of(0))
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    for n in range(2):
+        assert bits(cache.put(key_of(n), embedding_of(n))) == bits(embedding_of(n).half())
+    assert (cache.refused, entries(tmp_path)) == (2, [])
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    large = torch.tensor([1.0, -70000.0])
+    cache = EmbeddingCache(str(tmp_path))
+    with pytest.raises(ValueError, match=r"float16's range of 65504, received values up to 70000: .*'float32'"):
+        cache.put(key_of(0), large)
+    assert cache.get(key_of(0)) is None
+    assert torch.equal(EmbeddingCache(str(tmp_path), dtype="float32").put(key_of(0), large), large)
+    assert float(cache.put(key_of(1), torch.tensor([65504.0]))) == 65504
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_values_that_are_not_finite_are_refused(tmp_path, value, dtype):
+    cache = EmbeddingCache(str(tmp_path), dtype=dtype)
+    with pytest.raises(ValueError, match=r"expected an embedding of finite values"):
+        cache.put(key_of(0), torch.tensor([1.0, value, 2.0]))
+    assert cache.get(key_of(0)) is None
+
+
+def test_unknown_dtype_is_refused_naming_both():
+    with pytest.raises(ValueError, match="expected dtype float16 or float32, received 'bfloat16'"):
+        EmbeddingCache(None, dtype="bfloat16")
+
+
+class Encoder(nn.Module):
+    def __init__(self, cache: EmbeddingCache | None) -> None:
+        super().__init__()
+        self.cache = cache
+
+
+def test_report_logs_where_the_embeddings_are_and_what_the_run_made_of_them(tmp_path, caplog):
+    cache = EmbeddingCache(str(tmp_path), limit_gb=3 * FILE_BYTES / GB, memory_gb=0)
+    for n in (0, 1, 2, 3, 0, 1):  # four misses, of which three fit, and two hits
+        if cache.get(key_of(n)) is None:
+            cache.put(key_of(n), embedding_of(n))
+    engine = Engine(lambda *_: None)
+    EmbeddingCacheReport(nn.Sequential(nn.Linear(1, 1), Encoder(cache))).attach(engine)
+    with caplog.at_level(logging.INFO, logger="components.embedding_cache"):
+        engine.run([0])
+    (message,) = caplog.messages
+    assert message == (
+        f"embedding cache {tmp_path}: 3 embeddings, 0.00 of 2.028e-06 GB; "
+        "this run looked up 6, encoded 4, found no room for 1"
+    )
+
+
+def test_report_of_a_memory_only_cache_says_so():
+    cache = EmbeddingCache(None)
+    cache.put(key_of(0), torch.zeros(5_000_000))  # 10 MB at 2 bytes
+    assert cache.describe() == (
+        "embedding cache in memory: 1 embeddings, 0.01 of 4 GB; this run looked up 0, encoded 0"
+    )
+
+
+def test_report_of_a_network_without_a_cache_logs_nothing(caplog):
+    engine = Engine(lambda *_: None)
+    EmbeddingCacheReport(nn.Sequential(Encoder(None), nn.Linear(1, 1))).attach(engine)
+    with caplog.at_level(logging.INFO, logger="components.embedding_cache"):
+        engine.run([0])
+    assert caplog.messages == []
