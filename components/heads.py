@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.layers import LayerNorm2d
+from components.layers import TokenUpscale, image_of_tokens
 from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
+from components.two_way import TwoWayTransformer
 
 mask_decoder = import_from_segment_anything("modeling.mask_decoder")
 prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
-transformer = import_from_segment_anything("modeling.transformer")
 
 TOKEN_NOISE_SEED = 0
 SAM_TOKEN_NOISE = 0.02
@@ -47,10 +47,9 @@ class ViTHead(nn.Module):
         if token_noise is None:
             token_noise = RANDOM_TOKEN_NOISE if checkpoint is None else SAM_TOKEN_NOISE
         self.out_channels = out_channels
-        self.transformer: Any = decoder.transformer
-        self.output_upscaling: Any = decoder.output_upscaling
-        self.output_upscaling[1] = _fused(self.output_upscaling[1])
-        self.hypernetwork: Any = decoder.output_hypernetworks_mlps[0]
+        self.transformer = decoder.transformer
+        self.output_upscaling = decoder.output_upscaling
+        self.hypernetwork = decoder.output_hypernetworks_mlps[0]
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).detach()
         noise = torch.randn(out_channels, *tokens.shape, generator=torch.Generator().manual_seed(TOKEN_NOISE_SEED))
         self.tokens = nn.Parameter(tokens + token_noise * noise)
@@ -66,23 +65,15 @@ class ViTHead(nn.Module):
         Returns:
             logits BxCx4hx4w.
         """
-        batch, channels, height, width = embeddings.shape
+        batch, _, height, width = embeddings.shape
         image = embeddings.flatten(2).transpose(1, 2) + self.no_mask_embed
-        positions = self.positional_encoding(height, width)
         tokens = self.tokens.unsqueeze(0).expand(batch, -1, -1, -1)
+        queries, image = self.transformer(tokens, image, self.positional_encoding(height, width))
 
-        queries, keys = self._attend_from_shared_image(tokens, image, positions)
-        tokens = tokens.flatten(0, 1)
-        for index, layer in enumerate(self.transformer.layers):
-            if index > 0:  # rather than a slice of the list, which torch.jit.script cannot call
-                queries, keys = layer(queries=queries, keys=keys, query_pe=tokens, key_pe=positions)
-        attended = self.transformer.final_attn_token_to_image(q=queries + tokens, k=keys + positions, v=keys)
-        queries = self.transformer.norm_final_attn(queries + attended)
-
-        mask_token = queries[:, 1]  # the IoU token comes first, then the tokens of masks 0 to 3
-        features = self.output_upscaling(keys.transpose(1, 2).reshape(-1, channels, height, width))
-        logits = torch.einsum("nc,nchw->nhw", self.hypernetwork(mask_token), features)
-        return logits.unflatten(0, [batch, self.out_channels])
+        features = self.output_upscaling(image)
+        mask = self.hypernetwork(queries[:, 1])  # the IoU token comes first, then the tokens of masks 0 to 3
+        logits = torch.einsum("nc,nprstuc->nprstu", mask, features).unsqueeze(-1)
+        return image_of_tokens(logits, height, width).view(batch, self.out_channels, 4 * height, 4 * width)
 
     def positional_encoding(self, height: int, width: int) -> torch.Tensor:
         """Encode the positions of a grid by SAM's random Fourier features.
@@ -103,42 +94,6 @@ class ViTHead(nn.Module):
         points = 2 * torch.stack([grid_x, grid_y], dim=-1) - 1
         angles = 2 * math.pi * (points @ frequencies)
         return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1).flatten(0, 1)
-
-    def _attend_from_shared_image(
-        self, tokens: torch.Tensor, image: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the first two-way block, whose image side is the same for all classes and so is projected once.
-
-        Source: `TwoWayAttentionBlock.forward` with `skip_first_layer_pe`.
-
-        Args:
-            tokens: BxCxTx256.
-            image: Bx(h*w)x256.
-            positions: (h*w)x256.
-
-        Returns:
-            queries (B*C)xTx256 and, now different for each class, keys (B*C)x(h*w)x256.
-        """
-        batch, classes, count, channels = tokens.shape
-        layer = self.transformer.layers[0]
-        flat = tokens.flatten(0, 1)
-        queries = layer.norm1(layer.self_attn(q=flat, k=flat, v=flat))
-
-        # Queries attend independently of one another: all classes' tokens can ask the one image together.
-        asked = (queries + flat).view(batch, classes * count, channels)
-        attended = layer.cross_attn_token_to_image(q=asked, k=image + positions, v=image)
-        queries = layer.norm2(queries + attended.view(batch * classes, count, channels))
-        queries = layer.norm3(queries + layer.mlp(queries))
-
-        attention = layer.cross_attn_image_to_token
-        heads = attention.num_heads
-        q = attention.q_proj(image + positions).unflatten(2, [heads, -1]).transpose(1, 2).unsqueeze(1)
-        k = attention.k_proj(queries + flat).view(batch, classes, count, heads, -1).transpose(2, 3)
-        v = attention.v_proj(queries).view(batch, classes, count, heads, -1).transpose(2, 3)
-        weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
-        attended = attention.out_proj((weights @ v).transpose(2, 3).flatten(3))
-        keys = layer.norm4(image.unsqueeze(1) + attended)
-        return queries, keys.flatten(0, 1)
 
 
 class CNNHead(nn.Sequential):
@@ -173,7 +128,7 @@ class CNNHead(nn.Sequential):
 
 
 class LinearHead(nn.Sequential):
-    """Two transposed convolutions, then two point-wise ones.
+    """Two transposed convolutions, then two point-wise ones, all as matrix products on the positions.
 
     Source: paper section 3.2, "Linear Layer". Differs: the authors' code ends on a ReLU, after which a class whose
     logits fall below zero never learns again; here the logits are raw.
@@ -184,22 +139,29 @@ class LinearHead(nn.Sequential):
 
     def __init__(self, out_channels: int) -> None:
         super().__init__(
-            nn.ConvTranspose2d(EMBEDDING_CHANNELS, 64, kernel_size=2, stride=2),
-            LayerNorm2d(64),
+            TokenUpscale(EMBEDDING_CHANNELS, 64),
+            nn.LayerNorm(64, eps=1e-6),
             nn.GELU(),
-            nn.ConvTranspose2d(64, 32, kernel_size=2, stride=2),
+            TokenUpscale(64, 32),
             nn.GELU(),
-            nn.Conv2d(32, 32, kernel_size=1),
+            nn.Linear(32, 32),
             nn.ReLU(),
-            nn.Conv2d(32, out_channels, kernel_size=1),
+            nn.Linear(32, out_channels),
         )
 
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Decode each position on its own, and bring the results into place at the end.
 
-def _fused(norm: Any) -> LayerNorm2d:
-    """Return SAM's layer normalisation over channels in its fused form, with the same weights."""
-    fused = LayerNorm2d(norm.weight.shape[0])
-    fused.load_state_dict(norm.state_dict())
-    return fused
+        Args:
+            embeddings: Bx256xhxw.
+
+        Returns:
+            logits BxCx4hx4w.
+        """
+        x = embeddings.flatten(2).transpose(1, 2)
+        for layer in self:
+            x = layer(x)
+        return image_of_tokens(x, embeddings.shape[2], embeddings.shape[3])
 
 
 def _conv_relu(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, nn.Module]:
@@ -210,8 +172,12 @@ def _sam_decoder(checkpoint: str | None) -> tuple[Any, Any]:
     """Build SAM's mask decoder and prompt encoder as `build_sam` does, filled from a checkpoint if one is given."""
     decoder = mask_decoder.MaskDecoder(
         transformer_dim=EMBEDDING_CHANNELS,
-        transformer=transformer.TwoWayTransformer(depth=2, embedding_dim=EMBEDDING_CHANNELS, num_heads=8, mlp_dim=2048),
+        transformer=TwoWayTransformer(depth=2, embedding_dim=EMBEDDING_CHANNELS, num_heads=8, mlp_dim=2048),
     )
+    # Of the same parameters, but on tokens.
+    decoder.output_upscaling[0] = TokenUpscale(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS // 4)
+    decoder.output_upscaling[1] = nn.LayerNorm(EMBEDDING_CHANNELS // 4, eps=1e-6)
+    decoder.output_upscaling[3] = TokenUpscale(EMBEDDING_CHANNELS // 4, EMBEDDING_CHANNELS // 8)
     # The two sizes only serve prompts, of which there are none.
     prompts = prompt_encoder.PromptEncoder(EMBEDDING_CHANNELS, (64, 64), (1024, 1024), mask_in_chans=16)
     if checkpoint is not None:

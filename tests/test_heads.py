@@ -2,6 +2,11 @@ import pytest
 import torch
 
 from components.heads import CNNHead, LinearHead, ViTHead
+from components.sam import import_from_segment_anything
+
+common = import_from_segment_anything("modeling.common")
+mask_decoder = import_from_segment_anything("modeling.mask_decoder")
+transformer = import_from_segment_anything("modeling.transformer")
 
 HEADS = {
     "vit": lambda: ViTHead(4),
@@ -63,6 +68,76 @@ def test_vit_head_with_one_class_and_no_noise_is_sams_decoder_without_prompts(sa
         )
         received = head(embeddings)
     torch.testing.assert_close(received, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def duplicated_decoder(head: ViTHead, embeddings: torch.Tensor) -> torch.Tensor:
+    """What the head computes, by SAM's own modules on an image that is duplicated for each class."""
+    sams = transformer.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048).double()
+    sams.load_state_dict(head.transformer.state_dict())
+    upscaling = mask_decoder.MaskDecoder(transformer_dim=256, transformer=sams).output_upscaling.double()
+    upscaling.load_state_dict(head.output_upscaling.state_dict())
+    # The head's own parameters, so that gradients arrive there.
+    for module, own in ((sams, head.transformer), (upscaling, head.output_upscaling)):
+        for name, parameter in own.named_parameters():
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, parameter)
+    batch, classes = len(embeddings), head.out_channels
+    height, width = embeddings.shape[2:]
+    image = (embeddings + head.no_mask_embed.view(1, -1, 1, 1)).repeat_interleave(classes, 0)
+    positions = head.positional_encoding(height, width).t().view(1, 256, height, width)
+    tokens = head.tokens.repeat(batch, 1, 1)
+    queries, keys = sams(image, positions.repeat(batch * classes, 1, 1, 1), tokens)
+    features = upscaling(keys.transpose(1, 2).view(batch * classes, 256, height, width))
+    masks = (head.hypernetwork(queries[:, 1]).unsqueeze(1) @ features.flatten(2)).view(-1, 4 * height, 4 * width)
+    return masks.view(batch, classes, 4 * height, 4 * width)
+
+
+def test_vit_head_equals_the_decoder_duplicated_for_each_class_with_all_gradients():
+    torch.manual_seed(0)
+    head = ViTHead(3).double()
+    embeddings = torch.randn(2, 256, 4, 3, dtype=torch.float64, requires_grad=True)
+    pairs = []
+    for decode in (head, lambda x: duplicated_decoder(head, x)):
+        head.zero_grad()
+        embeddings.grad = None
+        logits = decode(embeddings)
+        logits.sin().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in head.named_parameters()}
+        pairs.append({"logits": logits.detach(), "embeddings": embeddings.grad.clone(), **gradients})
+    received, expected = pairs
+    assert len(expected) == 2 + len(list(head.parameters()))
+    for name, value in expected.items():
+        torch.testing.assert_close(received[name], value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_linear_head_equals_convolutions_of_the_same_weights():
+    torch.manual_seed(0)
+    head = LinearHead(4).double()
+    convolutions = torch.nn.Sequential(
+        torch.nn.ConvTranspose2d(256, 64, kernel_size=2, stride=2),
+        common.LayerNorm2d(64),
+        torch.nn.GELU(),
+        torch.nn.ConvTranspose2d(64, 32, kernel_size=2, stride=2),
+        torch.nn.GELU(),
+        torch.nn.Conv2d(32, 32, kernel_size=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(32, 4, kernel_size=1),
+    ).double()
+    shapes = {name: value.shape for name, value in convolutions.state_dict().items()}
+    convolutions.load_state_dict({name: value.view(shapes[name]) for name, value in head.state_dict().items()})
+    embeddings = torch.randn(2, 256, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(head(embeddings), convolutions(embeddings))
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn2", "linear"])
+def test_head_in_bf16_is_near_fp32(name):
+    torch.manual_seed(0)
+    head = HEADS[name]()
+    embeddings = torch.randn(2, 256, 4, 4)
+    expected = head(embeddings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        received = head(embeddings)
+    torch.testing.assert_close(received.float(), expected, rtol=0, atol=0.05 * float(expected.detach().abs().max()))
 
 
 def test_vit_head_classes_and_images_do_not_mix():
