@@ -35,8 +35,16 @@ class RelPosAttention(image_encoder.Attention):  # type: ignore[name-defined]
             tokens BxHxWxC.
         """
         batch, height, width, channels = x.shape
-        attended = self._attend(self.qkv(x).view(batch, height * width, 3, self.num_heads, -1), height, width)
-        return self.proj(attended.view(batch, height, width, channels))
+        tokens = x.flatten(1, 2)
+        # Three products rather than one: each has a block of memory of its own, small enough to be reused.
+        weights = self.qkv.weight.view(3, channels, channels)
+        bias = self.qkv.bias
+        assert bias is not None
+        biases = bias.view(3, channels)
+        q = F.linear(tokens, weights[0], biases[0]).unflatten(2, [self.num_heads, -1])
+        k = F.linear(tokens, weights[1], biases[1]).unflatten(2, [self.num_heads, -1])
+        v = F.linear(tokens, weights[2], biases[2]).unflatten(2, [self.num_heads, -1])
+        return self.proj(self._attend(q, k, v, height, width).view(batch, height, width, channels))
 
     def attend_in_windows(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
         """Attend within windows that tile the grid from its top left corner.
@@ -48,38 +56,43 @@ class RelPosAttention(image_encoder.Attention):  # type: ignore[name-defined]
         Returns:
             tokens BxHxWxC.
         """
+        rows_of_windows = max(1, rows_at_a_time(x, 3 * x.shape[3]) // window_size)
+        strips = [self._attend_in_strip(strip, window_size) for strip in x.split(rows_of_windows * window_size, dim=1)]
+        return torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
+
+    def _attend_in_strip(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
+        """Attend within the windows of a strip of the grid; see `attend_in_windows`."""
         batch, height, width, channels = x.shape
         rows, columns = -(-height // window_size), -(-width // window_size)
         qkv = self.qkv(x)
         bias = self.qkv.bias
         assert bias is not None
-        # Rather than pad the tokens with zeros: what the projection makes of those.
-        right = columns * window_size - width
-        if right > 0:
-            qkv = torch.cat([qkv, bias.to(qkv.dtype).expand(batch, height, right, -1)], dim=2)
-        below = rows * window_size - height
-        if below > 0:
-            qkv = torch.cat([qkv, bias.to(qkv.dtype).expand(batch, below, columns * window_size, -1)], dim=1)
+        if height % window_size > 0 or width % window_size > 0:
+            # Rather than pad the tokens with zeros: what the projection makes of those.
+            padded = bias.to(qkv.dtype).repeat(batch, rows * window_size, columns * window_size, 1)
+            padded[:, :height, :width] = qkv
+            qkv = padded
         qkv = qkv.view(batch, rows, window_size, columns, window_size, 3 * channels).transpose(2, 3)
         qkv = qkv.reshape(batch * rows * columns, window_size * window_size, 3, self.num_heads, -1)
-        attended = self._attend(qkv, window_size, window_size)
+        attended = self._attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], window_size, window_size)
         attended = attended.view(batch, rows, columns, window_size, window_size, channels).transpose(2, 3)
         attended = attended.reshape(batch, rows * window_size, columns * window_size, channels)
         return self.proj(attended[:, :height, :width])
 
-    def _attend(self, qkv: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Attend over grids of tokens.
 
         Args:
-            qkv: Gx(`height`*`width`)x3xheadsxD, G grids.
+            q: queries Gx(`height`*`width`)xheadsxD, G grids; keys `k` and values `v` likewise.
+            k: keys.
+            v: values.
             height: rows of a grid.
             width: columns of a grid.
 
         Returns:
             Gx(`height`*`width`)x(heads*D).
         """
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         bias_h, bias_w = self._relative_positions(q, height, width)
         on_cpu = q.device.type == "cpu"
         if on_cpu and q.dtype == torch.bfloat16:
@@ -108,6 +121,20 @@ class RelPosAttention(image_encoder.Attention):  # type: ignore[name-defined]
         bias_h = torch.einsum("gnhwc,hkc->gnhwk", grid, table_h)
         bias_w = torch.einsum("gnhwc,wkc->gnhwk", grid, table_w)
         return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
+
+
+def rows_at_a_time(x: torch.Tensor, channels: int) -> int:
+    """Return how many rows of a grid to compute at a time.
+
+    On a CPU, intermediate results of 16 MB stay in its caches, and glibc reuses their memory. Beyond 32 MB it returns
+    each to the system, and clearing new pages for the next one takes longer than filling them. A GPU wants them large.
+
+    Args:
+        x: tokens BxHxWxC.
+        channels: of the largest intermediate result.
+    """
+    elements = 1 << 22 if x.device.type == "cpu" else 1 << 28
+    return max(1, elements // (x.shape[2] * channels))
 
 
 def _attend_in_blocks(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.attention import RelPosAttention
+from components.attention import RelPosAttention, rows_at_a_time
 from components.embedding_cache import BlankImages, EmbeddingCache
 from components.layers import LayerNorm2d
 from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
@@ -70,7 +70,9 @@ class EncoderBlock(image_encoder.Block):  # type: ignore[name-defined]
             x = x + self.attn.attend_in_windows(normalised, self.window_size)
         else:
             x = x + self.attn(normalised)
-        return x + self.mlp(self.norm2(x))
+        rows = rows_at_a_time(x, self.mlp.lin1.out_features)
+        parts = [part + self.mlp(self.norm2(part)) for part in x.split(rows, dim=1)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 class ImageEncoder(image_encoder.ImageEncoderViT):  # type: ignore[name-defined]
@@ -259,18 +261,23 @@ class SamEncoder(nn.Module):
         weights_dtype = self.image_encoder.neck[0].weight.dtype
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or weights_dtype != torch.float32:
             return self._encode(images)
+        images = images.as_subclass(torch.Tensor)  # MONAI's tensors carry metadata through every operation
         namespace = self._namespace(images.device.type)
         keys = [self._known.key(namespace, image) for image in images]
         known = {key: self._known.get(key) for key in dict.fromkeys(keys)}
         first = {key: images[index] for index, key in reversed(list(enumerate(keys))) if known[key] is None}
         new = list(first)
-        # On a CPU a batch beyond one full-size image only costs memory.
-        step = max(1, (1024 // self.image_size) ** 2) if images.device.type == "cpu" else len(images)
+        # On a CPU more tokens at a time only cost memory.
+        step = max(1, (512 // self.image_size) ** 2) if images.device.type == "cpu" else len(images)
         for start in range(0, len(new), step):
             part = new[start : start + step]
             for key, embedding in zip(part, self._encode(torch.stack([first[key] for key in part])), strict=True):
                 known[key] = self._known.put(key, embedding)
-        return torch.stack([cast(torch.Tensor, known[key]).to(images.device, torch.float32) for key in keys])
+        shape = cast(torch.Tensor, known[keys[0]]).shape
+        embeddings = torch.empty((len(keys), *shape), device=images.device)
+        for index, key in enumerate(keys):
+            embeddings[index].copy_(cast(torch.Tensor, known[key]))  # to fp32 and to the device in one go
+        return embeddings
 
     def _namespace(self, device_type: str) -> str:
         """Name all that an embedding depends on besides the image."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from components import attention
 from components.attention import RelPosAttention
 from components.layers import LayerNorm2d
 from components.sam import import_from_segment_anything
@@ -126,3 +127,10 @@ def test_layer_norm_is_sams_with_its_gradients():
     for module in (sams, ours):
         module(x).square().sum().backward()
     assert_same(ours.weight.grad, sams.weight.grad)
+
+
+def test_windows_in_strips_are_sams(monkeypatch):
+    sams, ours = pair((4, 4))
+    x = torch.randn(2, 10, 9, DIM)
+    monkeypatch.setattr(attention, "rows_at_a_time", lambda _x, _channels: 5)  # one row of windows
+    assert_same(ours.attend_in_windows(x, 4), sams_windows(sams, x, 4))

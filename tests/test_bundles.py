@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import monai.bundle
@@ -364,6 +365,58 @@ def test_demo_learns_to_segment_patients_it_has_not_seen(tmp_path):
     with (tmp_path / "eval" / "summary.csv").open() as file:
         scores = {row["class"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
     assert scores["mean"] > 0.7, scores
+
+
+def start_training(folder: Path, phantoms: str, embeddings: Path) -> subprocess.Popen:
+    overrides = {"dataset_dir": phantoms, "cache_dir": embeddings, "ckpt_dir": folder, "output_dir": folder}
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", *config("linearhead_acdc", "train")]
+    for name, value in {**TINY, **overrides, "image_size": 256, "epochs": 20, "views": 20, "val_interval": 1}.items():
+        command += [f"--{name}", str(value)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=REPOSITORY / "bundles" / "linearhead_acdc", **quiet)
+
+
+@pytest.mark.slow
+def test_killed_and_concurrent_runs_leave_no_wrong_embedding(phantoms, tmp_path):
+    embeddings = tmp_path / "embeddings"
+    random = np.random.default_rng(0)
+    counts = []
+    for _ in range(20):
+        runs = [start_training(tmp_path / name, phantoms, embeddings) for name in ("first", "second")]
+        begun = time.monotonic()
+        n_before = len(list(embeddings.glob("*/*.npy")))
+        while len(list(embeddings.glob("*/*.npy"))) == n_before and any(run.poll() is None for run in runs):
+            assert time.monotonic() - begun < 120
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        for killed in runs:
+            killed.kill()
+            killed.wait()
+        counts.append(len(list(embeddings.glob("*/*.npy"))))
+    assert len(set(counts)) > 10, counts  # killed while filling, not before or after
+    check_embeddings(phantoms, embeddings, n_expected=counts[-1])
+
+
+def check_embeddings(dataset_dir: str, folder: Path, *, n_expected: int) -> None:
+    """Encode every training view and validation slice anew and compare with what the folder holds of them."""
+    parser = ConfigParser()
+    parser.read_config(config("linearhead_acdc", "train"))
+    parser.update({**TINY, "image_size": 256, "dataset_dir": dataset_dir, "cache_dir": str(folder), "views": 20})
+    encoder = parser.get_parsed_content("network_def#encoder")
+    views, volumes = parser.get_parsed_content("train#dataset"), parser.get_parsed_content("validate#dataset")
+    images = [torch.movedim(volume["image"], 3, 0) for volume in volumes]
+    for epoch in range(1, 21):
+        views.set_epoch(epoch)
+        images.append(torch.stack([views[index]["image"] for index in range(len(views))]))
+    namespace, n_found = encoder._namespace("cpu"), 0
+    for image in torch.cat(images).as_subclass(torch.Tensor):
+        stored = encoder.cache.get(encoder.cache.key(namespace, image))
+        if stored is not None:
+            n_found += 1
+            fresh = encoder._encode(image[None])[0]
+            # Half a unit in the last place of fp16, and the last bits of fp32 that depend on the batch.
+            torch.testing.assert_close(stored.float(), fresh, rtol=2**-11, atol=1e-5)
+    assert n_found == n_expected
 
 
 @pytest.mark.slow

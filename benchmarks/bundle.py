@@ -1,0 +1,129 @@
+"""Training and inference as the bundle's own configs define them, on a synthetic patient."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+from benchmarks.settings import Settings
+from components.phantom.dataset import write_phantom_dataset
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+CONFIGS = Path(__file__).parents[1] / "bundles" / "autosam_acdc" / "configs"
+
+HEADS: dict[str, dict[str, Any]] = {
+    "linear head": {"_target_": "components.heads.LinearHead", "out_channels": "@out_channels"},
+    "ViT head": {"_target_": "components.heads.ViTHead", "out_channels": "@out_channels"},
+    "CNN head, k = 2": {"_target_": "components.heads.CNNHead", "out_channels": "@out_channels", "depth": 2},
+    "CNN head, k = 4": {"_target_": "components.heads.CNNHead", "out_channels": "@out_channels", "depth": 4},
+}
+
+
+def write_patients(folder: str, settings: Settings) -> str:
+    """Write a phantom dataset whose one labelled frame has a timed epoch's slices; return its folder."""
+    size = (settings.canvas_size, settings.canvas_size, settings.epoch_slices)
+    return write_phantom_dataset(f"{folder}/phantoms", patients=3, size_hw_d=size)
+
+
+def training_knobs(*names: str) -> dict[str, int]:
+    """Read numbers that stand in `train.json`."""
+    config = ConfigParser.load_config_file(str(CONFIGS / "train.json"))
+    return {name: config[name] for name in names}
+
+
+def training(
+    settings: Settings, encoder: nn.Module, *, head: str, precision: str, dataset_dir: str, views: int
+) -> ConfigParser:
+    """Parse `train.json` with one encoder and head, for one epoch at a time and without handlers.
+
+    Args:
+        settings: sizes of the run.
+        encoder: in place of the config's own.
+        head: a key of `HEADS`.
+        precision: `fp32` or `bf16`.
+        dataset_dir: of `write_patients`; one frame of one patient is labelled.
+        views: of the dataset; 0 augments afresh.
+
+    Returns:
+        the parser; `train#trainer`, `network`, `loss`, `optimizer` and the rest are made when asked for.
+    """
+    parser = _parser("train.json", settings, encoder, head=head, precision=precision)
+    parser.update({"dataset_dir": dataset_dir, "label_unit": "frames", "views": views, "epochs": 1})
+    parser["train"]["trainer"] |= {"train_handlers": None, "key_train_metric": None}
+    parser["train"]["dataset"]["progress"] = False
+    parser.parse()
+    return parser
+
+
+def inference(settings: Settings, encoder: nn.Module, *, head: str, precision: str) -> ConfigParser:
+    """Parse `inference.json` with one encoder and head; see `training`."""
+    parser = _parser("inference.json", settings, encoder, head=head, precision=precision)
+    parser.parse()
+    return parser
+
+
+def _parser(file: str, settings: Settings, encoder: nn.Module, *, head: str, precision: str) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / file))
+    parser["network_def"] |= {"encoder": encoder, "head": HEADS[head], "precision": precision}
+    parser.update({"canvas_size": settings.canvas_size, "sam_checkpoint": None, "device": settings.device})
+    return parser
+
+
+class StoredEmbeddings(nn.Module):
+    """In an encoder's place: gives embeddings from memory, whatever the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = torch.empty(0)
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of the batch at hand."""
+        return self.current
+
+
+class HeadAlone:
+    """A head's own training step on embeddings in memory: forward, loss, backward and the optimizer's step.
+
+    Network (so precision and the logits' size), loss and optimizer are the config's.
+
+    Args:
+        settings: sizes of the run.
+        batches: of each, embeddings Bx256xhxw, images Bx3xHxW and labels Bx1xHxW.
+        head: a key of `HEADS`.
+        precision: `fp32` or `bf16`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        batches: list[Batch],
+        *,
+        head: str,
+        precision: str,
+    ) -> None:
+        self.batches = batches
+        self.encoder = StoredEmbeddings()
+        parser = training(settings, self.encoder, head=head, precision=precision, dataset_dir="", views=0)
+        self.network: nn.Module = parser.get_parsed_content("network")
+        self.loss = parser.get_parsed_content("loss")
+        self.optimizer = parser.get_parsed_content("optimizer")
+
+    def train(self) -> None:
+        """Take a step on every batch."""
+        self.network.train()
+        for embeddings, images, labels in self.batches:
+            self.encoder.current = embeddings
+            self.optimizer.zero_grad()
+            self.loss(self.network(images), labels).backward()
+            self.optimizer.step()
+
+    def segment(self) -> torch.Tensor:
+        """Run the head forward on the first batch, without gradients."""
+        self.network.eval()
+        self.encoder.current, images, _ = self.batches[0]
+        with torch.no_grad():
+            return self.network(images)

@@ -1,0 +1,105 @@
+"""The paper's main cell, extrapolated from measured parts."""
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.bundle import HeadAlone, training, training_knobs, write_patients
+from benchmarks.cell import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
+from benchmarks.contenders import Encode, ReferenceEncoder, precisions
+from benchmarks.report import Table
+from benchmarks.settings import Settings
+from benchmarks.timing import Contender, measure, synchronizer
+from components.encoder import SamEncoder
+
+BASELINE = "segment_anything, every step"
+CELL_HEADS = ("linear head", "ViT head")
+PLAN = Plan(slices=20, validation_slices=285, **training_knobs("epochs", "batch_size", "val_interval", "views"))
+
+NOTE = f"""
+EXTRAPOLATED, not run: one labelled patient ({PLAN.slices} slices), {PLAN.epochs} epochs at batch {PLAN.batch_size},
+validated on {PLAN.validation_slices} slices every {PLAN.val_interval} epochs, {PLAN.views} views a slice. The parts are
+measured in the same rounds: augmenting a slice, encoding an image by each encoder, looking an embedding up, the head's
+training step and its forward pass. Reading files, metrics and the way back to the volumes' own grids, alike on all
+sides, are left out. The baseline computes in fp32; `head alone` is what remains if encoding cost nothing.
+"""
+
+
+def run(settings: Settings) -> Table:
+    """Measure the parts and add them up, for the linear and the ViT head."""
+    table = Table("cell", BASELINE, NOTE, "the cell, extrapolated")
+    names = precisions(settings.device)
+    with tempfile.TemporaryDirectory() as folder:
+        times = measure(
+            _parts(settings, folder, names),
+            rounds=settings.rounds,
+            turn_seconds=settings.turn_seconds,
+            synchronize=synchronizer(settings.device),
+        )
+    for head in CELL_HEADS:
+        for precision in names:
+            every_step = _costs(times, head, "reference", "fp32")
+            ours = _costs(times, head, "encode", precision)
+            totals = {
+                BASELINE: [every_step_seconds(PLAN, costs) for costs in every_step],
+                "ours": [cached_seconds(PLAN, costs) for costs in ours],
+                "head alone": [head_seconds(PLAN, costs) for costs in ours],
+            }
+            table.add(f"{head}, {precision}, extrapolated", totals)
+    return table
+
+
+def _costs(times: dict[str, list[float]], head: str, encode: str, precision: str) -> list[Costs]:
+    """Gather the parts' costs of each round."""
+    parts: Sequence[list[float]] = (
+        times["augment"],
+        times[f"{encode} {precision}"],
+        [seconds / PLAN.batch_size for seconds in times[f"hit {precision}"]],
+        times[f"step {head} {precision}"],
+        times[f"forward {head} {precision}"],
+    )
+    return [Costs(*round_costs) for round_costs in zip(*parts, strict=True)]
+
+
+def _parts(settings: Settings, folder: str, names: Sequence[str]) -> dict[str, Contender]:
+    """Prepare all parts to be timed."""
+    encoder = SamEncoder(settings.model_type, image_size=settings.image_size, cache_dir=f"{folder}/embeddings")
+    encoder.to(settings.device)
+    reference = ReferenceEncoder(encoder).to(settings.device)
+    dataset_dir = write_patients(folder, settings)
+    fresh = training(
+        settings, reference, head=CELL_HEADS[0], precision="fp32", dataset_dir=dataset_dir, views=0
+    ).get_parsed_content("train#dataset")
+    images = _new_images(settings, PLAN.batch_size)
+    labels = torch.randint(0, 4, images[:, :1].shape, device=settings.device).float()
+    parts = {
+        "augment": Contender(lambda: fresh[0]),
+        "reference fp32": Contender(partial(_encode_new, reference, settings)),
+    }
+    for precision in names:
+        encode = partial(_encode, encoder, precision)
+        parts[f"encode {precision}"] = Contender(partial(_encode_new, encode, settings))
+        parts[f"hit {precision}"] = Contender(partial(encode, images))
+        for head in CELL_HEADS:
+            alone = HeadAlone(settings, [(encoder(images), images, labels)], head=head, precision=precision)
+            parts[f"step {head} {precision}"] = Contender(alone.train)
+            parts[f"forward {head} {precision}"] = Contender(alone.segment)
+    return parts
+
+
+def _encode(encoder: SamEncoder, precision: str, images: torch.Tensor) -> torch.Tensor:
+    """Encode or look up as the network does, which sets the precision."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return encoder(images)
+
+
+def _encode_new(encode: Encode, settings: Settings) -> torch.Tensor:
+    return encode(_new_images(settings, 1))
+
+
+def _new_images(settings: Settings, count: int) -> torch.Tensor:
+    """Draw images in 0..255 that no cache has seen."""
+    size = (count, 3, settings.canvas_size, settings.canvas_size)
+    return torch.randint(0, 256, size, device=settings.device).float()

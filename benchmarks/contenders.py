@@ -1,0 +1,194 @@
+"""Image encoders of several projects with the same weights."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from components.encoder import ARCHITECTURES, PATCH_SIZE, WINDOW_SIZE, ImageEncoder, SamEncoder
+from components.networks import has_native_bf16
+from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything
+
+REFERENCE = "segment_anything"
+OURS = "ours"
+OURS_BF16 = "ours bf16"
+HUGGING_FACE = {"transformers eager": "eager", "transformers sdpa": "sdpa"}
+
+Encode = Callable[[torch.Tensor], torch.Tensor]
+
+# From SAM's parameter names, which are ours, to those of `transformers.SamVisionModel`; others are the same in both.
+HUGGING_FACE_NAMES = {
+    "patch_embed.proj.": "patch_embed.projection.",
+    "blocks.": "layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    "neck.0.": "neck.conv1.",
+    "neck.1.": "neck.layer_norm1.",
+    "neck.2.": "neck.conv2.",
+    "neck.3.": "neck.layer_norm2.",
+}
+
+
+def encoder_names(device: torch.device) -> list[str]:
+    """List the encoders that can be built here, the baseline first."""
+    names = [REFERENCE, OURS]
+    if has_native_bf16(device.type):
+        names.append(OURS_BF16)
+    if importlib.util.find_spec("transformers") is not None:
+        names += HUGGING_FACE
+    return names
+
+
+def precisions(device: torch.device) -> list[str]:
+    """List the precisions in which this project's networks are measured: bf16 only where the device computes it."""
+    return ["fp32", "bf16"] if has_native_bf16(device.type) else ["fp32"]
+
+
+def silence_random_weights() -> None:
+    """Leave out the warning about random weights, which is for those who would use them."""
+    logging.getLogger("components.encoder").setLevel(logging.ERROR)
+
+
+def random_weights(model_type: str) -> dict[str, torch.Tensor]:
+    """Draw an image encoder's weights, always the same ones.
+
+    Speed does not depend on them. Positional embeddings, which start from zero, are drawn too: else two encoders could
+    agree that treat them differently.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        state = ImageEncoder(ARCHITECTURES[model_type]).state_dict()
+        for key, value in state.items():
+            if key == "pos_embed" or ".rel_pos_" in key:
+                value.normal_(std=0.1)
+    return state
+
+
+def build_encoder(
+    name: str, model_type: str, weights: Mapping[str, torch.Tensor], *, image_size: int, device: torch.device
+) -> Encode:
+    """Build an encoder with given weights.
+
+    Args:
+        name: one of `encoder_names`.
+        model_type: the architecture.
+        weights: its state dict, in SAM's names and at the native size.
+        image_size: side in pixels of the images to come, to which absolute positions are interpolated. All
+            contenders interpolate relative positions themselves.
+        device: where it runs.
+
+    Returns:
+        a function from normalised images Bx3xHxW to embeddings Bx256x(H/16)x(W/16), without gradients.
+    """
+    module: Any
+    if name in HUGGING_FACE:
+        module = hugging_face_encoder(model_type, weights, image_size=image_size, attention=HUGGING_FACE[name])
+    elif name == REFERENCE:
+        module = segment_anything_encoder(model_type, weights, image_size=image_size)
+    else:
+        module = ImageEncoder(ARCHITECTURES[model_type])
+        module.load_state_dict(weights)
+    module = module.eval().to(device)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=name == OURS_BF16):
+            output = module(images)
+        return output.last_hidden_state if name in HUGGING_FACE else output
+
+    return encode
+
+
+def segment_anything_encoder(model_type: str, weights: Mapping[str, torch.Tensor], *, image_size: int) -> nn.Module:
+    """Build `segment_anything`'s own encoder for one image size."""
+    architecture = ARCHITECTURES[model_type]
+    module = import_from_segment_anything("modeling.image_encoder").ImageEncoderViT(
+        img_size=architecture.native_size,
+        patch_size=PATCH_SIZE,
+        embed_dim=architecture.embed_dim,
+        depth=architecture.depth,
+        num_heads=architecture.num_heads,
+        out_chans=EMBEDDING_CHANNELS,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=WINDOW_SIZE,
+        global_attn_indexes=architecture.global_attn_indexes,
+    )
+    module.load_state_dict(weights)
+    # Relative positions stay at the native size: it interpolates them on the way.
+    module.pos_embed = nn.Parameter(_resized_positions(weights["pos_embed"], image_size))
+    return module
+
+
+def hugging_face_encoder(
+    model_type: str, weights: Mapping[str, torch.Tensor], *, image_size: int, attention: str
+) -> nn.Module:
+    """Build `transformers.SamVisionModel` for one image size.
+
+    Args:
+        model_type: the architecture.
+        weights: an encoder's state dict in SAM's names.
+        image_size: side in pixels.
+        attention: its `attn_implementation`, `eager` or `sdpa`.
+    """
+    from transformers import SamVisionConfig, SamVisionModel
+
+    architecture = ARCHITECTURES[model_type]
+    options: dict[str, Any] = {
+        "image_size": architecture.native_size,
+        "patch_size": PATCH_SIZE,
+        "hidden_size": architecture.embed_dim,
+        "output_channels": EMBEDDING_CHANNELS,
+        "num_hidden_layers": architecture.depth,
+        "num_attention_heads": architecture.num_heads,
+        "window_size": WINDOW_SIZE,
+        "global_attn_indexes": list(architecture.global_attn_indexes),
+        "attn_implementation": attention,
+    }
+    module = SamVisionModel(SamVisionConfig(**options))
+    encoder: Any = module.vision_encoder
+    encoder.load_state_dict({hugging_face_name(key): value for key, value in weights.items()})
+    encoder.pos_embed = nn.Parameter(_resized_positions(weights["pos_embed"], image_size))
+    encoder.patch_embed.image_size = (image_size, image_size)
+    return module
+
+
+def hugging_face_name(key: str) -> str:
+    """Translate a parameter's name from SAM's to that of `transformers`' vision encoder."""
+    for ours, theirs in HUGGING_FACE_NAMES.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+class ReferenceEncoder(nn.Module):
+    """`segment_anything`'s encoder from pixels to embeddings, every image anew.
+
+    Args:
+        encoder: this project's, whose weights and preprocessing it shares.
+    """
+
+    def __init__(self, encoder: SamEncoder) -> None:
+        super().__init__()
+        weights = encoder.image_encoder.state_dict()
+        self.image_encoder = segment_anything_encoder(encoder.model_type, weights, image_size=encoder.image_size)
+        self.preprocess = encoder.preprocess
+        self.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode images Bx3xHxW in 0..255."""
+        with torch.no_grad():
+            return self.image_encoder(self.preprocess(images))
+
+
+def _resized_positions(positions: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Interpolate absolute positions 1xHxWxC as `components.encoder.ImageEncoder` does."""
+    side = image_size // PATCH_SIZE
+    if positions.shape[1] == side:
+        return positions.clone()
+    channels_first = positions.permute(0, 3, 1, 2)
+    resized = F.interpolate(channels_first, size=[side, side], mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).contiguous()

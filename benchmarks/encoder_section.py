@@ -1,0 +1,113 @@
+"""Encoders of several projects, at several image sizes and batches."""
+
+import statistics
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from benchmarks.contenders import (
+    OURS,
+    OURS_BF16,
+    REFERENCE,
+    Encode,
+    build_encoder,
+    encoder_names,
+    random_weights,
+)
+from benchmarks.flops import encoder_flops
+from benchmarks.memory import Work, peak_mib
+from benchmarks.report import Row, Table
+from benchmarks.settings import Settings
+from benchmarks.timing import Contender, measure, synchronizer
+from components.encoder import ARCHITECTURES
+
+TOLERANCE = 1e-4  # of the output's range
+GEMM = "fp32 GEMM"
+
+NOTE = """
+All encoders hold the same weights; `error` is the largest difference from ours as a share of our output's range, at
+batch 1. `of peak` is the useful work (linear layers on real tokens, attention products, patch embedding, neck; no
+padding) per second, as a share of what a square fp32 matrix product reaches in the same rounds. `peak MiB` is what the
+first forward pass adds to a fresh process.
+"""
+
+
+def run(settings: Settings) -> Table:
+    """Measure all encoders that can be built here.
+
+    Raises:
+        RuntimeError: when two encoders disagree, and so do different work.
+    """
+    table = Table("encoder", REFERENCE, NOTE, "a batch")
+    names = encoder_names(settings.device)
+    weights = random_weights(settings.model_type)
+    largest = settings.encoder_cases[0]
+    peaks = {name: peak_mib(partial(_prepare_forward, settings, name, largest)) for name in names}
+    for size in dict.fromkeys(size for size, _ in settings.encoder_cases):
+        encoders = {
+            name: build_encoder(name, settings.model_type, weights, image_size=size, device=settings.device)
+            for name in names
+        }
+        errors = _check_agreement(encoders, torch.randn(1, 3, size, size, device=settings.device))
+        for case in [case for case in settings.encoder_cases if case[0] == size]:
+            _compare(table, settings, encoders, case=case, errors=errors, peaks=peaks if case == largest else {})
+    if not any(name.startswith("transformers") for name in names):
+        table.rows.append(Row("all", "transformers: not installed", None, None))
+    return table
+
+
+def _prepare_forward(settings: Settings, name: str, case: tuple[int, int]) -> Work:
+    """Build an encoder and its input; return its forward pass."""
+    size, batch = case
+    weights = random_weights(settings.model_type)
+    encode = build_encoder(name, settings.model_type, weights, image_size=size, device=settings.device)
+    images = torch.randn(batch, 3, size, size, device=settings.device)
+    return partial(encode, images)
+
+
+def _check_agreement(encoders: Mapping[str, Encode], images: torch.Tensor) -> dict[str, float]:
+    """Return each encoder's largest difference from ours, as a share of our output's range."""
+    expected = encoders[OURS](images)
+    span = float(expected.max() - expected.min())
+    errors = {name: float((encode(images) - expected).abs().max()) / span for name, encode in encoders.items()}
+    for name, error in errors.items():
+        if name != OURS_BF16 and not error <= TOLERANCE:
+            raise RuntimeError(
+                f"expected {name} to agree with ours within {TOLERANCE:g} of the output's range, received {error:g}: "
+                "their times cannot be compared"
+            )
+    return errors
+
+
+def _compare(
+    table: Table,
+    settings: Settings,
+    encoders: Mapping[str, Encode],
+    *,
+    case: tuple[int, int],
+    errors: Mapping[str, float],
+    peaks: Mapping[str, float | None],
+) -> None:
+    """Time all encoders, and a matrix product among them, in one case."""
+    size, batch = case
+    images = torch.randn(batch, 3, size, size, device=settings.device)
+    matrix = torch.randn(settings.gemm_size, settings.gemm_size, device=settings.device)
+    contenders = {name: Contender(partial(encode, images)) for name, encode in encoders.items()}
+    contenders[GEMM] = Contender(partial(torch.mm, matrix, matrix))
+    times = measure(
+        contenders,
+        rounds=settings.rounds,
+        turn_seconds=settings.turn_seconds,
+        synchronize=synchronizer(settings.device),
+    )
+    gemm_seconds = times.pop(GEMM)
+    useful = batch * encoder_flops(ARCHITECTURES[settings.model_type], size) / (2 * settings.gemm_size**3)
+    extra: dict[str, dict[str, float | str]] = {}
+    for name, seconds in times.items():
+        share = statistics.median(useful * peak / mine for mine, peak in zip(seconds, gemm_seconds, strict=True))
+        extra[name] = {"images/s": batch / statistics.median(seconds), "of peak": share, "error": errors[name]}
+        peak = peaks.get(name)
+        if peak is not None:
+            extra[name]["peak MiB"] = f"{peak:.0f}"
+    table.add(f"{size} px x {batch}", times, extra)

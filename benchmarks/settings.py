@@ -1,0 +1,90 @@
+"""What one run of the benchmarks measures, and how large."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SECTIONS = ("encoder", "epoch", "cell", "inference")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of one run, all of them smaller in a quick one.
+
+    Args:
+        output_dir: folder for tables and plot.
+        model_type: the encoder, as `components.encoder.SamEncoder` names it; a quick run takes `vit_tiny` anyway.
+        sections: which of `SECTIONS` to run, in that order.
+        rounds: how often each contender is timed.
+        quick: smoke-test sizes, whose numbers mean nothing.
+    """
+
+    output_dir: Path
+    model_type: str = "vit_b"
+    sections: tuple[str, ...] = SECTIONS
+    rounds: int = 3
+    quick: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """A GPU if there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def encoder_cases(self) -> tuple[tuple[int, int], ...]:
+        """Image sides in pixels, largest first, each with a batch size."""
+        if self.quick:
+            return ((128, 1), (64, 1), (64, 4))
+        return tuple((size, batch) for size in (1024, 512, 256) for batch in (1, 4))
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels at which training and inference encode."""
+        return 64 if self.quick else 1024
+
+    @property
+    def canvas_size(self) -> int:
+        """Side in pixels of a slice and of its logits."""
+        return 64 if self.quick else 256
+
+    @property
+    def epoch_slices(self) -> int:
+        """Slices of a timed training epoch."""
+        return 4 if self.quick else 8
+
+    @property
+    def volume_depths(self) -> tuple[int, int]:
+        """Slices of the two volumes that inference is timed on."""
+        return (2, 5) if self.quick else (2, 8)
+
+    @property
+    def gemm_size(self) -> int:
+        """Side of the square matrices whose product stands for the machine's peak."""
+        return 512 if self.quick else 4096
+
+    @property
+    def turn_seconds(self) -> float:
+        """Time that a contender's turn takes at least, by repetition."""
+        return 0.0 if self.quick else 0.3
+
+
+def describe_host(settings: Settings) -> str:
+    """Describe the machine in one line."""
+    if settings.device.type == "cuda":
+        name = torch.cuda.get_device_name(settings.device)
+    else:
+        name = f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+    load = f", load average {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{load}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,97 @@
+"""Interleaved timing: every contender once a round, so that what slows the machine slows them all."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+MAX_REPEATS = 50
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is timed, and what is called once before.
+
+    Args:
+        run: the work; its result is dropped.
+        warm_up: a shorter call of the same shapes, where `run` repeats them; None for `run` itself.
+    """
+
+    run: Callable[[], object]
+    warm_up: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A contender's time over the baseline's: median over the rounds, smallest and largest."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.median:.3g}"
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def measure(
+    contenders: Mapping[str, Contender],
+    *,
+    rounds: int,
+    turn_seconds: float = 0.0,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Time contenders in the order A B A B, after a warm-up call of each.
+
+    Args:
+        contenders: by name.
+        rounds: how often each gets its turn.
+        turn_seconds: a contender that is faster repeats its work to fill this time, and counts the mean.
+        synchronize: waits until the device is done.
+
+    Returns:
+        by name, seconds of one call in each round.
+    """
+    repeats = {}
+    for name, contender in contenders.items():
+        seconds = _seconds(contender.warm_up or contender.run, 1, synchronize)
+        if contender.warm_up is None and seconds < turn_seconds:
+            seconds = _seconds(contender.run, 1, synchronize)  # the first call's preparations aside
+        enough = 1 if contender.warm_up else math.ceil(turn_seconds / max(seconds, 1e-9))
+        repeats[name] = min(MAX_REPEATS, max(1, enough))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            times[name].append(_seconds(contender.run, repeats[name], synchronize))
+    return times
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """Return what waits until a device has done all its work."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
+
+
+def ratio_of(seconds: list[float], baseline: list[float]) -> Ratio:
+    """Compare a contender with a baseline round by round.
+
+    Args:
+        seconds: the contender's time in each round.
+        baseline: the baseline's time in the same rounds.
+    """
+    ratios = [mine / theirs for mine, theirs in zip(seconds, baseline, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def _seconds(run: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
