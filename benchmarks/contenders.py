@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.encoder import ARCHITECTURES, PATCH_SIZE, WINDOW_SIZE, ImageEncoder, SamEncoder
+from components.encoder import SamEncoder
+from components.image_encoder import ARCHITECTURES, PATCH_SIZE, WINDOW_SIZE, ImageEncoder
 from components.networks import has_native_bf16
 from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything
 

@@ -20,7 +20,7 @@ from benchmarks.memory import Work, peak_mib
 from benchmarks.report import Row, Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
-from components.encoder import ARCHITECTURES
+from components.image_encoder import ARCHITECTURES
 
 TOLERANCE = 1e-4  # of the output's range
 GEMM = "fp32 GEMM"

@@ -1,6 +1,6 @@
 """The arithmetic that SAM's image encoder cannot do without."""
 
-from components.encoder import PATCH_SIZE, WINDOW_SIZE, Architecture
+from components.image_encoder import PATCH_SIZE, WINDOW_SIZE, Architecture
 from components.sam import EMBEDDING_CHANNELS
 
 MLP_RATIO = 4

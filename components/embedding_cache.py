@@ -1,35 +1,28 @@
 """A store of a frozen encoder's embeddings, in memory and on disk, addressed by what was encoded.
 
-On disk an embedding is one `.npy` file with its key and a checksum behind it. LMDB reads no faster, and its map of a
-truncated file kills the process (SIGBUS), where here damage costs one embedding. diskcache takes about three times as
-long to write; safetensors does not, but has no checksum either. The key is SHA-256, half the price of BLAKE2b on CPUs
-with instructions for it; CRC-32, again less than half of that, guards against accidents.
-
-One process at a time writes, under a file lock that the system releases when its holder dies. So the first to store an
-embedding wins, and a killed process leaves at most one partial file, which the next write replaces. Nothing is synced
-to the disk: what a power cut tears fails its checksum. Nothing is evicted: least-recently-used eviction would leave an
-epoch longer than the limit without any hit.
+The key is SHA-256, half the price of BLAKE2b on CPUs with instructions for it. One process at a time writes, under a
+file lock that the system releases when its holder dies. So the first to store an embedding wins, and a killed process
+leaves at most one partial file, which the next write replaces. Nothing is synced to the disk: what a power cut tears
+fails its checksum. Nothing is evicted: least-recently-used eviction would leave an epoch longer than the limit without
+any hit.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
 import os
-import zlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from ignite.engine import Engine, Events
 from torch import nn
+
+from components.embedding_files import entry_path, entry_sizes, locked, pack, size_in_bytes, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +30,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 GB = 1e9
 
 _FORMAT = 1  # part of every key: files of another format are never found
-_LOCK_TIMEOUT_S = 60.0
-_LOCK_POLL_S = 0.001
 _PARTIAL_NAME = ".partial"
-_CHECKSUM_BYTES = 4
-_MAX_NPY_HEADER_BYTES = 4096
 _RECOUNTS = 64  # a process counts the folder anew whenever it has added this fraction of the limit
 
 
@@ -161,14 +150,14 @@ class EmbeddingCache:
 
     def size_bytes(self) -> int:
         """Count what is stored, in bytes on disk, or in memory if there is no folder."""
-        return self._memory_bytes if self.folder is None else sum(_entry_sizes(self.folder))
+        return self._memory_bytes if self.folder is None else sum(entry_sizes(self.folder))
 
     def describe(self) -> str:
         """Say in one line where the embeddings are, how many and how large, and what this run made of them."""
         if self.folder is None:
             place, n_entries, n_bytes, limit_gb = "in memory", len(self._memory), self._memory_bytes, self.memory_gb
         else:
-            sizes = list(_entry_sizes(self.folder))
+            sizes = list(entry_sizes(self.folder))
             place, n_entries, n_bytes, limit_gb = str(self.folder), len(sizes), sum(sizes), self.limit_gb
         refused = f", found no room for {self.refused}" if self.refused else ""
         return (
@@ -209,7 +198,7 @@ class EmbeddingCache:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            with locked(folder):
                 (folder / _PARTIAL_NAME).write_bytes(b"any")
                 (folder / _PARTIAL_NAME).unlink()
         except (OSError, NotImplementedError) as error:
@@ -217,12 +206,12 @@ class EmbeddingCache:
                 f"expected a folder that can be made, written and locked, to keep image embeddings in, received "
                 f"{folder} ({type(error).__name__}: {error}): give --cache_dir another folder, or '$None' for none"
             ) from error
-        self._disk_bytes = sum(_entry_sizes(folder))
+        self._disk_bytes = sum(entry_sizes(folder))
         self._opened = True
 
     def _read(self, folder: Path, key: bytes) -> torch.Tensor | None:
         """Read and verify an embedding; return None where it is missing or damaged."""
-        path = _entry_path(folder, key)
+        path = entry_path(folder, key)
         try:
             with path.open("rb", buffering=0) as file:
                 content = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8)
@@ -232,20 +221,20 @@ class EmbeddingCache:
         except OSError as error:
             logger.warning("cannot read %s (%s): encoding anew", path, error)
             return None
-        embedding = _unpack(content[:n_read], key, DTYPES[self.dtype])
+        embedding = unpack(content[:n_read], key, DTYPES[self.dtype])
         if embedding is None:
             logger.warning("%s is damaged: encoding anew", path)
         return embedding
 
     def _store(self, folder: Path, key: bytes, embedding: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Write an embedding unless it is there or finds no room; return what holds, and whether it is on disk."""
-        path, content = _entry_path(folder, key), _pack(embedding, key)
+        path, content = entry_path(folder, key), pack(embedding, key)
         try:
-            with _locked(folder):
+            with locked(folder):
                 stored = self._read(folder, key)
                 if stored is not None:
                     return stored, True
-                added_bytes = len(content) - _size_bytes(path)  # a damaged file is replaced
+                added_bytes = len(content) - size_in_bytes(path)  # a damaged file is replaced
                 if self._disk_bytes + added_bytes > self.limit_gb * GB:
                     return embedding, False
                 path.parent.mkdir(exist_ok=True)
@@ -264,7 +253,7 @@ class EmbeddingCache:
         self._disk_bytes += n_bytes
         self._uncounted_bytes += n_bytes
         if self._uncounted_bytes > self.limit_gb * GB / _RECOUNTS:
-            self._disk_bytes, self._uncounted_bytes = sum(_entry_sizes(folder)), 0
+            self._disk_bytes, self._uncounted_bytes = sum(entry_sizes(folder)), 0
 
 
 class BlankImages:
@@ -332,53 +321,3 @@ def _largest(embedding: torch.Tensor) -> float:
     """Return the largest magnitude of an embedding, nan if any value is."""
     smallest, largest = embedding.aminmax()
     return float(torch.maximum(-smallest, largest))
-
-
-def _locked(folder: Path) -> AbstractContextManager[Any]:
-    """Give the folder's lock, to be held while writing; a holder that hangs is an OSError after a minute."""
-    return FileLock(folder / ".lock", timeout=_LOCK_TIMEOUT_S).acquire(poll_interval=_LOCK_POLL_S)
-
-
-def _entry_path(folder: Path, key: bytes) -> Path:
-    """Return an embedding's file, in one of 256 subfolders."""
-    return folder / key.hex()[:2] / f"{key.hex()}.npy"
-
-
-def _entry_sizes(folder: Path) -> Iterator[int]:
-    """Give the sizes in bytes of the folder's embeddings."""
-    return map(_size_bytes, folder.glob("[0-9a-f][0-9a-f]/*.npy"))
-
-
-def _size_bytes(path: Path) -> int:
-    """Return a file's size, 0 if there is none (a user may be emptying the folder)."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _pack(embedding: torch.Tensor, key: bytes) -> memoryview:
-    """Lay out an embedding's file: NumPy's format, which holds dtype and shape, the key, and the CRC-32 of both."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, embedding.numpy(), version=(1, 0), allow_pickle=False)
-    buffer.write(key)
-    checksum = zlib.crc32(buffer.getbuffer())
-    buffer.write(checksum.to_bytes(_CHECKSUM_BYTES, "little"))
-    return buffer.getbuffer()
-
-
-def _unpack(content: np.ndarray, key: bytes, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the embedding in a file's bytes, without copying; None unless whole, of that key and of that dtype."""
-    checked, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
-    if zlib.crc32(checked.data) != int.from_bytes(checksum.tobytes(), "little"):
-        return None
-    header = io.BytesIO(checked[:_MAX_NPY_HEADER_BYTES].tobytes())
-    try:
-        np.lib.format.read_magic(header)
-        shape, _, stored_dtype = np.lib.format.read_array_header_1_0(header)
-        with torch.inference_mode(False):
-            values = torch.from_numpy(checked[header.tell() : -len(key)].view(stored_dtype))
-            embedding = values.reshape(shape)
-    except Exception:  # a whole file, but none of ours, whose header can be wrong in many ways
-        return None
-    return embedding if embedding.dtype == dtype and checked[-len(key) :].tobytes() == key else None

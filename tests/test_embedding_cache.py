@@ -14,7 +14,7 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from torch import nn
 
-from components import embedding_cache
+from components import embedding_files
 from components.embedding_cache import EmbeddingCache, EmbeddingCacheReport
 
 REPOSITORY = Path(__file__).parents[1]
@@ -217,7 +217,7 @@ def test_whole_entry_of_another_dtype_or_kind_is_a_miss(tmp_path):
     cache.put(key_of(0), embedding_of(0))
     assert EmbeddingCache(str(tmp_path), dtype="float32").get(key_of(0)) is None
     (path,) = entries(tmp_path)
-    words = embedding_cache._pack(torch.zeros(256, dtype=torch.int16), key_of(0))
+    words = embedding_files.pack(torch.zeros(256, dtype=torch.int16), key_of(0))
     path.write_bytes(words)
     assert EmbeddingCache(str(tmp_path)).get(key_of(0)) is None
 

@@ -6,7 +6,8 @@ import torch
 from conftest import randomise_positions
 from torch import nn
 
-from components.encoder import ARCHITECTURES, ImageEncoder, SamEncoder, fingerprint
+from components.encoder import SamEncoder, fingerprint
+from components.image_encoder import ARCHITECTURES, ImageEncoder
 from components.sam import import_from_segment_anything
 
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
