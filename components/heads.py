@@ -72,7 +72,7 @@ class ViTHead(nn.Module):
 
         features = self.output_upscaling(image)
         mask = self.hypernetwork(queries[:, 1])  # the IoU token comes first, then the tokens of masks 0 to 3
-        logits = (features.flatten(1, 5) @ mask.unsqueeze(2)).view(features.shape[:6] + (1,))
+        logits = (features.flatten(1, 5) @ mask.unsqueeze(2)).unflatten(1, features.shape[1:6])
         return image_of_tokens(logits, height, width).view(batch, self.out_channels, 4 * height, 4 * width)
 
     def positional_encoding(self, height: int, width: int) -> torch.Tensor:
