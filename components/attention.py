@@ -58,7 +58,7 @@ class RelPosAttention(image_encoder.Attention):  # type: ignore[name-defined]
         """
         rows_of_windows = max(1, rows_at_a_time(x, 3 * x.shape[3]) // window_size)
         strips = [self._attend_in_strip(strip, window_size) for strip in x.split(rows_of_windows * window_size, dim=1)]
-        return torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
+        return joined(strips, dim=1)
 
     def _attend_in_strip(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
         """Attend within the windows of a strip of the grid; see `attend_in_windows`."""
@@ -137,6 +137,11 @@ def rows_at_a_time(x: torch.Tensor, channels: int) -> int:
     return max(1, elements // (x.shape[2] * channels))
 
 
+def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Join tensors along a dimension, without a copy where there is one only."""
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
 def _attend_in_blocks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor, limit: int
 ) -> torch.Tensor:
@@ -170,8 +175,8 @@ def _attend_in_blocks(
                     attn_mask=(part_h.unsqueeze(4) + part_w.unsqueeze(3)).flatten(3),
                 )
             )
-        by_head.append(torch.cat(by_query, dim=2))
-    return torch.cat(by_head, dim=1)
+        by_head.append(joined(by_query, dim=2))
+    return joined(by_head, dim=1)
 
 
 def _attend_with_folded_bias(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.attention import RelPosAttention, rows_at_a_time
+from components.attention import RelPosAttention, joined, rows_at_a_time
 from components.layers import LayerNorm2d
 from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything
 
@@ -61,8 +61,7 @@ class EncoderBlock(image_encoder.Block):  # type: ignore[name-defined]
         else:
             x = x + self.attn(normalised)
         rows = rows_at_a_time(x, self.mlp.lin1.out_features)
-        parts = [part + self.mlp(self.norm2(part)) for part in x.split(rows, dim=1)]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return joined([part + self.mlp(self.norm2(part)) for part in x.split(rows, dim=1)], dim=1)
 
 
 class ImageEncoder(image_encoder.ImageEncoderViT):  # type: ignore[name-defined]
