@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from components.phantom import dataset as phantom_dataset
-from components.phantom.anatomy import TISSUE_LABELS, AnatomyRanges, Tissue, anatomy, draw_anatomy
+from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
 from components.phantom.appearance import AppearanceRanges, appearance, draw_appearance, signal
 from components.phantom.dataset import MANIFEST, write_phantom_dataset
 from components.phantom.draws import select
+from components.phantom.tissues import TISSUE_LABELS, Tissue
 
 RV, MYO, LV = 1, 2, 3
 SMALL = {"size_hw": (128, 112), "spacing_mm": 3.0}

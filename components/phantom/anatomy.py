@@ -1,43 +1,13 @@
 """Anatomy: from a draw of subjects to tissue maps and labels. Conventions are the package's."""
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from components.phantom.draws import Draw, Range, draw_uniform, smooth_field
-
-
-class Tissue(IntEnum):
-    """Codes of a tissue map."""
-
-    AIR = 0
-    FAT = 1
-    MUSCLE = 2
-    LUNG = 3
-    LUNG_VESSEL = 4
-    ABDOMINAL_FAT = 5
-    LIVER = 6
-    LIVER_VESSEL = 7
-    ORGAN = 8
-    STOMACH = 9
-    STOMACH_WALL = 10
-    BONE = 11
-    GREAT_VESSEL = 12
-    VESSEL_WALL = 13
-    PERICARDIAL_FAT = 14
-    RV_WALL = 15
-    RV_POOL = 16
-    RV_TRABECULA = 17
-    MYO = 18
-    LV_POOL = 19
-    LV_PAPILLARY = 20
-    BOWEL = 21
-
-
-_LABELS = {"RV_POOL": 1, "RV_TRABECULA": 1, "MYO": 2, "LV_POOL": 3, "LV_PAPILLARY": 3}
-TISSUE_LABELS = tuple(_LABELS.get(tissue.name, 0) for tissue in Tissue)
+from components.phantom.painting import paint_abdomen, paint_chest, paint_heart, paint_round_things
+from components.phantom.tissues import TISSUE_LABELS
 
 
 @dataclass(frozen=True)
@@ -64,9 +34,14 @@ class AnatomyRanges:
     lv_contraction: Range = (0.24, 0.42)  # loss of cavity radius from ED to ES, fraction
     wall_mm: Range = (7, 10.5)  # Myo thickness at the base at ED
     wall_asymmetry: Range = (-0.2, 0.2)  # fraction by which the septum is thicker than the free wall
+    wall_asymmetry_deg: Range = (0, 0)  # where the wall is thickest, clockwise from the septum
     wall_roughness_mm: Range = (0.4, 1.0)  # irregularity of the contours, standard deviation
     papillary_size: Range = (0.15, 0.28)  # papillary radius over cavity radius at ED
     trabeculation: Range = (0.2, 0.9)  # 0 smooth pools, 1 many trabeculae
+    basal_gap_deg: Range = (0, 0)  # arc in which the Myo is open at the base; below 0 nowhere
+    basal_gap_towards_deg: Range = (180, 180)  # where it opens, clockwise from the septum
+    basal_gap_level: Range = (0.2, 0.2)  # where the opening has closed
+    atrium_radius_mm: Range = (15, 15)  # of the pool behind the opening
     # right ventricle
     rv_chance: Range = (1, 1)
     rv_angle_deg: Range = (132, 172)  # direction from the LV, clockwise from the right: 180 left, 90 below
@@ -96,10 +71,15 @@ class AnatomyRanges:
     spine_radius_mm: Range = (14, 20)
     vessel_density: Range = (0.4, 1.0)  # in lung and liver: 0 none, 1 many
     arm_chance: Range = (0.6, 0.6)
+    # round things that are no heart, anywhere in the trunk: discs, some in a ring
+    round_thing_chance: Range = (0, 0)  # of each of them
+    round_thing_radius_mm: Range = (4, 32)
+    round_thing_wall_mm: Range = (-4, 9)  # of the ring; below 0 none
 
 
 _KNOTS = 4  # levels at which an organ field is drawn; between them it is interpolated
 _ORGAN_FIELDS = {"contour": 18, "organs": 25, "vessels": 75}  # coefficients along a side: one every 32, 22 and 7 mm
+_ROUND_THINGS = 4
 _FIELD_MM = 480.0  # side of the square that the smooth fields cover; they are constant outside
 
 
@@ -119,7 +99,20 @@ def draw_anatomy(count: int, ranges: AnatomyRanges, generator: torch.Generator) 
     draw["warp_field"] = torch.randn(count, 2, 11, 11, generator=generator, device=device)
     for name, side in _ORGAN_FIELDS.items():
         draw[f"{name}_field"] = torch.randn(count, _KNOTS, side, side, generator=generator, device=device)
+    draw["round_things"] = _draw_round_things(count, ranges, generator)
     return draw
+
+
+def _draw_round_things(count: int, ranges: AnatomyRanges, generator: torch.Generator) -> Tensor:
+    """Draw where each is from the heart (x, y), its radii along both axes and its wall in mm, (count, things, 5)."""
+    place = torch.rand(count, _ROUND_THINGS, 2, generator=generator, device=generator.device) * 300 - 150
+    names = ("round_thing_chance", "round_thing_radius_mm", "round_thing_wall_mm")
+    low, high = torch.tensor([getattr(ranges, name) for name in names], device=generator.device).T
+    unit = torch.rand(count, _ROUND_THINGS, 5, generator=generator, device=generator.device)
+    chance, radius, wall = (low + (high - low) * unit[..., :3]).unbind(-1)
+    aspect = 2 ** (unit[..., 3] - 0.5)
+    radius = torch.where(unit[..., 4] < chance, radius, 0)
+    return torch.stack([place[..., 0], place[..., 1], radius * aspect, radius / aspect, wall], dim=-1)
 
 
 def anatomy(
@@ -150,9 +143,10 @@ def anatomy(
     x, y = _heart_coordinates(draw, shape, size_hw, spacing_mm)
     noise = {name: _field_at(draw[f"{name}_field"], level, size_hw, spacing_mm) for name in _ORGAN_FIELDS}
     tissues = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    cavity = _paint_chest(tissues, x, y, shape, noise)
-    _paint_abdomen(tissues, x, y, shape, noise, cavity)
-    _paint_heart(tissues, x, y, shape, noise)
+    cavity = paint_chest(tissues, x, y, shape, noise)
+    paint_abdomen(tissues, x, y, shape, noise, cavity)
+    paint_round_things(tissues, x, y, draw["round_things"], cavity)
+    paint_heart(tissues, x, y, shape, noise)
     table = torch.tensor(TISSUE_LABELS, dtype=torch.uint8, device=x.device)
     return tissues, table.index_select(0, tissues.flatten().int()).view(tissues.shape)
 
@@ -193,6 +187,7 @@ def _heart_shape(shape: Draw, level: Tensor, phase: Tensor) -> Draw:
         "endo_ed": endo_ed,
         "epi": epi,
         "epi_ed": epi_ed,
+        "gap": torch.deg2rad(shape["basal_gap_deg"]) / 2 * (1 - inside / shape["basal_gap_level"]).clamp_min(0),
         "rv_on": (shape["rv_chance"] > 0) & (rv_left > 0),
         "rv_along": epi * (1 - span.cos()) + width,
         "rv_across": 1.15 * epi * span.sin(),
@@ -213,132 +208,3 @@ def _heart_coordinates(draw: Draw, shape: Draw, size_hw: tuple[int, int], spacin
     x = warp[:, 0] + (cosine * right - shape["heart_x_mm"] - shape["drift_x_mm"] * drift) + sine * down
     y = warp[:, 1] - sine * right + (cosine * down - shape["heart_y_mm"] - shape["drift_y_mm"] * drift)
     return x, y
-
-
-def _paint(tissues: Tensor, mask: Tensor, tissue: Tissue) -> None:
-    """Write a tissue where the mask is set; byte arithmetic is some ten times as fast as `masked_fill_` on a CPU."""
-    tissues.mul_((~mask).view(torch.uint8)).add_(mask.view(torch.uint8) * int(tissue))
-
-
-def _ellipse(x: Tensor, y: Tensor, centre: tuple, radii: tuple) -> Tensor:
-    """Squared distance from a centre in units of the radii: below 1 inside."""
-    along_x = (x - centre[0]).mul_(1 / radii[0]).square_()
-    return along_x.add_((y - centre[1]).mul_(1 / radii[1]).square_())
-
-
-def _paint_chest(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw) -> Tensor:
-    """Paint arm, fat, chest wall and lung (the trunk goes straight down from its widest place); return the cavity."""
-    inside = shape["inside"]
-    rv_side = -torch.deg2rad(shape["rv_angle_deg"]).cos().clamp_max(0)
-    front = -(shape["epi_ed"] + rv_side * 0.8 * shape["rv_width_mm"] * (1 - inside) + shape["chest_gap_mm"] + 10)
-    half_width = shape["chest_width_mm"] / 2
-    half_height = 115 - 25 * inside
-    top = -(shape["epi_ed"] + shape["lung_above_mm"] * (1 - 0.7 * shape["level"].clamp(0, 1.3)))
-    leaning = x + shape["chest_lean"] * y
-    up = (y - (top + half_height)).mul_(1 / half_height).clamp_max_(0)
-    depth = _ellipse(leaning, up, (front + half_width, 0), (half_width, 1))
-    depth = depth.sqrt_().sub_(1).mul_(half_width)  # below 0 in the cavity, about mm
-
-    arm = _ellipse(leaning, y, (front + 2.3 * half_width, top - 40), (55, 40)) + 9 * (1 - shape["arm_chance"])
-    _paint(tissues, arm < 1, Tissue.FAT)
-    _paint(tissues, arm < 0.5, Tissue.MUSCLE)
-    height = up.square()
-    shoulder = 1 + shape["shoulder"] * height.div_(1 + 0.5 * height)  # the wall is thickest above the lung
-    muscle = shape["muscle_mm"] * shoulder
-    _paint(tissues, depth < muscle + shape["fat_mm"] * (1 + 0.8 * inside) * shoulder, Tissue.FAT)
-    _paint(tissues, depth + 5 * (shoulder - 0.5) * noise["organs"] < muscle, Tissue.MUSCLE)
-    _paint(tissues, (depth - 5).abs_() + 2 * noise["vessels"] < 0, Tissue.ABDOMINAL_FAT)  # between the ribs
-    lung = depth < 0
-    _paint(tissues, lung, Tissue.LUNG)
-    _paint(tissues, lung & (noise["vessels"] > 2.8 - 1.2 * shape["vessel_density"]), Tissue.LUNG_VESSEL)
-    return lung
-
-
-def _paint_abdomen(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw, cavity: Tensor) -> None:
-    """Paint everything below the diaphragm, and the aorta and spine behind the heart."""
-    inside, edge = shape["inside"], shape["liver_edge_mm"]
-    bottom = 0.7 * shape["epi_ed"] + 0.3 * shape["lv_radius_mm"] + shape["diaphragm_gap_mm"]
-    drop = shape["diaphragm_drop_mm"] * (1 - 1.6 * inside)
-    diaphragm = bottom + drop * ((x - 20) * (1 / 60)).clamp_(0, 1) + 3 * noise["contour"] + 0.0025 * x * x
-    below = y - diaphragm
-    abdomen = (below > 0) & cavity
-    _paint(tissues, abdomen, Tissue.ABDOMINAL_FAT)
-    _paint(tissues, abdomen & (noise["organs"] > -0.3), Tissue.ORGAN)
-    _paint(tissues, abdomen & (noise["organs"] > 0.7), Tissue.BOWEL)
-    size = shape["organ_radius_mm"]
-    organ = _ellipse(x, y, (edge + 65, bottom + drop + 50), (0.9 * size, 1.4 * size))
-    _paint(tissues, abdomen & (organ < 1.3), Tissue.ABDOMINAL_FAT)
-    _paint(tissues, abdomen & (organ < 1), Tissue.ORGAN)
-    liver = _ellipse(x, y, (edge - 110, bottom + 75), (110, 130)) + 0.1 * noise["contour"]
-    _paint(tissues, abdomen & (liver < 1.08), Tissue.ABDOMINAL_FAT)
-    liver = (liver < 1) & (below > 2.5) & cavity
-    _paint(tissues, liver, Tissue.LIVER)
-    vessels = 0.5 * noise["organs"] + 0.8 * noise["vessels"] > 2.4 - 0.9 * shape["vessel_density"]
-    _paint(tissues, liver & vessels, Tissue.LIVER_VESSEL)
-    size = shape["stomach_radius_mm"]
-    stomach = _ellipse(x, y, (edge + 20 + 0.9 * size, bottom + 0.3 * drop + size), (size, 1.2 * size))
-    _paint(tissues, abdomen & (stomach < 1.3), Tissue.ABDOMINAL_FAT)
-    _paint(tissues, abdomen & (stomach < 1.1), Tissue.STOMACH_WALL)
-    _paint(tissues, abdomen & (stomach < 0.75), Tissue.STOMACH)
-    size = shape["spine_radius_mm"]
-    spine = _ellipse(x, y, (edge + 35, bottom + 65), (size, 1.2 * size))
-    _paint(tissues, cavity & (spine < 1) & (inside < 0.4), Tissue.BONE)
-    size = shape["aorta_radius_mm"]
-    aorta = _ellipse(x, y, (edge + 8, bottom + 16 + 40 * inside), (size, 1.5 * size))
-    _paint(tissues, aorta < 1.3, Tissue.VESSEL_WALL)
-    _paint(tissues, aorta < 1, Tissue.GREAT_VESSEL)
-
-
-def _paint_heart(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw) -> None:
-    """Paint pericardium and both ventricles with what is in them; above the base atria take their place."""
-    angle = torch.deg2rad(shape["rv_angle_deg"])
-    along = (x * angle.cos()).add_(y * angle.sin())  # towards the RV
-    across = (y * angle.cos()).sub_(x * angle.sin())
-    rough = noise["contour"] * shape["wall_roughness_mm"]
-    endo, epi, aspect = shape["endo"], shape["epi"], shape["lv_aspect"]
-    thickness = epi - endo
-    septal = shape["wall_asymmetry"] * thickness / 2
-    outer = _ellipse(along, across, (septal, 0), (aspect, 1 / aspect)).sqrt_().sub_(epi)
-    inner = _ellipse(along, across, (0, 0), (aspect, 1 / aspect)).sqrt_()
-    right = _rv_distance(along, across, shape).add_(rough)
-    rough_inner = rough * (endo / 10).clamp_max(1)  # none at a point, else it would be drawn where there is no heart
-
-    fat = (shape["pericardial_fat_mm"] * (1 + 1.5 * noise["organs"])).clamp_min_(0)
-    pericardium = torch.minimum(right, outer).sub_(fat).add_((epi <= 0) * 999.0)
-    _paint(tissues, pericardium < 3.5, Tissue.VESSEL_WALL)
-    _paint(tissues, pericardium < 2, Tissue.PERICARDIAL_FAT)
-    outer.add_(rough * (epi / 20).clamp_max(0.5))
-    myo = outer < 0
-    lv = (outer < -0.35 * thickness).logical_and_(inner + rough_inner < endo)
-    rv = right < 0
-    _paint(tissues, right < shape["rv_wall_mm"], Tissue.RV_WALL)
-    ventricles = ~shape["in_atria"]
-    _paint(tissues, rv, Tissue.GREAT_VESSEL)
-    _paint(tissues, myo, Tissue.VESSEL_WALL)
-    _paint(tissues, lv, Tissue.GREAT_VESSEL)
-    rv, myo, lv = rv & ventricles, myo & ventricles, lv & ventricles
-    _paint(tissues, rv, Tissue.RV_POOL)
-    _paint(tissues, rv & (noise["vessels"] > 2.6 - 1.2 * shape["trabeculation"]), Tissue.RV_TRABECULA)
-    _paint(tissues, myo, Tissue.MYO)
-    _paint(tissues, lv, Tissue.LV_POOL)
-    rim = (inner * (1 / endo.clamp_min(1))).square_().mul_(1.3).add_(noise["vessels"])
-    _paint(tissues, lv & (rim > 3.6 - 1.2 * shape["trabeculation"]), Tissue.LV_PAPILLARY)
-    middle = (8 * (shape["inside"] - 0.15) * (0.9 - shape["inside"])).clamp(0, 1).sqrt()
-    size = (shape["papillary_size"] * shape["endo_ed"] * middle).clamp_min(0.1)
-    for side in (-0.6, 0.6):
-        papillary = _ellipse(along, across, (-0.35 * endo, side * endo), (size, size))
-        _paint(tissues, lv & (papillary < 1), Tissue.LV_PAPILLARY)
-
-
-def _rv_distance(along: Tensor, across: Tensor, shape: Draw) -> Tensor:
-    """Distance to the RV pool's outline in mm, below 0 inside: an egg on the septum's chord, and the outflow tract."""
-    epi, outflow = shape["epi"], shape["outflow"]
-    reach = along - shape["rv_chord"]
-    length = shape["rv_along"].clamp_min(1)
-    slant = (across - shape["rv_skew"] * reach).div_((1 - shape["rv_egg"] / length * reach).clamp_(0.4, 1.3))
-    crescent = _ellipse(reach, slant, (0, 0), (length, shape["rv_across"].clamp_min(1)))
-    crescent = crescent.sqrt_().sub_(1).mul_(length)
-    tract = (0.55 * (epi + outflow), 0.85 * (epi + outflow))
-    distance = torch.minimum(crescent, _ellipse(along, across, tract, (1.0, 1.0)).sqrt_().sub_(outflow))
-    behind = (reach < -0.2 * epi).logical_or_(~shape["rv_on"])
-    return distance.add_(behind, alpha=999.0)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.phantom.anatomy import Tissue
 from components.phantom.draws import Draw, Range, draw_uniform, smooth_field
+from components.phantom.tissues import Tissue
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class AppearanceRanges:
     """
 
     arbitrary_chance: Range = (0, 0)  # every tissue's signal drawn from 0..1 instead
+    arbitrary_trunk_chance: Range = (0, 0)  # the same, but for the heart
     opposed_phase_chance: Range = (0.8, 0.8)  # water and fat cancel: dark lines between them
     rv_pool: Range = (0.6, 0.95)
     great_vessel: Range = (0.75, 1.3)
@@ -33,12 +34,20 @@ class AppearanceRanges:
     bone: Range = (0.3, 0.6)
     fat: Range = (0.8, 1.4)  # subcutaneous
     inner_fat: Range = (0.75, 1.25)  # around the heart and in the abdomen
+    round_disc: Range = (0.2, 1.2)  # round things that are no heart
+    round_ring: Range = (0.1, 0.6)
     air: Range = (0.0, 0.01)
     texture: Range = (0.04, 0.1)  # unevenness within a tissue, fraction
+    patchiness: Range = (0, 0)  # the same on the scale of an organ
+    flow_void: Range = (0, 0)  # loss of signal in swirls within the pools, fraction
     blur_px: Range = (0.5, 0.95)  # partial volume, standard deviation
     coil_log: Range = (0.5, 1.2)  # the coils' fall-off across the picture, natural logarithm
     coil_angle_deg: Range = (170, 250)  # where the coils are, clockwise from the right
     bias_log: Range = (0.05, 0.15)  # smooth unevenness, natural logarithm, standard deviation
+    ghost: Range = (0, 0)  # a faint second picture, shifted, fraction
+    ghost_shift: Range = (0.2, 0.5)  # by this fraction of a side
+    banding: Range = (0, 0)  # depth of bSSFP's dark bands, fraction
+    banding_turns: Range = (0.5, 8)  # how many of them
     noise: Range = (0.008, 0.03)  # Rician, over the LV blood's signal
     gamma: Range = (0.9, 1.15)
     black_percentile: Range = (0.2, 0.8)
@@ -53,7 +62,13 @@ _NO_SIGNAL_OF_THEIR_OWN = {
     Tissue.RV_WALL: "myo",
     Tissue.RV_TRABECULA: "myo",
     Tissue.LV_PAPILLARY: "myo",
+    Tissue.DISC_A: "round_disc",
+    Tissue.DISC_B: "lv_pool",
+    Tissue.RING_A: "round_ring",
+    Tissue.RING_B: "myo",
 }
+_HEART = (Tissue.RV_WALL, Tissue.RV_POOL, Tissue.RV_TRABECULA, Tissue.MYO, Tissue.LV_POOL, Tissue.LV_PAPILLARY)
+_POOLS = (Tissue.RV_POOL, Tissue.LV_POOL, Tissue.GREAT_VESSEL)
 _FATS = (Tissue.FAT, Tissue.ABDOMINAL_FAT, Tissue.PERICARDIAL_FAT)
 _UNEVENNESS = {"LUNG": 4.0, "ORGAN": 2.0, "BOWEL": 4.0, "STOMACH": 2.0, "FAT": 0.3, "AIR": 0.0}  # times the texture
 
@@ -74,7 +89,11 @@ def draw_appearance(count: int, ranges: AppearanceRanges, generator: torch.Gener
     signals = draw | {"lv_pool": torch.ones(count, device=device)}
     table = torch.stack([signals[_NO_SIGNAL_OF_THEIR_OWN.get(tissue, tissue.name.lower())] for tissue in Tissue], dim=1)
     arbitrary = torch.rand(table.shape, generator=generator, device=device)
-    draw["tissue_signal"] = torch.where(draw["arbitrary_chance"][:, None] > 0, arbitrary, table)
+    in_trunk = torch.ones(len(Tissue), dtype=torch.bool, device=device)
+    in_trunk[[*_HEART, Tissue.AIR]] = False
+    everything, trunk = (draw[name][:, None] > 0 for name in ("arbitrary_chance", "arbitrary_trunk_chance"))
+    draw["tissue_signal"] = torch.where(everything | (trunk & in_trunk), arbitrary, table)
+    draw["banding_field"] = torch.randn(count, 5, 5, generator=generator, device=device)
     draw["bias_field"] = torch.randn(count, 6, 6, generator=generator, device=device)
     return draw
 
@@ -102,8 +121,15 @@ def signal(tissues: Tensor, draw: Draw, generator: torch.Generator) -> Tensor:
     spread = (table * uneven * draw["texture"][:, None]).gather(1, codes).view(tissues.shape)
     grain = torch.randn(len(tissues), 120, 120, generator=generator, device=device)
     image.addcmul_(spread, smooth_field(grain, size_hw))
+    if (one["patchiness"] > 0).any() or (one["flow_void"] > 0).any():
+        patches = smooth_field(torch.randn(len(tissues), 20, 20, generator=generator, device=device), size_hw)
+        image.mul_(1 + one["patchiness"] * patches)
+        pools = torch.zeros(len(Tissue), device=device)
+        pools[list(_POOLS)] = 1
+        image.mul_(1 - (one["flow_void"] * (patches - 0.5).clamp_(0, 1)).mul_(pools[codes].view(tissues.shape)))
     image = _blur(image, draw["blur_px"]).abs_()
     image *= _coil_bias(draw, size_hw)
+    image = _artefacts(image, draw)
     noise = torch.randn(2, *tissues.shape, generator=generator, device=device) * one["noise"]
     return torch.hypot(image.add_(noise[0]), noise[1])
 
@@ -142,6 +168,23 @@ def _blur(image: Tensor, sigma_px: Tensor, reach: int = 3) -> Tensor:
         image = torch.zeros_like(image)
         for position in range(2 * reach + 1):
             image.addcmul_(padded.narrow(dim, position, length), weights[:, position])
+    return image
+
+
+def _artefacts(image: Tensor, draw: Draw) -> Tensor:
+    """Add a ghost along the rows and bSSFP's dark bands, which crowd towards the picture's edges."""
+    ghost, depth = (draw[name].view(-1, 1, 1) for name in ("ghost", "banding"))
+    if (ghost > 0).any():
+        height, width = image.shape[1:]
+        shift = (draw["ghost_shift"] * height).long()
+        rows = (torch.arange(height, device=image.device) - shift[:, None]) % height
+        image = image.addcmul(image.gather(1, rows[:, :, None].expand(-1, -1, width)), ghost)
+    if (depth > 0).any():
+        down, right = (torch.linspace(-1, 1, size, device=image.device) for size in image.shape[1:])
+        turns = smooth_field(draw["banding_field"], (image.shape[1], image.shape[2])).mul_(0.15)
+        turns.add_((down.abs() ** 3)[:, None] + right.abs() ** 3).mul_(draw["banding_turns"].view(-1, 1, 1))
+        dark = turns.mul_(2 * torch.pi).cos_().add_(1).mul_(0.5).square_()
+        image = image * (1 - depth * dark)
     return image
 
 

@@ -1,4 +1,8 @@
-"""Independent phantom slices, each of another subject: what an encoder is trained on and a head is reminded of."""
+"""Independent phantom slices, each of another subject: what an encoder is trained on and a head is reminded of.
+
+The draw is wide on purpose (domain randomisation, as in SynthSeg: Billot et al., Medical Image Analysis 2023): any
+orientation, hearts and trunks beyond what is normal, contrasts about cine MR's and now and then arbitrary.
+"""
 
 import numpy as np
 import torch
@@ -6,6 +10,102 @@ from torch import Tensor
 
 from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
 from components.phantom.appearance import AppearanceRanges, appearance, draw_appearance
+
+WIDE_ANATOMY = AnatomyRanges(
+    rotation_deg=(-180, 180),
+    scale=(0.75, 1.65),
+    mirror_chance=(0.5, 0.5),
+    warp_mm=(2, 7),
+    heart_x_mm=(-50, 40),
+    heart_y_mm=(-50, 40),
+    drift_x_mm=(-15, 15),
+    drift_y_mm=(-15, 15),
+    lv_radius_mm=(15, 38),
+    lv_aspect=(0.84, 1.16),
+    lv_taper=(1.8, 4.5),
+    lv_end_level=(0.85, 0.99),
+    lv_contraction=(0.05, 0.6),
+    wall_mm=(4.5, 15),
+    wall_asymmetry=(-0.5, 0.5),
+    wall_asymmetry_deg=(-180, 180),
+    wall_roughness_mm=(0.3, 1.8),
+    papillary_size=(0.05, 0.35),
+    trabeculation=(0, 1.5),
+    basal_gap_deg=(-150, 200),
+    basal_gap_towards_deg=(90, 300),
+    basal_gap_level=(0.1, 0.3),
+    atrium_radius_mm=(5, 30),
+    rv_chance=(0.95, 0.95),
+    rv_angle_deg=(90, 215),
+    rv_width_mm=(14, 68),
+    rv_span_deg=(42, 95),
+    rv_skew=(-0.5, 0.5),
+    rv_egg=(0, 0.35),
+    rv_end_level=(0.6, 1),
+    rv_contraction=(0.05, 0.6),
+    rv_wall_mm=(0.5, 5),
+    outflow_radius_mm=(0, 20),
+    pericardial_fat_mm=(0, 14),
+    chest_gap_mm=(-8, 30),
+    chest_width_mm=(150, 310),
+    chest_lean=(-0.3, 0.5),
+    lung_above_mm=(20, 110),
+    fat_mm=(2, 28),
+    muscle_mm=(4, 22),
+    shoulder=(0.1, 2.0),
+    diaphragm_gap_mm=(-6, 25),
+    diaphragm_drop_mm=(-20, 70),
+    liver_edge_mm=(-70, 90),
+    stomach_radius_mm=(6, 40),
+    organ_radius_mm=(10, 42),
+    aorta_radius_mm=(5, 17),
+    spine_radius_mm=(10, 28),
+    vessel_density=(0, 1.5),
+    round_thing_chance=(0.3, 0.3),
+)
+WIDE_APPEARANCE = AppearanceRanges(
+    arbitrary_chance=(0.08, 0.08),
+    arbitrary_trunk_chance=(0.15, 0.15),
+    opposed_phase_chance=(0.6, 0.6),
+    rv_pool=(0.6, 1.2),
+    great_vessel=(0.5, 1.5),
+    myo=(0.15, 0.7),
+    wall=(0.1, 0.7),
+    muscle=(0.1, 0.7),
+    lung=(0.0, 0.2),
+    lung_vessel=(0.2, 1.2),
+    liver=(0.1, 0.8),
+    liver_vessel=(0.3, 1.2),
+    organ=(0.1, 0.9),
+    stomach=(0.05, 1.5),
+    bowel=(0.1, 1.3),
+    bone=(0.1, 0.9),
+    fat=(0.3, 2.2),
+    inner_fat=(0.2, 1.8),
+    round_disc=(0.05, 1.4),
+    round_ring=(0.05, 1.2),
+    air=(0.0, 0.03),
+    texture=(0.02, 0.12),
+    patchiness=(0, 0.2),
+    flow_void=(-0.5, 0.7),
+    blur_px=(0.3, 1.5),
+    coil_log=(0, 1.8),
+    coil_angle_deg=(120, 300),
+    bias_log=(0, 0.35),
+    ghost=(-0.2, 0.15),
+    banding=(-1.8, 0.7),
+    noise=(0.002, 0.06),
+    gamma=(0.65, 1.5),
+    black_percentile=(0.1, 3),
+    white_percentile=(98, 99.8),
+)
+_PIXEL_MM = 1.5  # of a canvas of 256 pixels
+_USUAL_SIZE = 256
+_LEVELS = (-0.05, 1.03)
+_NO_HEART_CHANCE = 0.04
+_NO_HEART_LEVEL = 1.3
+_BAR_CHANCE = 0.6  # of black bars along two sides, as padding to a square leaves them
+_BAR_SHARE = 0.2  # of a side, at most
 
 
 def phantom_slices(
@@ -27,9 +127,22 @@ def phantom_slices(
     entropy = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device)
     generator.manual_seed(int(entropy >> np.uint64(1)))
-    body = draw_anatomy(count, AnatomyRanges(), generator)
-    look = draw_appearance(count, AppearanceRanges(), generator)
-    level = torch.rand(count, generator=generator, device=generator.device) * 1.2 - 0.1
-    phase = torch.rand(count, generator=generator, device=generator.device)
-    tissues, labels = anatomy(body, level=level, phase=phase, size_hw=(size, size), spacing_mm=1.5)
-    return appearance(tissues, look, generator)[:, None], labels[:, None]
+    body = draw_anatomy(count, WIDE_ANATOMY, generator)
+    look = draw_appearance(count, WIDE_APPEARANCE, generator)
+    for name in ("flow_void", "ghost", "banding"):  # ranges that begin below 0: absent from some slices
+        look[name].clamp_min_(0)
+    unit = torch.rand(4, count, generator=generator, device=generator.device)
+    level = _LEVELS[0] + (_LEVELS[1] - _LEVELS[0]) * unit[0]
+    level = torch.where(unit[1] < _NO_HEART_CHANCE, _NO_HEART_LEVEL, level)
+    spacing_mm = _PIXEL_MM * _USUAL_SIZE / size
+    tissues, labels = anatomy(body, level=level, phase=unit[2], size_hw=(size, size), spacing_mm=spacing_mm)
+    images = appearance(tissues, look, generator)
+    seen = _between_bars(unit[3], size)
+    return (images * seen)[:, None], (labels * seen)[:, None]
+
+
+def _between_bars(unit: Tensor, size: int) -> Tensor:
+    """Return what black bars leave of each slice, (B, 1, size) or the same for all rows."""
+    width = (unit / _BAR_CHANCE * _BAR_SHARE * size).where(unit < _BAR_CHANCE, 0)[:, None, None]
+    column = torch.arange(size, device=unit.device)
+    return (column >= width) & (column < size - width)
