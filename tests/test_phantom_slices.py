@@ -58,7 +58,7 @@ def test_some_slices_have_no_heart_and_hearts_have_any_size_and_place():
     area = hearts.sum((1, 2))
     assert 5 < (area == 0).sum() < 40
     assert area.max() > 10 * area[area > 0].min()
-    assert hearts.any(0).float().mean() > 0.5  # of the canvas has been heart in some slice
+    assert hearts.any(0).float().mean() > 0.35  # of the canvas has been heart in some slice
 
 
 def test_black_bars_cover_image_and_label_alike():
