@@ -1,0 +1,25 @@
+"""Weights that come with the package: an encoder trained on phantoms and a start for each head."""
+
+from pathlib import Path
+
+
+def pretrained_file(name: str) -> str:
+    """Return the path of a file of weights in this package.
+
+    Args:
+        name: `phantom_encoder.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt` or `linear_head.pt`.
+
+    Returns:
+        its path.
+
+    Raises:
+        FileNotFoundError: when there is no such file; names those that are there.
+    """
+    folder = Path(__file__).parent
+    present = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt"))
+    if name not in present:
+        raise FileNotFoundError(
+            f"no pretrained file {name!r} in {folder}: expected one of {', '.join(present) or '(none is there)'}; "
+            "bundles/phantom_encoder makes them"
+        )
+    return str(folder / name)
