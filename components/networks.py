@@ -2,7 +2,10 @@
 
 import functools
 import logging
+import pickle
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +29,30 @@ class PromptFreeSam(nn.Module):
         head: from embeddings to logits BxCx4hx4w.
         precision: `fp32`; `bf16` (products and convolutions of encoder and head, in training too); or `auto`, bf16
             where the device computes it natively and fp32 elsewhere.
+        head_checkpoint: a file to start from, such as another run's `model.pt`: what `state_dict()` of a network with
+            the same head and encoder gave, weights in fp32 or fp16; None for the weights that the parts come with.
 
     Raises:
-        ValueError: for another precision.
+        ValueError: for another precision, or a file that cannot be read or does not fit.
+        FileNotFoundError: when `head_checkpoint` is not there.
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, precision: str = "auto") -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: nn.Module,
+        precision: str = "auto",
+        *,
+        head_checkpoint: str | None = None,
+    ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         self.encoder = encoder
         self.head = head
         self.precision = precision
+        if head_checkpoint is not None:
+            _load(self, head_checkpoint)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
@@ -88,6 +103,26 @@ def has_native_bf16(device_type: str) -> bool:
     if device_type == "cpu":
         return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _load(network: PromptFreeSam, path: str) -> None:
+    """Fill a network from the file of another one, strictly, and say so."""
+    way_out = "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no head checkpoint at {path}: {way_out}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({error}): expected a file saved by torch.save; {way_out}"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a head checkpoint: expected a flat state dict of tensors; {way_out}")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this network: {way_out}. {error}") from error
+    logger.info("the network starts from %s", path)
 
 
 @functools.cache
