@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: what is written, kept, resumed from, and loaded for evaluation."""
+"""Checkpoints of a training run: what is written, kept and resumed from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
-from monai.handlers import CheckpointLoader
 from monai.utils.misc import is_scalar
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -35,48 +34,6 @@ from components.files import remove_partial_files, write_atomically
 logger = logging.getLogger(__name__)
 
 
-class ModelCheckpointLoader(CheckpointLoader):
-    """MONAI's ``CheckpointLoader`` whose errors name the file and say how to come by it.
-
-    The class name keeps ``CheckpointLoader``: MONAI's federated client finds the loaders that it disables by that word.
-
-    Args: as ``monai.handlers.CheckpointLoader``; ``load_path`` is a bare state dict such as ``model.pt``.
-
-    Raises:
-        FileNotFoundError: when the run starts and ``load_path`` is no file.
-        RuntimeError: when the run starts and ``load_path`` cannot be read (not a checkpoint, truncated, ...).
-    """
-
-    def __call__(self, engine: Engine) -> None:
-        """Load the file into the objects of ``load_dict``.
-
-        Args:
-            engine: the engine that starts.
-        """
-        if not Path(self.load_path).is_file():
-            raise FileNotFoundError(
-                f"expected a trained model at '{self.load_path}', found no such file. Train first with `python -m "
-                "monai.bundle run training --config_file configs/train.json`, or say where the model is with "
-                "`--ckpt_path <file>` or `--ckpt_dir <folder>`."
-            )
-        try:
-            super().__call__(engine)
-        except Exception as error:
-            try:  # a file that reads well does not fit this network: the first error says why
-                torch.load(self.load_path, map_location="cpu", weights_only=True)
-            except Exception as reading_error:
-                raise RuntimeError(
-                    f"expected a state dict that `torch.load(weights_only=True)` can read at '{self.load_path}', got "
-                    f"{type(reading_error).__name__}: {reading_error}. The file is damaged or no checkpoint: copy or "
-                    "train it again, or give another one with `--ckpt_path <file>`."
-                ) from reading_error
-            error.add_note(
-                f"'{self.load_path}' was read but does not fit: use the configuration that trained it, or give another "
-                "file with `--ckpt_path <file>`."
-            )
-            raise
-
-
 class TrainingCheckpoints:
     """Write the best model and the last checkpoints of a training run, and resume from them.
 
@@ -84,6 +41,9 @@ class TrainingCheckpoints:
     after a validation that beats all before it ``model.pt`` (the network's bare state dict). Both replace the older
     file in one step, ``model.pt`` before the checkpoint that records its score, so a killed run always leaves a usable
     folder. If no validation gave a score, the last model becomes ``model.pt`` at the end.
+
+    With ``validate_start`` a fresh run validates the network before its first step, as epoch 0, so that ``model.pt`` is
+    never worse on the validation data than what the run began with.
 
     A resumed run follows its own configuration: the checkpoint gives the weights, the optimizer's moments, the epoch
     and the best score; learning rate, schedule, number of epochs and iterations per epoch are those now configured.
@@ -100,6 +60,7 @@ class TrainingCheckpoints:
         evaluator: the engine that the validation handler runs, or None; its key metric is the score.
         resume: continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints are moved into
             a subfolder ``previous_run_<n>`` beside a copy of their ``model.pt``.
+        validate_start: whether the network that a fresh run begins with competes for ``model.pt``.
 
     Raises:
         TypeError: when ``resume`` is not a bool, or ``lr_scheduler`` follows a metric.
@@ -115,6 +76,7 @@ class TrainingCheckpoints:
         lr_scheduler: LRScheduler | None = None,
         evaluator: Evaluator | None = None,
         resume: bool = False,
+        validate_start: bool = False,
     ) -> None:
         if not isinstance(resume, bool):  # on the command line `--resume false` is the (true) string "false"
             raise TypeError(f"resume must be True or False, got {resume!r}: write `--resume True` or `--resume False`.")
@@ -129,6 +91,7 @@ class TrainingCheckpoints:
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
         self.resume = resume
+        self.validate_start = validate_start
         self.best_score: float | None = None
         self.best_epoch: int | None = None
 
@@ -143,7 +106,7 @@ class TrainingCheckpoints:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
-        """Resume, or clear the folder for a fresh run.
+        """Resume, or clear the folder for a fresh run and let what it begins with compete.
 
         Args:
             engine: the trainer.
@@ -160,6 +123,10 @@ class TrainingCheckpoints:
             set_aside(self.ckpt_dir)
         self._tell_evaluator()
         idist.barrier()
+        if not resumed and self.validate_start and self.evaluator is not None:
+            self.evaluator.run(engine.state.epoch)
+            if self._takes_the_lead(engine) and _is_writer():
+                self._save_model(engine)
 
     def finish_epoch(self, engine: Engine) -> None:
         """Write the model if it is the best so far, then the checkpoint of this epoch.
@@ -167,18 +134,13 @@ class TrainingCheckpoints:
         Args:
             engine: the trainer.
         """
-        epoch, score = engine.state.epoch, self._validated_score(engine)
-        is_best = score is not None and self._is_best(score)
-        if is_best:
-            self.best_score, self.best_epoch = score, epoch
-        self._tell_evaluator()
+        is_best, epoch = self._takes_the_lead(engine), engine.state.epoch
         if not _is_writer():
             return
         with write_atomically(checkpoint_path(self.ckpt_dir, epoch)) as partial:
             torch.save(self._checkpoint(engine), partial)
             if is_best:  # only now, so that next to no time lies between the model and the record of its score
-                save_atomically(self.network.state_dict(), self.ckpt_dir / MODEL_FILENAME)
-                logger.info("epoch %d: best validation score so far, %g, model saved", epoch, score)
+                self._save_model(engine)
         remove_superseded(self.ckpt_dir, epoch=epoch)
 
     def finish(self, engine: Engine) -> None:
@@ -192,6 +154,19 @@ class TrainingCheckpoints:
             save_atomically(self.network.state_dict(), path)
             logger.info("no validation gave a score: the model of the last epoch (%d) is %s", engine.state.epoch, path)
         idist.barrier()
+
+    def _takes_the_lead(self, engine: Engine) -> bool:
+        """Compare this epoch's validation score with the best so far, and keep the better one."""
+        score = self._validated_score(engine)
+        is_best = score is not None and self._is_best(score)
+        if is_best:
+            self.best_score, self.best_epoch = score, engine.state.epoch
+        self._tell_evaluator()
+        return is_best
+
+    def _save_model(self, engine: Engine) -> None:
+        save_atomically(self.network.state_dict(), self.ckpt_dir / MODEL_FILENAME)
+        logger.info("epoch %d: best validation score so far, %g, model saved", engine.state.epoch, self.best_score)
 
     def _checkpoint(self, engine: Engine) -> dict[str, Any]:
         scaler = getattr(engine, "scaler", None)

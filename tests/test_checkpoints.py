@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components import checkpoints
 from components.checkpoint_folder import save_atomically
-from components.checkpoints import ModelCheckpointLoader, TrainingCheckpoints
+from components.checkpoint_loader import ModelCheckpointLoader
+from components.checkpoints import TrainingCheckpoints
 from components.validation import LastEpochValidationHandler
 
 NAN = float("nan")
@@ -49,9 +50,22 @@ class GivenScore(Metric):
 
 
 def build(
-    ckpt_dir, *, scores=(), epochs=3, resume=False, lr=1.0, interval=1, val_batches=BATCHES, wrap=None, batches=BATCHES
+    ckpt_dir,
+    *,
+    scores=(),
+    start=None,
+    epochs=3,
+    resume=False,
+    lr=1.0,
+    interval=1,
+    val_batches=BATCHES,
+    wrap=None,
+    batches=BATCHES,
 ):
-    """Return a run whose validation at epoch N scores `scores[N - 1]`; no scores, no validation data."""
+    """Return a run whose validation at epoch N scores `scores[N - 1]`; no scores, no validation data.
+
+    With `start` the network that it begins with competes, and scores that.
+    """
     network = torch.nn.Linear(3, 1)
     network = network if wrap is None else wrap(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
@@ -60,7 +74,7 @@ def build(
         device="cpu",
         val_data_loader=val_batches if scores else [],
         network=network,
-        key_val_metric={"score": GivenScore(dict(enumerate(scores, 1)))},
+        key_val_metric={"score": GivenScore({0: start, **dict(enumerate(scores, 1))})},
     )
     handler = TrainingCheckpoints(
         ckpt_dir=ckpt_dir,
@@ -69,6 +83,7 @@ def build(
         lr_scheduler=scheduler,
         evaluator=evaluator,
         resume=resume,
+        validate_start=start is not None,
     )
     trainer = SupervisedTrainer(
         device="cpu",
@@ -353,6 +368,59 @@ def test_validation_runs_at_every_interval_and_once_after_the_last_epoch(tmp_pat
 def test_validation_interval_below_one_is_an_error():
     with pytest.raises(ValueError, match="interval must be 1"):
         LastEpochValidationHandler(0)
+
+
+@pytest.mark.parametrize(
+    ("start", "scores", "best"),
+    [(0.8, [0.1, 0.5, 0.8], (0.8, 0)), (0.8, [0.1, 0.9, 0.5], (0.9, 2)), (NAN, [0.1, 0.5, 0.2], (0.5, 2))],
+    ids=["never beaten", "beaten", "nan"],
+)
+def test_model_is_never_worse_than_what_the_run_began_with(tmp_path, start, scores, best):
+    run = build(tmp_path, start=start, scores=scores)
+    began_with = weights(run.network)
+    run.trainer.run()
+    assert (run.handler.best_score, run.handler.best_epoch) == best
+    assert (run.evaluator.state.best_metric, run.evaluator.state.best_metric_epoch) == best
+    assert same(load(tmp_path / "model.pt"), began_with) == (best[1] == 0)
+    last = load(tmp_path / "checkpoint_epoch=3.pt")
+    assert (last["best_score"], last["best_epoch"]) == best
+
+
+def test_start_is_validated_once_before_the_first_step_and_not_after_resuming(tmp_path):
+    first = build(tmp_path, start=0.8, scores=[0.1] * 3)
+    steps_before = []
+    first.evaluator.add_event_handler(
+        Events.COMPLETED, lambda engine: steps_before.append((engine.state.epoch, first.trainer.state.iteration))
+    )
+    stop_after(first, 2)
+    assert steps_before == [(0, 0), (1, 2), (2, 4)]
+    began_with = load(tmp_path / "model.pt")
+    resumed = build(tmp_path, start=0.9, scores=[0.1] * 3, resume=True)
+    epochs = []
+    resumed.evaluator.add_event_handler(Events.COMPLETED, lambda engine: epochs.append(engine.state.epoch))
+    resumed.trainer.run()
+    assert epochs == [3]
+    assert (resumed.handler.best_score, resumed.handler.best_epoch) == (0.8, 0)
+    assert same(load(tmp_path / "model.pt"), began_with)
+
+
+def test_run_killed_between_its_start_and_its_first_checkpoint_starts_afresh(tmp_path):
+    killed = build(tmp_path, start=0.8, scores=[0.1] * 3)
+    killed.trainer.add_event_handler(Events.EPOCH_STARTED, lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        killed.trainer.run()
+    assert names(tmp_path) == ["model.pt"]
+    resumed = train(tmp_path, start=0.3, scores=[0.1] * 3, resume=True)
+    assert (resumed.handler.best_score, resumed.handler.best_epoch) == (0.3, 0)
+    assert len(resumed.seen) == 3
+
+
+@pytest.mark.parametrize("has_evaluator", [True, False])
+def test_start_without_validation_data_does_no_harm(tmp_path, has_evaluator):
+    run = build(tmp_path, start=0.8, scores=())
+    run.handler.evaluator = run.evaluator if has_evaluator else None
+    run.trainer.run()
+    assert same(load(tmp_path / "model.pt"), weights(run.network))
 
 
 def test_trainer_that_runs_on_in_code_keeps_its_folder(tmp_path):

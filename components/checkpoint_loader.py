@@ -1,0 +1,51 @@
+"""Loading of a trained model for evaluation and inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine
+from monai.handlers import CheckpointLoader
+
+
+class ModelCheckpointLoader(CheckpointLoader):
+    """MONAI's ``CheckpointLoader`` whose errors name the file and say how to come by it.
+
+    The class name keeps ``CheckpointLoader``: MONAI's federated client finds the loaders that it disables by that word.
+
+    Args: as ``monai.handlers.CheckpointLoader``; ``load_path`` is a bare state dict such as ``model.pt``.
+
+    Raises:
+        FileNotFoundError: when the run starts and ``load_path`` is no file.
+        RuntimeError: when the run starts and ``load_path`` cannot be read (not a checkpoint, truncated, ...).
+    """
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the file into the objects of ``load_dict``.
+
+        Args:
+            engine: the engine that starts.
+        """
+        if not Path(self.load_path).is_file():
+            raise FileNotFoundError(
+                f"expected a trained model at '{self.load_path}', found no such file. Train first with `python -m "
+                "monai.bundle run training --config_file configs/train.json`, or say where the model is with "
+                "`--ckpt_path <file>` or `--ckpt_dir <folder>`."
+            )
+        try:
+            super().__call__(engine)
+        except Exception as error:
+            try:  # a file that reads well does not fit this network: the first error says why
+                torch.load(self.load_path, map_location="cpu", weights_only=True)
+            except Exception as reading_error:
+                raise RuntimeError(
+                    f"expected a state dict that `torch.load(weights_only=True)` can read at '{self.load_path}', got "
+                    f"{type(reading_error).__name__}: {reading_error}. The file is damaged or no checkpoint: copy or "
+                    "train it again, or give another one with `--ckpt_path <file>`."
+                ) from reading_error
+            error.add_note(
+                f"'{self.load_path}' was read but does not fit: use the configuration that trained it, or give another "
+                "file with `--ckpt_path <file>`."
+            )
+            raise
