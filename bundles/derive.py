@@ -23,6 +23,7 @@ HEAD_OF_SOURCE = """        "head": {
         },
 """
 KNOB_OF_ENCODER = '    "trainable_encoder": false,\n'
+HEAD_CHECKPOINT_OF_SOURCE = '"name": "vit_head.pt"},\n'
 
 Replacements = dict[str, str]
 
@@ -55,6 +56,7 @@ DERIVED: dict[str, dict[str, Replacements]] = {
     "cnnhead_acdc": {
         "configs/train.json": CNN_CONFIG,
         "configs/inference.json": CNN_CONFIG,
+        "configs/tiny.json": {HEAD_CHECKPOINT_OF_SOURCE: '"name": "cnn_head.pt"},\n    "depth": 2,\n'},
         "configs/metadata.json": {
             METADATA_NAME: '"name": "SAM encoder with CNN head on ACDC"',
             METADATA_HEAD: "a convolutional head of k stages",
@@ -70,6 +72,7 @@ input's size at every k. 1,808,132 / 5,610,500 / 20,686,340 / 80,722,436 paramet
     "linearhead_acdc": {
         "configs/train.json": LINEAR_CONFIG,
         "configs/inference.json": LINEAR_CONFIG,
+        "configs/tiny.json": {HEAD_CHECKPOINT_OF_SOURCE: '"name": "linear_head.pt"},\n'},
         "configs/metadata.json": {
             METADATA_NAME: '"name": "SAM encoder with linear head on ACDC"',
             METADATA_HEAD: "a linear head",

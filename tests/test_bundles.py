@@ -92,6 +92,7 @@ def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
         "configs/train.json",
         "configs/evaluate.json",
         "configs/inference.json",
+        "configs/tiny.json",
         "configs/logging.conf",
     ):
         assert (REPOSITORY / "bundles" / bundle / name).is_file(), name

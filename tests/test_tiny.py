@@ -1,0 +1,234 @@
+"""`configs/tiny.json`, the overlay that starts from trained weights; here small random ones stand for those."""
+
+import json
+import logging
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, messages_of
+from monai.bundle import ConfigParser
+from scipy import ndimage
+
+from components.command_line import refuse_unknown_knobs
+from components.encoder import SamEncoder
+from components.heads import CNNHead, LinearHead, ViTHead
+from components.networks import PromptFreeSam
+from components.phantom.dataset import write_phantom_dataset
+
+HEADS = {
+    "autosam_acdc": ("vit_head.pt", lambda: ViTHead(4)),
+    "cnnhead_acdc": ("cnn_head.pt", lambda: CNNHead(4, depth=2)),
+    "linearhead_acdc": ("linear_head.pt", lambda: LinearHead(4)),
+}
+RUNS = {
+    "training": ("train", "tiny"),
+    "evaluating": ("train", "evaluate", "tiny"),
+    "evaluating in another order": ("train", "tiny", "evaluate"),
+    "inferring": ("inference", "tiny"),
+}
+POOL_SIZE = "train#trainer#prepare_batch#pool_size"
+
+
+def config(bundle: str, *names: str) -> list[str]:
+    return [str(REPOSITORY / "bundles" / bundle / "configs" / f"{name}.json") for name in names]
+
+
+@pytest.fixture(scope="session")
+def weights(sam_vit_b, tmp_path_factory) -> Path:
+    """A SAM checkpoint with a tiny encoder, and for each bundle the fp16 weights of a head that knows this encoder."""
+    folder = tmp_path_factory.mktemp("weights")
+    state = {key: value for key, value in sam_vit_b.state_dict().items() if not key.startswith("image_encoder.")}
+    encoder = SamEncoder("vit_tiny").image_encoder.state_dict()
+    encoder["neck.0.weight"] = encoder["neck.0.weight"] + 0.1
+    state |= {f"image_encoder.{key}": value for key, value in encoder.items()}
+    torch.save(state, folder / "phantom_encoder.pth")
+    for name, head in HEADS.values():
+        state = PromptFreeSam(SamEncoder("vit_tiny", str(folder / "phantom_encoder.pth")), head()).state_dict()
+        torch.save({key: v.half() if v.is_floating_point() else v for key, v in state.items()}, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> str:
+    """Four patients: two train, one validates, one tests."""
+    return write_phantom_dataset(str(tmp_path_factory.mktemp("data") / "phantoms"), patients=4, size_hw_d=(64, 48, 3))
+
+
+def knobs(bundle: str, weights: Path, **others) -> dict:
+    """Overrides that put the small weights in the place of the trained ones, at a size that is quick."""
+    files = {"sam_checkpoint": weights / "phantom_encoder.pth", "head_checkpoint": weights / HEADS[bundle][0]}
+    return {name: str(value) for name, value in files.items()} | {"image_size": 64} | others
+
+
+def parsed(bundle: str, names: tuple[str, ...], **overrides) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config(config(bundle, *names))
+    parser.update(overrides)
+    return parser
+
+
+def run(run_id: str, bundle: str, *names: str, **overrides) -> None:
+    overrides = {name: str(value) if isinstance(value, Path) else value for name, value in overrides.items()}
+    monai.bundle.run(run_id, config_file=config(bundle, *names), logging_file=False, **overrides)
+
+
+@pytest.mark.parametrize("bundle", HEADS)
+def test_overlay_sets_knobs_that_training_and_inference_both_have(bundle):
+    train, inference, tiny = (
+        json.loads(Path(config(bundle, name)[0]).read_text()) for name in ("train", "inference", "tiny")
+    )
+    assert tiny.keys() <= train.keys() & inference.keys()
+    assert not any("#" in name or "::" in name for name in tiny)
+    assert tiny["sam_checkpoint"]["name"] == "phantom_encoder.pth"
+    assert tiny["head_checkpoint"]["name"] == HEADS[bundle][0]
+    assert tiny.get("depth") == (2 if bundle == "cnnhead_acdc" else None)
+
+
+@pytest.mark.parametrize("bundle", HEADS)
+def test_order_of_overlays_does_not_matter(bundle):
+    first, second = (parsed(bundle, RUNS[name]).get() for name in ("evaluating", "evaluating in another order"))
+    assert {**first, "_desc_": ""} == {**second, "_desc_": ""}
+
+
+@pytest.mark.parametrize("names", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("bundle", HEADS)
+def test_overlay_builds_the_network_in_every_run(bundle, names, weights):
+    parser = parsed(bundle, names, **knobs(bundle, weights, cache_dir="$None"))
+    network = parser.get_parsed_content("network_def")
+    assert parser.get_parsed_content("largest_component") is True
+    if names[0] == "inference":
+        assert parser.get_parsed_content("ckpt_path") == str(weights / HEADS[bundle][0])
+        assert parser.get_parsed_content("inferer").test_time_views == 8
+        return
+    state = torch.load(weights / HEADS[bundle][0], weights_only=True)
+    assert all(torch.equal(value, state[f"head.{key}"].float()) for key, value in network.head.state_dict().items())
+    assert parser.get_parsed_content("validate#inferer").test_time_views == 8
+
+
+@pytest.mark.parametrize("bundle", HEADS)
+def test_fresh_head_is_one_option_away(bundle, weights):
+    overrides = knobs(bundle, weights, head_checkpoint="$None", cache_dir="$None")
+    head = parsed(bundle, RUNS["training"], **overrides).get_parsed_content("network_def").head
+    state = torch.load(weights / HEADS[bundle][0], weights_only=True)
+    assert any(not torch.equal(value, state[f"head.{key}"].float()) for key, value in head.state_dict().items())
+    inference = parsed(bundle, RUNS["inferring"], bundle_root="b", **overrides)
+    assert inference.get_parsed_content("ckpt_path") == "b/models/model.pt"
+
+
+@pytest.mark.parametrize("names", RUNS.values(), ids=RUNS)
+def test_overlays_knobs_are_known_on_every_command_line(names):
+    options = ["--head_checkpoint", "$None", "--phantom_share", "0.2", "--test_time_views", "2"]
+    command = ["monai", "run", "--config_file", str(config("autosam_acdc", *names)), *options]
+    refuse_unknown_knobs([*command, "--largest_component", "False", "--sam_checkpoint", "x.pth"])
+    with pytest.raises(ValueError, match="Did you mean '--phantom_share'"):
+        refuse_unknown_knobs([*command, "--phantoms_share", "0.2"])
+
+
+@pytest.fixture(scope="session")
+def adapted(weights, phantoms, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a head adapted through the overlay, by steps that ruin it, and what the run said."""
+    folder = tmp_path_factory.mktemp("adapted")
+    messages: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: messages.append(record.getMessage())
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.addHandler(listener)
+    root.setLevel(logging.INFO)
+    try:
+        overrides = knobs("linearhead_acdc", weights, dataset_dir=phantoms, cache_dir=folder / "embeddings")
+        overrides |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval", POOL_SIZE: 16}
+        run("training", "linearhead_acdc", "train", "tiny", **overrides, epochs=2, val_interval=1, learning_rate=1e30)
+    finally:
+        root.removeHandler(listener)
+        root.setLevel(level)
+    return folder, "\n".join(messages)
+
+
+def test_adapted_head_is_never_below_its_start(adapted, weights):
+    folder, said = adapted
+    assert f"the network starts from {weights / 'linear_head.pt'}" in said
+    assert "epoch 0: best validation score so far" in said
+    last = torch.load(folder / "models" / "checkpoint_epoch=2.pt", weights_only=True)
+    assert last["best_epoch"] == 0
+    model = torch.load(folder / "models" / "model.pt", weights_only=True)
+    start = torch.load(weights / "linear_head.pt", weights_only=True)
+    assert all(torch.equal(value, start[key].to(value)) for key, value in model.items())
+
+
+def test_evaluation_takes_the_adapted_head_whatever_the_start(adapted, weights, phantoms, tmp_path, caplog):
+    folder, _ = adapted
+    overrides = knobs("linearhead_acdc", weights, dataset_dir=phantoms, cache_dir=folder / "embeddings")
+    names = RUNS["evaluating"]
+    with caplog.at_level(logging.INFO):
+        run("evaluating", "linearhead_acdc", *names, **overrides, ckpt_dir=folder / "models", output_dir=tmp_path)
+    assert f"Restored all variables from {folder / 'models' / 'model.pt'}" in caplog.text
+    assert (tmp_path / "metrics.csv").is_file()
+    with pytest.raises(Exception) as caught:  # MONAI wraps a component's error in one of its own
+        run("evaluating", "linearhead_acdc", *names, **overrides, ckpt_dir=tmp_path, output_dir=tmp_path)
+    assert f"expected a trained model at '{tmp_path / 'model.pt'}'" in messages_of(caught.value)
+
+
+@pytest.fixture(scope="session")
+def oblique(tmp_path_factory) -> Path:
+    """A volume that is neither square nor upright."""
+    affine = np.array([[1.2, 0.3, 0, -80], [-0.3, 1.2, 0, 40], [0, 0, -9.5, 12], [0, 0, 0, 1]])
+    voxels = ndimage.gaussian_filter(np.random.RandomState(0).rand(154, 224, 3), (6, 6, 0)).astype(np.float32)
+    path = tmp_path_factory.mktemp("oblique") / "case.nii.gz"
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return path
+
+
+@pytest.mark.parametrize("bundle", HEADS)
+def test_views_and_largest_components_keep_shape_and_affine(bundle, weights, oblique, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run(
+            "inferring", bundle, "inference", "tiny", **knobs(bundle, weights, dataset_dir=oblique), output_dir=tmp_path
+        )
+    assert f"Restored all variables from {weights / HEADS[bundle][0]}" in caplog.text
+    image, prediction = nib.load(oblique), nib.load(tmp_path / "case_pred.nii.gz")
+    assert prediction.shape == (154, 224, 3)
+    assert np.array_equal(prediction.affine, image.affine)
+    labels = np.asarray(prediction.dataobj)
+    assert [ndimage.label(labels == value, np.ones((3, 3, 3)))[1] <= 1 for value in (1, 2, 3)] == [True] * 3
+
+
+def test_given_model_wins_over_the_heads_start(adapted, weights, oblique, tmp_path, caplog):
+    model = adapted[0] / "models" / "model.pt"
+    overrides = knobs("linearhead_acdc", weights, dataset_dir=oblique, ckpt_path=model, output_dir=tmp_path)
+    with caplog.at_level(logging.INFO):
+        run("inferring", "linearhead_acdc", "inference", "tiny", **overrides, test_time_views=1)
+    assert f"Restored all variables from {model}" in caplog.text
+
+
+@pytest.mark.parametrize(("switch", "kept"), [(True, True), ("true", True), (False, False), ("false", False)])
+@pytest.mark.parametrize(
+    ("names", "key", "others"),
+    [
+        (("train",), "validate#postprocessing", 3),
+        (RUNS["evaluating"], "validate#postprocessing", 5),
+        (("inference",), "postprocessing", 3),
+    ],
+    ids=["train", "evaluate", "infer"],
+)
+def test_largest_component_is_a_switch(names, key, others, switch, kept):
+    parser = parsed("linearhead_acdc", names, largest_component=switch)
+    transforms = parser.get_parsed_content(key).transforms
+    assert len(transforms) == others + kept
+    assert ("KeepLargestConnectedComponentd" in {type(transform).__name__ for transform in transforms}) == kept
+
+
+def test_smaller_component_of_a_class_goes_and_an_absent_class_is_no_matter():
+    transform = parsed("linearhead_acdc", ("inference",), largest_component=True).get_parsed_content(
+        "postprocessing#transforms#2"
+    )
+    labels = torch.zeros(1, 6, 6, 2)
+    labels[0, :3, :3, 0] = 1  # nine voxels and two, apart; of another class two, that touch the nine
+    labels[0, 5, 4:, 1] = 1
+    labels[0, 3, :2, 1] = 3
+    expected = labels.clone()
+    expected[0, 5, 4:, 1] = 0
+    assert torch.equal(transform({"pred": labels})["pred"], expected)
