@@ -75,15 +75,23 @@ def test_equal_seeds_mix_alike_and_others_do_not():
         assert not torch.equal(images, other(batch)[0])
 
 
-def test_pool_is_drawn_once_and_in_parts(monkeypatch):
+def test_each_phantom_is_drawn_once_when_its_turn_comes(monkeypatch):
     asked = []
     draw = mixing.phantom_slices
     monkeypatch.setattr(mixing, "phantom_slices", lambda count, **rest: asked.append(count) or draw(count, **rest))
     mix = PhantomMixing(0.5, pool_size=70)
-    assert asked == []
-    for _ in range(3):
-        mix(batch_of(4, dtype=torch.float32))
+    counts = []
+    for _ in range(5):
+        mix(batch_of(20, dtype=torch.float32))
+        counts.append(sum(asked))
+    assert counts == [32, 64, 64, 70, 70]
     assert asked == [32, 32, 6]
+
+
+def test_batch_of_another_size_gets_phantoms_of_that_size():
+    mix = PhantomMixing(0.5, pool_size=4)
+    for size in (32, 48, 32):
+        assert mix(batch_of(2, size=size, dtype=torch.float32))[0].shape == (4, 3, size, size)
 
 
 def test_mixed_batch_has_the_real_ones_types_and_no_metadata():

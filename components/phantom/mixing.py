@@ -17,8 +17,8 @@ class PhantomMixing:
     """A trainer's `prepare_batch` that adds phantom slices to every batch of real ones.
 
     The phantoms come from a finite pool, so that a frozen encoder's embeddings of them can be looked up, and are not
-    augmented, being all different as it is. They are visited in a shuffled order, all of them once before any comes
-    again. The pool is drawn when first asked for, the same one in every run with the same seed.
+    augmented, being all different as it is. All come once before any comes again: first as they are drawn, each when
+    its turn comes, then in shuffled orders; the same in every run with the same seed.
 
     Their labels are 0 background, 1 RV, 2 Myo, 3 LV: mix them with a data set of these classes only.
 
@@ -43,8 +43,8 @@ class PhantomMixing:
         self.share = share
         self.pool_size = pool_size
         self.seed = seed
-        self._images = self._labels = torch.empty(0)
-        self._order: list[int] = []
+        self._images = self._labels = torch.empty(0)  # what is drawn so far, uint8
+        self._order = list(range(pool_size))
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(
@@ -82,20 +82,22 @@ class PhantomMixing:
 
     def _next(self, count: int, *, size: int) -> tuple[Tensor, Tensor]:
         """Take the next phantoms off the order, images and labels `count`x1x`size`x`size` as uint8."""
-        if self._images.shape[-1] != size:
-            self._draw(size)
         while len(self._order) < count:
             self._order += torch.randperm(self.pool_size, generator=self._generator).tolist()
         chosen, self._order = self._order[:count], self._order[count:]
+        if self._images.shape[-1] != size:
+            self._images = self._labels = torch.empty(0, 1, size, size, dtype=torch.uint8)
+        while len(self._images) <= max(chosen, default=-1):
+            self._draw(size)
         return self._images[chosen], self._labels[chosen]
 
     def _draw(self, size: int) -> None:
-        """Fill the pool."""
-        starts = range(0, self.pool_size, _DRAWN_AT_A_TIME)
-        counts = [min(_DRAWN_AT_A_TIME, self.pool_size - start) for start in starts]
-        drawn = [phantom_slices(n, seed=self.seed, index=index, size=size) for index, n in enumerate(counts)]
-        self._images = torch.cat([images.to(torch.uint8) for images, _ in drawn])
-        self._labels = torch.cat([labels for _, labels in drawn])
+        """Add some phantoms to the pool."""
+        start = len(self._images)
+        count = min(_DRAWN_AT_A_TIME, self.pool_size - start)
+        images, labels = phantom_slices(count, seed=self.seed, index=start // _DRAWN_AT_A_TIME, size=size)
+        self._images = torch.cat([self._images, images.to(torch.uint8)])
+        self._labels = torch.cat([self._labels, labels])
 
 
 def _joined(real: Tensor, phantoms: Tensor) -> Tensor:
