@@ -290,7 +290,7 @@ def test_readme_explains_every_knob_with_its_default():
     text = (BUNDLE / "docs" / "README.md").read_text()
     explained = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, flags=re.MULTILINE))
     knobs = json.loads(Path(config("train")[0]).read_text())
-    hidden = {"bundle_root", "dataset_dir", "device", "network", "run", "out_channels", "canvas_size"}
+    hidden = {"bundle_root", "dataset_dir", "device", "network", "run", "out_channels"}
     plain = {key: value for key, value in knobs.items() if isinstance(value, int | float | str) and key[0] != "_"}
     assert plain.keys() - hidden <= explained.keys()
     for knob, default in explained.items():
