@@ -17,26 +17,40 @@ from components.phantom.slices import phantom_slices
 class PhantomStream:
     """An endless stream of labelled phantom slices; a batch depends on seed and number only.
 
+    It begins with normal hearts and grows as wide as phantoms are drawn: a transformer that starts from nothing learns
+    them several times sooner in this order (a curriculum: Bengio et al., ICML 2009).
+
     Args:
         batch_size: slices in a batch.
         seed: which stream, 0 or more.
         device: where the slices are drawn, and stay.
         size: side of the square canvas in pixels.
+        widening_batches: batches over which the draw widens; 0 for the full width from the first.
     """
 
-    def __init__(self, batch_size: int, *, seed: int, device: torch.device | str = "cpu", size: int = 256) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        size: int = 256,
+        widening_batches: int = 0,
+    ) -> None:
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
         self.size = size
+        self.widening_batches = widening_batches
         self.position = 0  # number of the next batch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield from `position` on images Bx3xHxW, grey values 0..255 on three channels, and labels Bx1xHxW, float."""
         while True:
             index, self.position = self.position, self.position + 1
+            width = 1.0 if index >= self.widening_batches else index / self.widening_batches
             images, labels = phantom_slices(
-                self.batch_size, seed=self.seed, index=index, device=self.device, size=self.size
+                self.batch_size, seed=self.seed, index=index, device=self.device, size=self.size, width=width
             )
             yield {"image": images.expand(-1, 3, -1, -1), "label": labels.float()}
 

@@ -52,6 +52,17 @@ def test_a_batch_is_named_by_seed_and_index():
         assert not torch.equal(images, other[0])
 
 
+def test_the_narrow_draw_has_normal_hearts_and_the_wide_one_goes_beyond():
+    areas = {}
+    for width in (0.0, 1.0):
+        images, labels = phantom_slices(150, seed=5, size=64, width=width)
+        areas[width] = ((labels == LV) | (labels == MYO)).sum((1, 2, 3)).float()
+        assert images.isfinite().all()
+    assert areas[1.0].quantile(0.99) > 1.5 * areas[0.0].quantile(0.99)
+    with pytest.raises(ValueError, match="width from 0"):
+        phantom_slices(1, seed=0, size=64, width=1.5)
+
+
 def test_some_slices_have_no_heart_and_hearts_have_any_size_and_place():
     _, labels = phantom_slices(200, seed=1, size=64)
     hearts = labels[:, 0] > 0

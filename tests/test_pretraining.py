@@ -20,6 +20,7 @@ from components import pretraining
 from components.encoder import SamEncoder
 from components.heads import CNNHead, LinearHead, ViTHead
 from components.networks import PromptFreeSam
+from components.phantom.slices import phantom_slices
 from components.pretrained import pretrained_file
 from components.pretraining import JointHead, PhantomStream, parameter_groups, phantom_stacks
 from components.sam import read_checkpoint
@@ -133,6 +134,18 @@ def test_stream_goes_on_from_any_position_and_differs_by_seed():
     assert torch.equal(batch["label"], batches[2]["label"])
     assert not torch.equal(batch["image"], batches[1]["image"])
     assert not torch.equal(batches[0]["image"], next(iter(PhantomStream(2, seed=2, size=64)))["image"])
+
+
+def test_stream_widens_batch_by_batch_whatever_it_resumes_from():
+    def draw(position, **options):
+        stream = PhantomStream(2, seed=1, size=64, **options)
+        stream.position = position
+        return next(iter(stream))["image"][:, :1]
+
+    for position, width in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
+        expected, _ = phantom_slices(2, seed=1, index=position, size=64, width=width)
+        assert torch.equal(draw(position, widening_batches=4), expected)
+    assert torch.equal(draw(0), phantom_slices(2, seed=1, index=0, size=64)[0])
 
 
 def test_stacks_hold_the_slices_of_another_stream_along_the_last_axis():

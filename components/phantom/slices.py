@@ -4,6 +4,9 @@ The draw is wide on purpose (domain randomisation, as in SynthSeg: Billot et al.
 orientation, hearts and trunks beyond what is normal, contrasts about cine MR's and now and then arbitrary.
 """
 
+from dataclasses import fields, replace
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from torch import Tensor
 from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
 from components.phantom.appearance import AppearanceRanges, appearance, draw_appearance
 
+NARROW_ANATOMY = AnatomyRanges(rotation_deg=(-180, 180), mirror_chance=(0.5, 0.5), scale=(1.0, 1.5))
+NARROW_APPEARANCE = AppearanceRanges()
 WIDE_ANATOMY = AnatomyRanges(
     rotation_deg=(-180, 180),
     scale=(0.75, 1.65),
@@ -99,6 +104,8 @@ WIDE_APPEARANCE = AppearanceRanges(
     black_percentile=(0.1, 3),
     white_percentile=(98, 99.8),
 )
+Ranges = TypeVar("Ranges", AnatomyRanges, AppearanceRanges)
+
 _PIXEL_MM = 1.5  # of a canvas of 256 pixels
 _USUAL_SIZE = 256
 _LEVELS = (-0.05, 1.03)
@@ -109,7 +116,13 @@ _BAR_SHARE = 0.2  # of a side, at most
 
 
 def phantom_slices(
-    count: int, *, seed: int, index: int = 0, device: torch.device | str = "cpu", size: int = 256
+    count: int,
+    *,
+    seed: int,
+    index: int = 0,
+    device: torch.device | str = "cpu",
+    size: int = 256,
+    width: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Draw one batch of an endless stream; equal arguments give equal slices on one kind of device.
 
@@ -119,6 +132,7 @@ def phantom_slices(
         index: which batch of it, 0 or more.
         device: where the slices are drawn, and stay.
         size: side of the square canvas in pixels.
+        width: how wide the draw is, from 0 (normal hearts under cine MR's contrast, in any orientation) to 1.
 
     Returns:
         Images (B, 1, `size`, `size`) float32, whole grey values 0..255, and labels (B, 1, `size`, `size`) uint8:
@@ -127,8 +141,8 @@ def phantom_slices(
     entropy = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device)
     generator.manual_seed(int(entropy >> np.uint64(1)))
-    body = draw_anatomy(count, WIDE_ANATOMY, generator)
-    look = draw_appearance(count, WIDE_APPEARANCE, generator)
+    body = draw_anatomy(count, _between(NARROW_ANATOMY, WIDE_ANATOMY, width), generator)
+    look = draw_appearance(count, _between(NARROW_APPEARANCE, WIDE_APPEARANCE, width), generator)
     for name in ("flow_void", "ghost", "banding"):  # ranges that begin below 0: absent from some slices
         look[name].clamp_min_(0)
     unit = torch.rand(4, count, generator=generator, device=generator.device)
@@ -139,6 +153,17 @@ def phantom_slices(
     images = appearance(tissues, look, generator)
     seen = _between_bars(unit[3], size)
     return (images * seen)[:, None], (labels * seen)[:, None]
+
+
+def _between(narrow: Ranges, wide: Ranges, width: float) -> Ranges:
+    """Return the ranges that lie between two, at `width` 0 the first and at 1 the second."""
+    if not 0 <= width <= 1:
+        raise ValueError(f"Expected width from 0 (narrow) to 1 (wide), received {width}.")
+    pairs = {field.name: (getattr(narrow, field.name), getattr(wide, field.name)) for field in fields(narrow)}
+    between = {
+        name: tuple(low + width * (high - low) for low, high in zip(*pair, strict=True)) for name, pair in pairs.items()
+    }
+    return replace(narrow, **between)
 
 
 def _between_bars(unit: Tensor, size: int) -> Tensor:
