@@ -361,8 +361,8 @@ def test_real_volumes_are_segmented_on_their_own_grid(trained, acdc_dir, tmp_pat
 
 @pytest.mark.slow
 def test_demo_learns_to_segment_patients_it_has_not_seen(tmp_path):
-    succeeds(run("autosam_acdc", "training", "train", "demo", demo_dir=tmp_path))
-    succeeds(run("autosam_acdc", "evaluating", "train", "evaluate", "demo", demo_dir=tmp_path))
+    succeeds(run("autosam_acdc", "training", "train", "tiny", "demo", demo_dir=tmp_path))
+    succeeds(run("autosam_acdc", "evaluating", "train", "evaluate", "tiny", "demo", demo_dir=tmp_path))
     with (tmp_path / "eval" / "summary.csv").open() as file:
         scores = {row["class"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
     assert scores["mean"] > 0.7, scores
