@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import components
 from components.files import write_atomically
 
 RECORD_FILENAME = "training.json"
+_FOLDERS = ("bundle_root", "ckpt_dir", "output_dir", "export_dir")
 
 
 class TrainingRecord:
@@ -43,7 +44,7 @@ class TrainingRecord:
         self.settings = dict(settings)
         self._hours_before = 0.0
         self._machines: list[str] = []
-        self._commands: list[str] = []
+        self._commands: list[dict[str, Any]] = []
         self._begun = 0.0
 
     def attach(self, engine: Engine) -> None:
@@ -58,7 +59,10 @@ class TrainingRecord:
             before = json.loads(self.path.read_text())
         self._hours_before = before.get("hours", 0.0)
         self._machines = _with(before.get("hardware", []), machine(self.evaluator.state.device))
-        self._commands = _with(before.get("commands", []), shlex.join(["python", "-m", "monai.bundle", *sys.argv[1:]]))
+        self._commands = list(before.get("commands", []))
+        given = command(sys.argv[1:])
+        if not self._commands or self._commands[-1]["command"] != given:
+            self._commands.append({"from_epoch": engine.state.epoch, "command": given})
         self._begun = time.monotonic()
 
     def write(self, engine: Engine) -> None:
@@ -76,6 +80,18 @@ class TrainingRecord:
         }
         with write_atomically(self.path) as partial:
             partial.write_text(json.dumps(content, indent=4) + "\n")
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Return the command line of a bundle run without the folders that it was told to use, which change nothing."""
+    kept, rest = ["python", "-m", "monai.bundle"], iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.removeprefix("--").partition("=")
+        if name not in _FOLDERS:
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)
+    return shlex.join(kept)
 
 
 def machine(device: torch.device) -> str:

@@ -23,6 +23,7 @@ from components.networks import PromptFreeSam
 from components.phantom.slices import phantom_slices
 from components.pretrained import pretrained_file
 from components.pretraining import JointHead, PhantomStream, parameter_groups, phantom_stacks
+from components.pretraining_record import command
 from components.sam import read_checkpoint
 
 BUNDLE = REPOSITORY / "bundles" / "phantom_encoder"
@@ -207,6 +208,21 @@ def test_training_notes_what_it_took(trained):
     assert note["settings"]["seed"] == 0
     assert note["versions"]["components"] == components.__version__
     assert 0 < note["hours"] < 0.1
+
+
+def test_commands_are_noted_without_folders():
+    given = [
+        "run",
+        "training",
+        "--ckpt_dir",
+        "/somewhere",
+        "--epochs",
+        "3",
+        "--output_dir=/elsewhere",
+        "--resume",
+        "True",
+    ]
+    assert command(given) == "python -m monai.bundle run training --epochs 3 --resume True"
 
 
 def test_hours_go_on_in_a_resumed_run_only(trained, tmp_path):
