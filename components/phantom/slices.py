@@ -14,8 +14,17 @@ from torch import Tensor
 from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
 from components.phantom.appearance import AppearanceRanges, appearance, draw_appearance
 
-NARROW_ANATOMY = AnatomyRanges(rotation_deg=(-180, 180), mirror_chance=(0.5, 0.5), scale=(1.0, 1.5))
-NARROW_APPEARANCE = AppearanceRanges()
+NARROW_ANATOMY = AnatomyRanges(
+    rotation_deg=(-180, 180),
+    scale=(1.0, 1.5),
+    mirror_chance=(0.5, 0.5),
+    lv_contraction=(0.15, 0.55),
+    wall_mm=(6, 13),
+    rv_angle_deg=(135, 212),
+    rv_width_mm=(26, 56),
+    fat_mm=(4, 20),
+)
+NARROW_APPEARANCE = AppearanceRanges(fat=(0.5, 1.3), white_percentile=(95.5, 99.7))
 WIDE_ANATOMY = AnatomyRanges(
     rotation_deg=(-180, 180),
     scale=(0.75, 1.65),
@@ -29,7 +38,7 @@ WIDE_ANATOMY = AnatomyRanges(
     lv_aspect=(0.84, 1.16),
     lv_taper=(1.8, 4.5),
     lv_end_level=(0.85, 0.99),
-    lv_contraction=(0.05, 0.6),
+    lv_contraction=(0.05, 0.65),
     wall_mm=(4.5, 15),
     wall_asymmetry=(-0.5, 0.5),
     wall_asymmetry_deg=(-180, 180),
@@ -41,7 +50,7 @@ WIDE_ANATOMY = AnatomyRanges(
     basal_gap_level=(0.1, 0.3),
     atrium_radius_mm=(5, 30),
     rv_chance=(0.95, 0.95),
-    rv_angle_deg=(90, 215),
+    rv_angle_deg=(95, 255),
     rv_width_mm=(14, 68),
     rv_span_deg=(42, 95),
     rv_skew=(-0.5, 0.5),
@@ -85,7 +94,7 @@ WIDE_APPEARANCE = AppearanceRanges(
     stomach=(0.05, 1.5),
     bowel=(0.1, 1.3),
     bone=(0.1, 0.9),
-    fat=(0.3, 2.2),
+    fat=(0.3, 2),
     inner_fat=(0.2, 1.8),
     round_disc=(0.05, 1.4),
     round_ring=(0.05, 1.2),
@@ -102,7 +111,7 @@ WIDE_APPEARANCE = AppearanceRanges(
     noise=(0.002, 0.06),
     gamma=(0.65, 1.5),
     black_percentile=(0.1, 3),
-    white_percentile=(98, 99.8),
+    white_percentile=(95, 99.8),
 )
 Ranges = TypeVar("Ranges", AnatomyRanges, AppearanceRanges)
 
