@@ -46,6 +46,7 @@ class AnatomyRanges:
     rv_chance: Range = (1, 1)
     rv_angle_deg: Range = (132, 172)  # direction from the LV, clockwise from the right: 180 left, 90 below
     rv_width_mm: Range = (33, 48)  # septum to free wall at the base at ED
+    rv_breadth: Range = (1.15, 1.15)  # its extent along the septum over the septum's own
     rv_span_deg: Range = (60, 80)  # half the arc of the septum
     rv_skew: Range = (-0.45, 0.25)  # slant of the crescent; positive leans clockwise, to the outflow tract
     rv_egg: Range = (0.0, 0.3)  # narrowing towards the free wall: 0 ellipse, 0.5 nearly a triangle
@@ -190,7 +191,7 @@ def _heart_shape(shape: Draw, level: Tensor, phase: Tensor) -> Draw:
         "gap": torch.deg2rad(shape["basal_gap_deg"]) / 2 * (1 - inside / shape["basal_gap_level"]).clamp_min(0),
         "rv_on": (shape["rv_chance"] > 0) & (rv_left > 0),
         "rv_along": epi * (1 - span.cos()) + width,
-        "rv_across": 1.15 * epi * span.sin(),
+        "rv_across": shape["rv_breadth"] * epi * span.sin(),
         "rv_chord": epi * span.cos(),
         "outflow": torch.where(tract > 0, shape["outflow_radius_mm"] * tract.sqrt(), -99.0),  # -99: nothing is near
     }
