@@ -242,9 +242,10 @@ def _check_model_type(state: Mapping[str, torch.Tensor], model_type: str, path: 
 def _refresh_fingerprint(encoder: SamEncoder) -> torch.Tensor:
     """Bring an encoder's fingerprint up to date with its weights, hashing them only if they may have changed."""
     weights = list(encoder.image_encoder.parameters())
-    # Every change in place raises a tensor's version. Weights cast to less than fp32 cannot be hashed as they were.
+    # A change in place raises a tensor's version, except those of fused optimizers. Weights cast to less than fp32
+    # cannot be hashed as they were.
     hashed = [(weight.data_ptr(), weight._version) for weight in weights]
-    if hashed != encoder._hashed and all(weight.dtype == torch.float32 for weight in weights):
+    if (encoder.trainable or hashed != encoder._hashed) and all(weight.dtype == torch.float32 for weight in weights):
         with torch.no_grad():
             encoder.fingerprint.copy_(fingerprint(encoder.image_encoder.state_dict()))
         encoder._hashed = hashed

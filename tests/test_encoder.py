@@ -128,6 +128,18 @@ def test_random_weights_are_the_same_for_every_seed_and_leave_the_generator_alon
     assert torch.equal(first.fingerprint, SamEncoder("vit_tiny").fingerprint)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_fingerprint_of_a_trained_encoder_follows_any_optimizer(fused):
+    encoder = SamEncoder("vit_tiny", image_size=64, trainable=True)
+    before = encoder.state_dict()["fingerprint"].clone()
+    optimizer = torch.optim.AdamW(encoder.parameters(), fused=fused)  # a fused one does not raise tensors' versions
+    encoder(torch.rand(1, 3, 64, 64) * 255).sum().backward()
+    optimizer.step()
+    state = encoder.state_dict()
+    assert not torch.equal(state["fingerprint"], before)
+    SamEncoder("vit_tiny", image_size=64, trainable=True).load_state_dict(state)
+
+
 def test_fingerprint_changes_with_any_weight_name_or_shape():
     state = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     reference = fingerprint(state)
