@@ -1,0 +1,72 @@
+"""The weights that come with the package: what they are made of, and that they do what their record says."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.encoder import SamEncoder
+from components.heads import CNNHead, LinearHead, ViTHead
+from components.networks import PromptFreeSam
+from components.pretrained import pretrained_file
+from components.pretraining import phantom_stacks
+
+HEADS = {"vit": lambda: ViTHead(4), "cnn": lambda: CNNHead(4, depth=2), "linear": lambda: LinearHead(4)}
+ENCODER = "phantom_encoder.pth"
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return json.loads(Path(pretrained_file(ENCODER)).with_name("record.json").read_text())
+
+
+def network(name: str, image_size: int) -> PromptFreeSam:
+    encoder = SamEncoder("vit_tiny", pretrained_file(ENCODER), image_size)
+    return PromptFreeSam(encoder, HEADS[name](), head_checkpoint=pretrained_file(f"{name}_head.pt")).eval()
+
+
+def test_files_are_those_of_the_record_and_small_enough_to_ship(record):
+    sizes = []
+    for name, digest in record["sha256"].items():
+        content = Path(pretrained_file(name)).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest, name
+        sizes.append(len(content))
+    assert len(sizes) == 4
+    assert max(sizes) < 25e6 and sum(sizes) < 40e6
+
+
+def test_weights_are_fp16_and_the_decoder_loads_like_any_sam_checkpoint():
+    state = torch.load(pretrained_file(ENCODER), weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert {key.partition(".")[0] for key in state} == {"image_encoder", "prompt_encoder", "mask_decoder"}
+    ViTHead(4, pretrained_file(ENCODER))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_each_head_scores_on_phantoms_what_the_record_says(name, record):
+    drawn = record["dice_on"]
+    size = drawn["canvas_size"]
+    stacks = phantom_stacks(drawn["stacks"], drawn["slices_per_stack"], seed=drawn["seed"], size=size)
+    model = network(name, record["training"]["settings"]["image_size"])
+    scores = []
+    for stack in stacks:
+        slices = stack["image"].permute(3, 0, 1, 2)
+        with torch.no_grad():
+            prediction = model(slices.expand(-1, 3, -1, -1)).argmax(1)
+        truth = stack["label"].permute(3, 0, 1, 2)[:, 0]
+        for label in (1, 2, 3):
+            overlap = ((prediction == label) & (truth == label)).sum()
+            scores.append(2 * overlap / ((prediction == label).sum() + (truth == label).sum()))
+    assert float(torch.stack(scores).mean()) == pytest.approx(record["dice"][name]["mean"], abs=0.01)
+
+
+def test_a_head_refuses_another_encoder():
+    with pytest.raises(ValueError, match="fingerprint"):
+        PromptFreeSam(SamEncoder("vit_tiny"), HEADS["linear"](), head_checkpoint=pretrained_file("linear_head.pt"))
+
+
+def test_record_names_no_folder(record):
+    text = json.dumps(record)
+    assert "/" not in text.replace("configs/train.json", ""), text
