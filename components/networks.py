@@ -2,14 +2,14 @@
 
 import functools
 import logging
-import pickle
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from components.state_dicts import read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +110,7 @@ def _load(network: PromptFreeSam, path: str) -> None:
     way_out = "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
     if not Path(path).is_file():
         raise FileNotFoundError(f"no head checkpoint at {path}: {way_out}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a readable checkpoint ({error}): expected a file saved by torch.save; {way_out}"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a head checkpoint: expected a flat state dict of tensors; {way_out}")
+    state = read_state_dict(path, kind="head checkpoint", way_out=way_out)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import pickle
 import sys
 import types
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from components.state_dicts import read_state_dict
 
 # Meta's file names by model type; their addresses and hashes stand in each bundle's `large_files.yml`.
 CHECKPOINT_FILES = {
@@ -94,14 +95,7 @@ def read_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
             "`python -m monai.bundle download_large_files`, give --sam_checkpoint another file, "
             "or '$None' for an encoder with random weights"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a readable checkpoint ({error}): expected a file saved by torch.save; download it again"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a SAM checkpoint: expected a flat state dict of tensors")
+    state = read_state_dict(path, kind="SAM checkpoint", way_out="download it again")
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in CHECKPOINT_PARTS}
     strangers = []
     for key, value in state.items():

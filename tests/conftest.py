@@ -1,12 +1,14 @@
 """Fixtures that several test modules share: SAM checkpoints with random weights, real ACDC where it is at hand."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import components
 from components.sam import import_from_segment_anything
 
 REPOSITORY = Path(__file__).parents[1]
@@ -18,6 +20,35 @@ def randomise_positions(image_encoder: nn.Module) -> None:
     for block in image_encoder.blocks:
         nn.init.normal_(block.attn.rel_pos_h, std=0.1)
         nn.init.normal_(block.attn.rel_pos_w, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Keep small tensors off the thread pool: on a busy machine its threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def seeded(seed):
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    return generator
+
+
+def assert_release_facts(metadata: dict) -> None:
+    """A bundle has the package's version, in its changelog, and pins the versions of `constraints.txt`."""
+    assert metadata["version"] == components.__version__
+    assert metadata["version"] in metadata["changelog"]
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
+    pins = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+        **metadata["required_packages_version"],
+    }
+    assert pins == {name: tested[name] for name in pins}
 
 
 def messages_of(error: BaseException | None) -> str:

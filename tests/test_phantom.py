@@ -5,6 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 
 from components.phantom import dataset as phantom_dataset
 from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
@@ -16,20 +17,7 @@ from components.phantom.tissues import TISSUE_LABELS, Tissue
 RV, MYO, LV = 1, 2, 3
 SMALL = {"size_hw": (128, 112), "spacing_mm": 3.0}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep small tensors off the thread pool: on a busy machine its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded(seed):
-    generator = torch.Generator()
-    generator.manual_seed(seed)
-    return generator
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def areas(labels):

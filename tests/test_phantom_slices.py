@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import seeded
 
 from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
 from components.phantom.appearance import AppearanceRanges, draw_appearance, signal
@@ -9,20 +10,7 @@ from components.phantom.tissues import Tissue
 RV, MYO, LV = 1, 2, 3
 SMALL = {"size_hw": (128, 112), "spacing_mm": 3.0}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep small tensors off the thread pool: on a busy machine its threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded(seed):
-    generator = torch.Generator()
-    generator.manual_seed(seed)
-    return generator
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def subjects(count=8, seed=1, **ranges):

@@ -11,7 +11,7 @@ from pathlib import Path
 import monai.bundle
 import pytest
 import torch
-from conftest import REPOSITORY, messages_of
+from conftest import REPOSITORY, assert_release_facts, messages_of
 from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 from torch import nn
 
@@ -334,13 +334,4 @@ def test_metadata_follow_the_schema_and_tell_the_network(metadata_schema, tmp_pa
     files = {"config_file": config("train")[0], "meta_file": config("metadata")[0]}
     verify_net_in_out(net_id="network_def", device="cpu", **files)
     metadata = json.loads(Path(config("metadata")[0]).read_text())
-    assert metadata["version"] == components.__version__
-    assert metadata["version"] in metadata["changelog"]
-    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
-    pins = {
-        "monai": metadata["monai_version"],
-        "torch": metadata["pytorch_version"],
-        "numpy": metadata["numpy_version"],
-    }
-    pins |= metadata["required_packages_version"]
-    assert pins == {name: tested[name] for name in pins}
+    assert_release_facts(metadata)
