@@ -41,14 +41,25 @@ def test_a_batch_is_named_by_seed_and_index():
 
 
 def test_the_narrow_draw_has_normal_hearts_and_the_wide_one_goes_beyond():
-    areas = {}
-    for width in (0.0, 1.0):
+    def pools_brighter_than_muscle(width):
         images, labels = phantom_slices(150, seed=5, size=64, width=width)
-        areas[width] = ((labels == LV) | (labels == MYO)).sum((1, 2, 3)).float()
         assert images.isfinite().all()
-    assert areas[1.0].quantile(0.99) > 1.5 * areas[0.0].quantile(0.99)
+        pool, muscle = (
+            (images * (labels == name)).sum((1, 2, 3)) / (labels == name).sum((1, 2, 3)) for name in (LV, MYO)
+        )
+        return (pool > muscle)[pool.isfinite() & muscle.isfinite()].float().mean()
+
+    assert pools_brighter_than_muscle(0.0) == 1
+    assert 0.8 < pools_brighter_than_muscle(1.0) < 1
     with pytest.raises(ValueError, match="width from 0"):
         phantom_slices(1, seed=0, size=64, width=1.5)
+
+
+def test_a_wide_batch_holds_narrow_slices_too():
+    narrow, wide = (phantom_slices(400, seed=7, size=32, width=width)[1] for width in (0.0, 1.0))
+    hearts = [(labels > 0).sum((1, 2, 3)).float() for labels in (narrow, wide)]
+    assert abs(hearts[1].mean() / hearts[0].mean() - 1) < 0.15
+    assert hearts[1].std() > 1.05 * hearts[0].std()
 
 
 def test_some_slices_have_no_heart_and_hearts_have_any_size_and_place():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.phantom.draws import Draw, Range, draw_uniform, smooth_field
+from components.phantom.draws import Draw, Range, between, draw_uniform, smooth_field
 from components.phantom.painting import paint_abdomen, paint_chest, paint_heart, paint_round_things
 from components.phantom.tissues import TISSUE_LABELS
 
@@ -108,9 +108,8 @@ def _draw_round_things(count: int, ranges: AnatomyRanges, generator: torch.Gener
     """Draw where each is from the heart (x, y), its radii along both axes and its wall in mm, (count, things, 5)."""
     place = torch.rand(count, _ROUND_THINGS, 2, generator=generator, device=generator.device) * 300 - 150
     names = ("round_thing_chance", "round_thing_radius_mm", "round_thing_wall_mm")
-    low, high = torch.tensor([getattr(ranges, name) for name in names], device=generator.device).T
     unit = torch.rand(count, _ROUND_THINGS, 5, generator=generator, device=generator.device)
-    chance, radius, wall = (low + (high - low) * unit[..., :3]).unbind(-1)
+    chance, radius, wall = (between(getattr(ranges, name), unit[..., n].T).T for n, name in enumerate(names))
     aspect = 2 ** (unit[..., 3] - 0.5)
     radius = torch.where(unit[..., 4] < chance, radius, 0)
     return torch.stack([place[..., 0], place[..., 1], radius * aspect, radius / aspect, wall], dim=-1)

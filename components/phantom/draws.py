@@ -5,8 +5,14 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-Range = tuple[float, float]
+Range = tuple[float | Tensor, float | Tensor]  # ends as numbers, or as tensors (count,): each subject's own
 Draw = dict[str, Tensor]
+
+
+def between(ends: Range, fraction: Tensor) -> Tensor:
+    """Return what lies at `fraction` (..., count) of the way from the first end to the second."""
+    low, high = ends
+    return low + (high - low) * fraction
 
 
 def draw_uniform(count: int, ranges: object, generator: torch.Generator) -> Draw:
@@ -16,9 +22,9 @@ def draw_uniform(count: int, ranges: object, generator: torch.Generator) -> Draw
     draw = {}
     for position, name in enumerate(names):
         low, high = getattr(ranges, name)
-        if low > high:
+        if (torch.as_tensor(low > high)).any():
             raise ValueError(f"Expected {name}=(low, high), received {(low, high)}: swap them.")
-        value = low + (high - low) * unit[0, position]
+        value = between((low, high), unit[0, position])
         draw[name] = (unit[1, position] < value).to(value.dtype) if name.endswith("_chance") else value
     return draw
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
 from components.phantom.appearance import AppearanceRanges, appearance, draw_appearance
+from components.phantom.draws import between
 
 NARROW_ANATOMY = AnatomyRanges(
     rotation_deg=(-180, 180),
@@ -144,17 +145,21 @@ def phantom_slices(
         index: which batch of it, 0 or more.
         device: where the slices are drawn, and stay.
         size: side of the square canvas in pixels.
-        width: how wide the draw is, from 0 (normal hearts under cine MR's contrast, in any orientation) to 1.
+        width: how wide the draw is, from 0 (normal hearts under cine MR's contrast, in any orientation) to 1. Each
+            slice has ranges of its own: evenly anywhere from the narrow ones to this far towards the wide ones.
 
     Returns:
         Images (B, 1, `size`, `size`) float32, whole grey values 0..255, and labels (B, 1, `size`, `size`) uint8:
         0 background, 1 RV, 2 Myo, 3 LV.
     """
+    if not 0 <= width <= 1:
+        raise ValueError(f"Expected width from 0 (narrow) to 1 (wide), received {width}.")
     entropy = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device)
     generator.manual_seed(int(entropy >> np.uint64(1)))
-    body = draw_anatomy(count, _between(NARROW_ANATOMY, WIDE_ANATOMY, width), generator)
-    look = draw_appearance(count, _between(NARROW_APPEARANCE, WIDE_APPEARANCE, width), generator)
+    own = width * torch.rand(count, generator=generator, device=generator.device)
+    body = draw_anatomy(count, _widened(NARROW_ANATOMY, WIDE_ANATOMY, own), generator)
+    look = draw_appearance(count, _widened(NARROW_APPEARANCE, WIDE_APPEARANCE, own), generator)
     for name in ("flow_void", "ghost", "banding"):  # ranges that begin below 0: absent from some slices
         look[name].clamp_min_(0)
     unit = torch.rand(4, count, generator=generator, device=generator.device)
@@ -167,15 +172,13 @@ def phantom_slices(
     return (images * seen)[:, None], (labels * seen)[:, None]
 
 
-def _between(narrow: Ranges, wide: Ranges, width: float) -> Ranges:
-    """Return the ranges that lie between two, at `width` 0 the first and at 1 the second."""
-    if not 0 <= width <= 1:
-        raise ValueError(f"Expected width from 0 (narrow) to 1 (wide), received {width}.")
-    pairs = {field.name: (getattr(narrow, field.name), getattr(wide, field.name)) for field in fields(narrow)}
-    between = {
-        name: tuple(low + width * (high - low) for low, high in zip(*pair, strict=True)) for name, pair in pairs.items()
-    }
-    return replace(narrow, **between)
+def _widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
+    """Return the ranges that lie between two, for each slice its own: at `width` 0 the first and at 1 the second."""
+    ends = {}
+    for name in (field.name for field in fields(narrow)):
+        low, high = zip(getattr(narrow, name), getattr(wide, name), strict=True)
+        ends[name] = (between(low, width), between(high, width))
+    return replace(narrow, **ends)
 
 
 def _between_bars(unit: Tensor, size: int) -> Tensor:
