@@ -11,7 +11,7 @@ from monai.engines import IterationEvents
 from monai.handlers import from_engine
 from torch import nn
 
-from components.phantom.slices import phantom_slices
+from components.phantom.slices import FIELD_MM, phantom_slices
 
 
 class PhantomStream:
@@ -25,6 +25,7 @@ class PhantomStream:
         seed: which stream, 0 or more.
         device: where the slices are drawn, and stay.
         size: side of the square canvas in pixels.
+        field_mm: the same in mm.
         widening_batches: batches over which the draw widens; 0 for the full width from the first.
     """
 
@@ -35,12 +36,14 @@ class PhantomStream:
         seed: int,
         device: torch.device | str = "cpu",
         size: int = 256,
+        field_mm: float = FIELD_MM,
         widening_batches: int = 0,
     ) -> None:
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
         self.size = size
+        self.field_mm = field_mm
         self.widening_batches = widening_batches
         self.position = 0  # number of the next batch
 
@@ -50,7 +53,13 @@ class PhantomStream:
             index, self.position = self.position, self.position + 1
             width = 1.0 if index >= self.widening_batches else index / self.widening_batches
             images, labels = phantom_slices(
-                self.batch_size, seed=self.seed, index=index, device=self.device, size=self.size, width=width
+                self.batch_size,
+                seed=self.seed,
+                index=index,
+                device=self.device,
+                size=self.size,
+                field_mm=self.field_mm,
+                width=width,
             )
             yield {"image": images.expand(-1, 3, -1, -1), "label": labels.float()}
 
@@ -74,7 +83,9 @@ class StreamPosition:
         self.stream.position = engine.state.iteration
 
 
-def phantom_stacks(stacks: int, slices: int, *, seed: int, size: int = 256) -> list[dict[str, torch.Tensor]]:
+def phantom_stacks(
+    stacks: int, slices: int, *, seed: int, size: int = 256, field_mm: float = FIELD_MM
+) -> list[dict[str, torch.Tensor]]:
     """Draw a fixed set of phantom slices for validation, in stacks that are scored as volumes are.
 
     Args:
@@ -82,12 +93,13 @@ def phantom_stacks(stacks: int, slices: int, *, seed: int, size: int = 256) -> l
         slices: slices of a stack D, each of another phantom.
         seed: which stream they are drawn from; another than the training's.
         size: side of the square canvas in pixels.
+        field_mm: the same in mm.
 
     Returns:
         for each stack `image` 1x`size`x`size`xD, grey values 0..255, and `label` of the same shape; drawn on the CPU,
         so that they are the same beside any GPU.
     """
-    drawn = [phantom_slices(slices, seed=seed, index=index, size=size) for index in range(stacks)]
+    drawn = [phantom_slices(slices, seed=seed, index=index, size=size, field_mm=field_mm) for index in range(stacks)]
     return [{"image": images.permute(1, 2, 3, 0), "label": labels.permute(1, 2, 3, 0)} for images, labels in drawn]
 
 

@@ -119,13 +119,12 @@ WIDE_APPEARANCE = AppearanceRanges(
 )
 Ranges = TypeVar("Ranges", AnatomyRanges, AppearanceRanges)
 
-_PIXEL_MM = 1.5  # of a canvas of 256 pixels
-_USUAL_SIZE = 256
+FIELD_MM = 384.0  # side of the usual canvas
 _LEVELS = (-0.05, 1.03)
 _NO_HEART_CHANCE = 0.04
 _NO_HEART_LEVEL = 1.3
 _BAR_CHANCE = 0.6  # of black bars along two sides, as padding to a square leaves them
-_BAR_SHARE = 0.2  # of a side, at most
+_BAR_MM = 77.0  # of the usual canvas, at most; a smaller field cuts them off first
 
 
 def phantom_slices(
@@ -135,6 +134,7 @@ def phantom_slices(
     index: int = 0,
     device: torch.device | str = "cpu",
     size: int = 256,
+    field_mm: float = FIELD_MM,
     width: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Draw one batch of an endless stream; equal arguments give equal slices on one kind of device.
@@ -145,6 +145,7 @@ def phantom_slices(
         index: which batch of it, 0 or more.
         device: where the slices are drawn, and stay.
         size: side of the square canvas in pixels.
+        field_mm: the same in mm.
         width: how wide the draw is, from 0 (normal hearts under cine MR's contrast, in any orientation) to 1. Each
             slice has ranges of its own: evenly anywhere from the narrow ones to this far towards the wide ones.
 
@@ -165,10 +166,9 @@ def phantom_slices(
     unit = torch.rand(4, count, generator=generator, device=generator.device)
     level = _LEVELS[0] + (_LEVELS[1] - _LEVELS[0]) * unit[0]
     level = torch.where(unit[1] < _NO_HEART_CHANCE, _NO_HEART_LEVEL, level)
-    spacing_mm = _PIXEL_MM * _USUAL_SIZE / size
-    tissues, labels = anatomy(body, level=level, phase=unit[2], size_hw=(size, size), spacing_mm=spacing_mm)
+    tissues, labels = anatomy(body, level=level, phase=unit[2], size_hw=(size, size), spacing_mm=field_mm / size)
     images = appearance(tissues, look, generator)
-    seen = _between_bars(unit[3], size)
+    seen = _between_bars(unit[3], size, field_mm)
     return (images * seen)[:, None], (labels * seen)[:, None]
 
 
@@ -181,8 +181,9 @@ def _widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
     return replace(narrow, **ends)
 
 
-def _between_bars(unit: Tensor, size: int) -> Tensor:
+def _between_bars(unit: Tensor, size: int, field_mm: float) -> Tensor:
     """Return what black bars leave of each slice, (B, 1, size) or the same for all rows."""
-    width = (unit / _BAR_CHANCE * _BAR_SHARE * size).where(unit < _BAR_CHANCE, 0)[:, None, None]
+    width_mm = (unit / _BAR_CHANCE * _BAR_MM).where(unit < _BAR_CHANCE, 0) - (FIELD_MM - field_mm) / 2
+    width = (width_mm * size / field_mm)[:, None, None]
     column = torch.arange(size, device=unit.device)
     return (column >= width) & (column < size - width)
