@@ -47,8 +47,8 @@ def test_weights_are_fp16_and_the_decoder_loads_like_any_sam_checkpoint():
 @pytest.mark.parametrize("name", HEADS)
 def test_each_head_scores_on_phantoms_what_the_record_says(name, record):
     drawn = record["dice_on"]
-    size = drawn["canvas_size"]
-    stacks = phantom_stacks(drawn["stacks"], drawn["slices_per_stack"], seed=drawn["seed"], size=size)
+    canvas = {"size": drawn["canvas_size"], "field_mm": drawn["field_mm"]}
+    stacks = phantom_stacks(drawn["stacks"], drawn["slices_per_stack"], seed=drawn["seed"], **canvas)
     model = network(name, record["training"]["settings"]["image_size"])
     scores = []
     for stack in stacks:

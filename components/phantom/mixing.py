@@ -8,7 +8,7 @@ import torch
 from monai.engines import default_prepare_batch
 from torch import Tensor
 
-from components.phantom.slices import phantom_slices
+from components.phantom.slices import FIELD_MM, phantom_slices
 
 _DRAWN_AT_A_TIME = 32
 
@@ -27,12 +27,13 @@ class PhantomMixing:
             them B * share / (1 - share), rounded, are added. With 0 this is MONAI's `default_prepare_batch`.
         pool_size: phantoms in the pool.
         seed: of pool and order, 0 or more.
+        field_mm: side of the slices in mm, were hearts of a usual size.
 
     Raises:
         ValueError: when `share` or `pool_size` is out of range.
     """
 
-    def __init__(self, share: float, *, pool_size: int = 512, seed: int = 0) -> None:
+    def __init__(self, share: float, *, pool_size: int = 512, seed: int = 0, field_mm: float = FIELD_MM) -> None:
         if not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(
                 f"expected the phantoms' share of a batch from 0 up to below 1, received {share!r}: "
@@ -43,6 +44,7 @@ class PhantomMixing:
         self.share = share
         self.pool_size = pool_size
         self.seed = seed
+        self.field_mm = field_mm
         self._images = self._labels = torch.empty(0)  # what is drawn so far, uint8
         self._order = list(range(pool_size))
         self._generator = torch.Generator().manual_seed(seed)
@@ -95,7 +97,8 @@ class PhantomMixing:
         """Add some phantoms to the pool."""
         start = len(self._images)
         count = min(_DRAWN_AT_A_TIME, self.pool_size - start)
-        images, labels = phantom_slices(count, seed=self.seed, index=start // _DRAWN_AT_A_TIME, size=size)
+        index = start // _DRAWN_AT_A_TIME
+        images, labels = phantom_slices(count, seed=self.seed, index=index, size=size, field_mm=self.field_mm)
         self._images = torch.cat([self._images, images.to(torch.uint8)])
         self._labels = torch.cat([self._labels, labels])
 
