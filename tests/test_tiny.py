@@ -2,6 +2,9 @@
 
 import json
 import logging
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import monai.bundle
@@ -232,3 +235,23 @@ def test_smaller_component_of_a_class_goes_and_an_absent_class_is_no_matter():
     expected = labels.clone()
     expected[0, 5, 4:, 1] = 0
     assert torch.equal(transform({"pred": labels})["pred"], expected)
+
+
+@pytest.mark.parametrize("bundle", HEADS)
+def test_copy_of_a_bundle_segments_and_adapts_with_nothing_but_the_package(bundle, phantoms, tmp_path):
+    copy = tmp_path / "elsewhere" / bundle
+    shutil.copytree(REPOSITORY / "bundles" / bundle / "configs", copy / "configs")
+    volume = next(Path(phantoms).rglob("*frame??.nii.gz"))
+
+    def run_there(run_id, config_file, *options):
+        command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", config_file, *options]
+        result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    run_there("inferring", "['configs/inference.json','configs/tiny.json']", "--dataset_dir", str(volume))
+    prediction = nib.load(copy / "eval" / volume.name.replace(".nii.gz", "_pred.nii.gz"))
+    assert prediction.shape == nib.load(volume).shape
+    assert np.unique(prediction.get_fdata()).tolist() == [0, 1, 2, 3]
+    small = ("--epochs", "1", "--views", "1", f"--{POOL_SIZE}", "4", "--dataset_dir", phantoms)
+    run_there("training", "['configs/train.json','configs/tiny.json']", *small)
+    assert (copy / "models" / "model.pt").is_file()
