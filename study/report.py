@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -27,8 +28,8 @@ def to_markdown(cells: Sequence[Cell], output_dir: Path) -> str:
         (ddof 1); and the median over splits of the training's seconds, without interrupted trainings.
     """
     lines = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
-    by_row = sorted(cells, key=lambda cell: (cell.labelled_patients, cell.title))
-    for (count, title), group in itertools.groupby(by_row, key=lambda cell: (cell.labelled_patients, cell.title)):
+    row_of = attrgetter("labelled_patients", "title")
+    for (count, title), group in itertools.groupby(sorted(cells, key=row_of), key=row_of):
         folders = [output_dir / cell.name for cell in group]
         records = {folder: record for folder in folders if (record := read_record(folder)) and finished(record)}
         if not records:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,23 @@ def assert_release_facts(metadata: dict) -> None:
         **metadata["required_packages_version"],
     }
     assert pins == {name: tested[name] for name in pins}
+
+
+def run_monai_bundle(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run MONAI's runner as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "monai.bundle", *arguments],
+        cwd=cwd,
+        env={**os.environ, "MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def succeeds(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
 def messages_of(error: BaseException | None) -> str:

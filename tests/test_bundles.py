@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_release_facts
+from conftest import REPOSITORY, assert_release_facts, run_monai_bundle, succeeds
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.metrics import SurfaceDistanceMetric
 
@@ -46,23 +45,9 @@ def knobs(bundle: str, **others) -> dict:
 def run(bundle: str, run_id: str, *names: str, cwd: Path | None = None, **overrides) -> subprocess.CompletedProcess:
     """Run MONAI's runner as a user would, from inside the bundle unless told otherwise."""
     files = config(bundle, *names)
-    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
-    for name, value in overrides.items():
-        command += [f"--{name}", str(value)]
-    environment = {**os.environ, "MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"}
-    return subprocess.run(
-        command,
-        cwd=cwd or REPOSITORY / "bundles" / bundle,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def succeeds(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    arguments = ("run", run_id, "--config_file", str(files), *options)
+    return run_monai_bundle(*arguments, cwd=cwd or REPOSITORY / "bundles" / bundle)
 
 
 @pytest.fixture(scope="session", params=BUNDLES)

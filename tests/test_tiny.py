@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import monai.bundle
@@ -12,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, messages_of
+from conftest import REPOSITORY, messages_of, run_monai_bundle, succeeds
 from monai.bundle import ConfigParser
 from scipy import ndimage
 
@@ -244,9 +242,7 @@ def test_copy_of_a_bundle_segments_and_adapts_with_nothing_but_the_package(bundl
     volume = next(Path(phantoms).rglob("*frame??.nii.gz"))
 
     def run_there(run_id, config_file, *options):
-        command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", config_file, *options]
-        result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
+        succeeds(run_monai_bundle("run", run_id, "--config_file", config_file, *options, cwd=copy))
 
     run_there("inferring", "['configs/inference.json','configs/tiny.json']", "--dataset_dir", str(volume))
     prediction = nib.load(copy / "eval" / volume.name.replace(".nii.gz", "_pred.nii.gz"))

@@ -22,7 +22,7 @@ def draw_uniform(count: int, ranges: object, generator: torch.Generator) -> Draw
     draw = {}
     for position, name in enumerate(names):
         low, high = getattr(ranges, name)
-        if (torch.as_tensor(low > high)).any():
+        if torch.as_tensor(low > high).any():
             raise ValueError(f"Expected {name}=(low, high), received {(low, high)}: swap them.")
         value = between((low, high), unit[0, position])
         draw[name] = (unit[1, position] < value).to(value.dtype) if name.endswith("_chance") else value

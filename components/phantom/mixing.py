@@ -27,13 +27,13 @@ class PhantomMixing:
             them B * share / (1 - share), rounded, are added. With 0 this is MONAI's `default_prepare_batch`.
         pool_size: phantoms in the pool.
         seed: of pool and order, 0 or more.
-        field_mm: side of the slices in mm, were hearts of a usual size.
+        canvas_share: side of the slices over that of the canvas they were cropped from.
 
     Raises:
         ValueError: when `share` or `pool_size` is out of range.
     """
 
-    def __init__(self, share: float, *, pool_size: int = 512, seed: int = 0, field_mm: float = FIELD_MM) -> None:
+    def __init__(self, share: float, *, pool_size: int = 512, seed: int = 0, canvas_share: float = 1.0) -> None:
         if not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(
                 f"expected the phantoms' share of a batch from 0 up to below 1, received {share!r}: "
@@ -44,7 +44,7 @@ class PhantomMixing:
         self.share = share
         self.pool_size = pool_size
         self.seed = seed
-        self.field_mm = field_mm
+        self.field_mm = canvas_share * FIELD_MM
         self._images = self._labels = torch.empty(0)  # what is drawn so far, uint8
         self._order = list(range(pool_size))
         self._generator = torch.Generator().manual_seed(seed)

@@ -164,7 +164,7 @@ def phantom_slices(
     for name in ("flow_void", "ghost", "banding"):  # ranges that begin below 0: absent from some slices
         look[name].clamp_min_(0)
     unit = torch.rand(4, count, generator=generator, device=generator.device)
-    level = _LEVELS[0] + (_LEVELS[1] - _LEVELS[0]) * unit[0]
+    level = between(_LEVELS, unit[0])
     level = torch.where(unit[1] < _NO_HEART_CHANCE, _NO_HEART_LEVEL, level)
     tissues, labels = anatomy(body, level=level, phase=unit[2], size_hw=(size, size), spacing_mm=field_mm / size)
     images = appearance(tissues, look, generator)
