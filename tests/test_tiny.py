@@ -216,7 +216,7 @@ def test_given_model_wins_over_the_heads_start(adapted, weights, oblique, tmp_pa
     ids=["train", "evaluate", "infer"],
 )
 def test_largest_component_is_a_switch(names, key, others, switch, kept):
-    parser = parsed("linearhead_acdc", names, largest_component=switch)
+    parser = parsed("linearhead_acdc", names, largest_component=switch, slice_smoothing=0)
     transforms = parser.get_parsed_content(key).transforms
     assert len(transforms) == others + kept
     assert ("KeepLargestConnectedComponentd" in {type(transform).__name__ for transform in transforms}) == kept
@@ -224,7 +224,7 @@ def test_largest_component_is_a_switch(names, key, others, switch, kept):
 
 def test_smaller_component_of_a_class_goes_and_an_absent_class_is_no_matter():
     transform = parsed("linearhead_acdc", ("inference",), largest_component=True).get_parsed_content(
-        "postprocessing#transforms#2"
+        "postprocessing#transforms#3"
     )
     labels = torch.zeros(1, 6, 6, 2)
     labels[0, :3, :3, 0] = 1  # nine voxels and two, apart; of another class two, that touch the nine
@@ -233,6 +233,31 @@ def test_smaller_component_of_a_class_goes_and_an_absent_class_is_no_matter():
     expected = labels.clone()
     expected[0, 5, 4:, 1] = 0
     assert torch.equal(transform({"pred": labels})["pred"], expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        (("train",), "validate#postprocessing"),
+        (RUNS["evaluating"], "validate#postprocessing"),
+        (("inference",), "postprocessing"),
+    ],
+    ids=["train", "evaluate", "infer"],
+)
+def test_a_slice_follows_its_neighbours_where_they_are_surer(names, key):
+    scores = torch.zeros(2, 8, 8, 3)
+    scores[0], scores[1, ..., 0], scores[1, ..., 2] = 0.55, 0.9, 0.9
+    scores[1, ..., 1] = 0.45
+
+    def middle(slice_smoothing: float) -> torch.Tensor:
+        parser = parsed("linearhead_acdc", names, slice_smoothing=slice_smoothing)
+        first = parser.get_parsed_content(key).transforms[0]
+        smoothed = first({"pred": scores})["pred"] if type(first).__name__ == "GaussianSmoothd" else scores
+        return smoothed.argmax(dim=0)[..., 1]
+
+    assert torch.equal(middle(0), torch.zeros(8, 8))
+    assert torch.equal(middle(0.6), torch.ones(8, 8))
+    assert torch.equal(middle(0.2), torch.zeros(8, 8))
 
 
 @pytest.mark.parametrize("bundle", HEADS)
