@@ -1,0 +1,59 @@
+"""Package every bundle.
+
+From the repository's root: `python -m release --output_dir dist` for archives that segment the moment they are
+unpacked, on the tiny encoder; `--model_type vit_b` (`vit_l`, `vit_h`) for the paper's form, on SAM's own weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+import fire
+
+import components
+from release.archives import write_archive, write_model_info
+from release.bundles import TINY, assemble, bundles_of, check_release_facts
+
+logger = logging.getLogger("release")
+
+
+def build(
+    output_dir: str,
+    model_type: str = TINY,
+    bundle: str | None = None,
+    head: str | None = None,
+    sam_checkpoint: str | None = None,
+    base_url: str = "",
+) -> None:
+    """Write `<bundle>_v<version>.zip` of every bundle, and `model_info.json` with their checksums.
+
+    The same sources give the same bytes.
+
+    Args:
+        output_dir: folder of the archives, made if missing.
+        model_type: `vit_tiny` for archives with the tiny encoder and a head inside, and for `phantom_encoder`; `vit_b`,
+            `vit_l` or `vit_h` for archives named `<bundle>_<model_type>` that download SAM's checkpoint.
+        bundle: package this one only.
+        head: a trained `model.pt` to put into the archive of `bundle`, on the encoder of this `model_type`.
+        sam_checkpoint: the file that `head` was trained on, where that is not the tiny encoder.
+        base_url: address at which the archives will lie; `model_info.json` points there.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_release_facts()
+    names = bundles_of(model_type, bundle)
+    if head is not None and len(names) != 1:
+        raise ValueError(f"a head belongs to one bundle: say which of {', '.join(names)} with --bundle")
+    output = Path(output_dir)
+    archives = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            root = assemble(name, Path(folder), model_type=model_type, head=head, sam_checkpoint=sam_checkpoint)
+            archives.append(write_archive(root, output / f"{root.name}_v{components.__version__}.zip"))
+            logger.info("%s: %.1f MB", archives[-1], archives[-1].stat().st_size / 1e6)
+    logger.info("%s", write_model_info(archives, output / "model_info.json", base_url=base_url))
+
+
+if __name__ == "__main__":
+    fire.Fire(build)

@@ -1,0 +1,209 @@
+"""What an archive holds: a bundle's files, a copy of `components`, and the weights it segments with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from monai.bundle import ConfigParser
+
+import components
+from components.pretrained import pretrained_file
+from components.sam import CHECKPOINT_FILES
+from release.texts import replaced, with_defaults, with_knobs, with_section
+
+REPOSITORY = Path(__file__).parents[1]
+BUNDLES = REPOSITORY / "bundles"
+TINY = "vit_tiny"
+HEADS = {"autosam_acdc": "vit_head", "cnnhead_acdc": "cnn_head", "linearhead_acdc": "linear_head"}
+PRETRAINING = "phantom_encoder"
+
+_CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
+_ENCODER = "phantom_encoder.pth"
+_RECORD = "phantom_encoder.json"
+_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
+# Source: micro-sam's registry of Meta's files, https://github.com/computational-cell-analytics/micro-sam
+_SHA256 = {
+    "vit_b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    "vit_l": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    "vit_h": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+}
+
+
+def check_release_facts() -> None:
+    """Check that every bundle has the package's version, with a line of its changelog.
+
+    Raises:
+        ValueError: naming the bundle that has not.
+    """
+    for name in (*HEADS, PRETRAINING):
+        metadata = json.loads((BUNDLES / name / "configs/metadata.json").read_text())
+        if metadata["version"] != components.__version__ or metadata["version"] not in metadata["changelog"]:
+            raise ValueError(
+                f"metadata.json of {name} has version {metadata['version']}: expected {components.__version__}, which "
+                "components/__init__.py gives, and a line of that version in its changelog"
+            )
+
+
+def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:
+    """List the bundles of which there are archives with an encoder.
+
+    Args:
+        model_type: `vit_tiny`, `vit_b`, `vit_l` or `vit_h`.
+        bundle: this one only.
+
+    Returns:
+        their names.
+
+    Raises:
+        ValueError: for another model type, or a bundle that has no such archive.
+    """
+    if model_type not in (TINY, *CHECKPOINT_FILES):
+        raise ValueError(f"unknown model_type {model_type!r}: expected one of {TINY}, {', '.join(CHECKPOINT_FILES)}")
+    names = [*HEADS, PRETRAINING] if model_type == TINY else list(HEADS)
+    if bundle is not None and bundle not in names:
+        raise ValueError(f"no archive of {bundle!r} with {model_type}: expected one of {', '.join(names)}")
+    return names if bundle is None else [bundle]
+
+
+def assemble(
+    bundle: str, folder: Path, *, model_type: str = TINY, head: str | None = None, sam_checkpoint: str | None = None
+) -> Path:
+    """Write what an archive holds.
+
+    Args:
+        bundle: name of its folder in this repository.
+        folder: where to write, empty.
+        model_type: as in `bundles_of`.
+        head: a trained `model.pt` to put in, or None; with `vit_tiny` then the one trained on phantoms.
+        sam_checkpoint: of the encoder that `head` was trained on, needed for another model type than `vit_tiny`.
+
+    Returns:
+        the bundle's folder below `folder`, named after the model type unless that is `vit_tiny`.
+
+    Raises:
+        ValueError: when the head does not fit the encoder, or `sam_checkpoint` is missing.
+    """
+    root = folder / (bundle if model_type == TINY else f"{bundle}_{model_type}")
+    source = BUNDLES / bundle
+    for path in sorted([source / "LICENSE", *source.glob("configs/*"), *source.glob("docs/*")]):
+        if path.name not in _CONFIGS_BESIDE_TINY:
+            _copy(path, root / path.relative_to(source))
+    for path in sorted((REPOSITORY / "components").rglob("*.py")):
+        if path.parent.name != "pretrained":
+            _copy(path, root / path.relative_to(REPOSITORY))
+    if bundle == PRETRAINING:
+        return root
+    if model_type == TINY:
+        _complete(root, bundle)
+    else:
+        _leave_sam_to_be_downloaded(root, model_type)
+    if head is not None:
+        _put_in(root, head, sam_checkpoint=sam_checkpoint or (root / "models" / _ENCODER))
+    return root
+
+
+def _complete(root: Path, bundle: str) -> None:
+    """Put the tiny encoder and a head that knows it into a bundle, and its overlay into the configs."""
+    start = f"{HEADS[bundle]}_from_phantoms.pt"  # longer than model.pt: MONAI Label takes the shortest for the model
+    _copy(Path(pretrained_file(_ENCODER)), root / "models" / _ENCODER)
+    for name in (start, "model.pt"):
+        _copy(Path(pretrained_file(f"{HEADS[bundle]}.pt")), root / "models" / name)
+    record = Path(pretrained_file(_ENCODER)).with_name("record.json")
+    _copy(record, root / "docs" / _RECORD)
+
+    knobs = json.loads((BUNDLES / bundle / "configs/tiny.json").read_text())
+    del knobs["_desc_"]
+    knobs["sam_checkpoint"] = f"$@bundle_root + '/models/{_ENCODER}'"
+    knobs["head_checkpoint"] = f"$@bundle_root + '/models/{start}'"
+    _rewrite(root / "configs/train.json", lambda text: with_knobs(text, knobs))
+    ckpt_path = {"ckpt_path": "$@bundle_root + '/models/model.pt'"}
+    _rewrite(root / "configs/inference.json", lambda text: with_knobs(text, knobs | ckpt_path))
+    _rename(root, "tiny encoder", "; here a tiny one, trained on synthetic slices only, which comes with the bundle")
+
+    files = {"sam_checkpoint": f"models/{_ENCODER}", "head_checkpoint": f"models/{start}"}
+    dice = json.loads(record.read_text())["dice"][HEADS[bundle].removesuffix("_head")]
+    readme = (root / "docs/README.md").read_text()
+    readme = with_defaults(readme, {name: str(files.get(name, _as_json(value))) for name, value in knobs.items()})
+    readme = with_section(readme, "The tiny encoder", _TINY_SECTION)
+    readme = with_section(readme, "Performance", _TINY_PERFORMANCE.format(**dice))
+    readme = replaced(readme, r"^# SAM's checkpoint, once\n.*?\n\n", "")
+    (root / "docs/README.md").write_text(readme)
+
+
+def _leave_sam_to_be_downloaded(root: Path, model_type: str) -> None:
+    """Point a bundle to SAM's own weights."""
+    entry = {
+        "path": f"models/{CHECKPOINT_FILES[model_type]}",
+        "url": f"{_ADDRESS}{CHECKPOINT_FILES[model_type]}",
+        "hash_val": _SHA256[model_type],
+        "hash_type": "sha256",
+    }
+    (root / "large_files.yml").write_text(yaml.safe_dump({"large_files": [entry]}, sort_keys=False))
+    for name in ("train", "inference"):
+        _rewrite(root / f"configs/{name}.json", lambda text: with_knobs(text, {"model_type": model_type}))
+    _rename(root, f"SAM {model_type}", f", {model_type}")
+
+    defaults = {"model_type": model_type, "sam_checkpoint": entry["path"]}
+    readme = with_defaults((root / "docs/README.md").read_text(), defaults)
+    (root / "docs/README.md").write_text(with_section(readme, "The tiny encoder", ""))
+
+
+def _put_in(root: Path, head: str, *, sam_checkpoint: str | Path) -> None:
+    """Make a head the bundle's model, once it has been loaded on the encoder that it was trained on."""
+    if not Path(sam_checkpoint).is_file():
+        raise ValueError(
+            "a head is checked against its encoder: expected SAM's checkpoint that it was trained on, received "
+            f"{sam_checkpoint}; give --sam_checkpoint FILE"
+        )
+    parser = ConfigParser()
+    parser.read_config(root / "configs/inference.json")
+    parser.update({"sam_checkpoint": str(sam_checkpoint), "network_def#head_checkpoint": head})
+    parser.get_parsed_content("network_def")
+    _copy(Path(head), root / "models/model.pt")
+
+
+def _rename(root: Path, addition: str, description: str) -> None:
+    """Say in name, description and README on what encoder an archive stands."""
+    path = root / "configs/metadata.json"
+    metadata = json.loads(path.read_text())
+    name = {"name": f"{metadata['name']}, {addition}", "description": f"{metadata['description']}{description}"}
+    _rewrite(path, lambda text: with_knobs(text, name))
+    title = (root / "docs/README.md").read_text().partition("\n")[0]
+    _rewrite(root / "docs/README.md", lambda text: text.replace(title, f"{title}, {addition}", 1))
+
+
+def _rewrite(path: Path, edit: Callable[[str], str]) -> None:
+    path.write_text(edit(path.read_text()))
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+_TINY_SECTION = """\
+## The tiny encoder
+
+The archive is complete. Its encoder, `models/phantom_encoder.pth`, has SAM's own classes and checkpoint layout but 3.5M
+weights; it and the head, `models/model.pt`, were trained on synthetic short-axis slices only, as
+`docs/phantom_encoder.json` records. No patient, labelled or not, went into them.
+
+Training starts from that head, kept as `models/*_from_phantoms.pt`, with synthetic slices in each batch, so that it
+keeps what it knew, and replaces `models/model.pt`. `--head_checkpoint '$None'` begins with a fresh head; other classes
+than RV, Myo and LV need that, and `--phantom_share 0`.
+"""
+_TINY_PERFORMANCE = """\
+## Performance
+
+As it comes, on synthetic slices that it has not seen: mean Dice {mean:.2f} (RV {RV:.2f}, Myo {Myo:.2f}, LV {LV:.2f}).
+These are drawn harder than patients are: the figure says that training worked, and nothing about patients.
+"""
