@@ -78,7 +78,7 @@ def summarise(
 class EvaluationReport:
     """Ignite handler that writes `metrics.csv` and `summary.csv` when the evaluation is completed.
 
-    `metrics.csv` has one row per case and class, in evaluation order; `summary.csv` is `summarise`. Undefined values
+    `metrics.csv` has one row per case and class, in order of name; `summary.csv` is `summarise`. Undefined values
     read `nan`. Both metrics must be `VolumeMetricHandler`s with `save_details`. In a distributed run, rank 0 writes.
 
     Args:
@@ -125,9 +125,11 @@ class EvaluationReport:
         in_pred, in_truth = (
             self._details(engine, f"{self.assd}_{kind}", len(cases)) for kind in ("in_pred", "in_truth")
         )
+        order = sorted(range(len(cases)), key=cases.__getitem__)  # however the processes shared the cases
+        dice, assd_mm, in_pred, in_truth = (values[order] for values in (dice, assd_mm, in_pred, in_truth))
         scores: list[Row] = [
-            dict(zip(METRICS_COLUMNS, (case, class_name, float(dice[n, k]), float(assd_mm[n, k])), strict=True))
-            for n, case in enumerate(cases)
+            dict(zip(METRICS_COLUMNS, (cases[index], class_name, float(dice[n, k]), float(assd_mm[n, k])), strict=True))
+            for n, index in enumerate(order)
             for k, class_name in enumerate(self.class_names)
         ]
         summary = summarise(

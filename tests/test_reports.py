@@ -123,9 +123,11 @@ def test_summary_csv_of_an_evaluation(tmp_path):
     assert (total["n_volumes"], total["n_misses"], total["n_false_alarms"], total["dice_n_undefined"]) == (2, 1, 1, 1)
 
 
-def test_cases_keep_the_order_of_evaluation(tmp_path):
-    run_evaluator([SECOND, FIRST], [EvaluationReport(tmp_path)])
-    assert [row[0] for row in read(tmp_path / "metrics.csv")[1::3]] == ["patient002_frame12", "patient001_frame01"]
+def test_order_of_evaluation_does_not_matter(tmp_path):
+    for name, cases in {"one": [FIRST, SECOND], "other": [SECOND, FIRST]}.items():
+        run_evaluator(cases, [EvaluationReport(tmp_path / name)])
+    for file in ("metrics.csv", "summary.csv"):
+        assert read(tmp_path / "one" / file) == read(tmp_path / "other" / file)
 
 
 def test_batches_that_stay_collated_are_named_too(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from monai.engines import default_prepare_batch
 from torch import Tensor
@@ -18,7 +19,8 @@ class PhantomMixing:
 
     The phantoms come from a finite pool, so that a frozen encoder's embeddings of them can be looked up, and are not
     augmented, being all different as it is. All come once before any comes again: first as they are drawn, each when
-    its turn comes, then in shuffled orders; the same in every run with the same seed.
+    its turn comes, then in shuffled orders; the same in every run with the same seed. In a distributed run the
+    processes share each step's phantoms out between them.
 
     Their labels are 0 background, 1 RV, 2 Myo, 3 LV: mix them with a data set of these classes only.
 
@@ -84,9 +86,11 @@ class PhantomMixing:
 
     def _next(self, count: int, *, size: int) -> tuple[Tensor, Tensor]:
         """Take the next phantoms off the order, images and labels `count`x1x`size`x`size` as uint8."""
-        while len(self._order) < count:
+        of_all = count * idist.get_world_size()
+        while len(self._order) < of_all:
             self._order += torch.randperm(self.pool_size, generator=self._generator).tolist()
-        chosen, self._order = self._order[:count], self._order[count:]
+        start = count * idist.get_rank()
+        chosen, self._order = self._order[start : start + count], self._order[of_all:]
         if self._images.shape[-1] != size:
             self._images = self._labels = torch.empty(0, 1, size, size, dtype=torch.uint8)
         while len(self._images) <= max(chosen, default=-1):
