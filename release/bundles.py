@@ -132,6 +132,7 @@ def _complete(root: Path, bundle: str) -> None:
     readme = with_section(readme, "The tiny encoder", _TINY_SECTION)
     readme = with_section(readme, "Performance", _TINY_PERFORMANCE.format(**dice))
     readme = replaced(readme, r"^# SAM's checkpoint, once\n.*?\n\n", "")
+    readme = replaced(readme, r"\[2,3,256,256\]", "[2,3,{0},{0}]".format(knobs["crop_size"]))
     (root / "docs/README.md").write_text(readme)
 
 

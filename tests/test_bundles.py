@@ -76,6 +76,10 @@ def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
         "configs/train.json",
         "configs/evaluate.json",
         "configs/inference.json",
+        "configs/inference_ts.json",
+        "configs/inference_trt.json",
+        "configs/multi_gpu_train.json",
+        "configs/multi_gpu_evaluate.json",
         "configs/tiny.json",
         "configs/logging.conf",
     ):
@@ -136,7 +140,7 @@ def test_network_takes_and_gives_what_the_metadata_say(bundle):
     )
 
 
-def test_exported_torchscript_equals_the_trained_network(trained, tmp_path):
+def test_exported_torchscript_equals_the_trained_network_and_segments_alone(trained, phantoms, tmp_path):
     bundle, folder = trained
     inference = config(bundle, "inference")[0]
     ckpt_export(
@@ -155,6 +159,16 @@ def test_exported_torchscript_equals_the_trained_network(trained, tmp_path):
     images = torch.rand(2, 3, 256, 256) * 255
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(images), network(images))
+
+    volume = next(Path(phantoms).rglob("*frame01.nii.gz"))
+    saved = {}
+    for name, given in {"eager": {"ckpt_path": folder / "models/model.pt"}, "ts": {}}.items():
+        overlays = () if name == "eager" else ("inference_ts",)
+        given |= {} if name == "eager" else {"ts_path": tmp_path / "model.ts", "sam_checkpoint": "no such file"}
+        overrides = knobs(bundle) | {"dataset_dir": volume, "output_dir": tmp_path / name} | given
+        succeeds(run(bundle, "inferring", "inference", *overlays, **overrides))
+        saved[name] = np.asarray(nib.load(next((tmp_path / name).iterdir())).dataobj)
+    assert np.array_equal(saved["ts"], saved["eager"])
 
 
 def test_training_leaves_the_head_the_last_epochs_and_tensorboard_events(trained):
