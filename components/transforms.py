@@ -17,6 +17,8 @@ PERCENTILES = (0.5, 99.5)
 class LoadVolumed(LoadImaged):
     """Load 3D NIfTI volumes as 1xHxWxD and refuse those that cannot be segmented or learned from.
 
+    MONAI Label clears the loader's `image_only`: then `<key>_meta_dict` holds the metadata too, as of any `LoadImaged`.
+
     Args:
         keys: items that hold paths.
         label_key: the item that holds the label, checked against `image_key` where both are present.
@@ -60,7 +62,7 @@ class LoadVolumed(LoadImaged):
             the dictionary with MetaTensors 1xHxWxD in place of the paths.
         """
         loaded = dict(data)
-        for key in self.key_iterator(loaded):
+        for key, meta_key, postfix in self.key_iterator(loaded, self.meta_keys, self.meta_key_postfix):
             path = str(data[key])
             try:
                 loaded[key] = self._loader(path, reader)
@@ -68,6 +70,8 @@ class LoadVolumed(LoadImaged):
                 if not Path(path).is_file():
                     raise FileNotFoundError(f"there is no {key} {path}") from error
                 raise ValueError(f"{path} cannot be read: expected a complete NIfTI file; copy it again") from error
+            if not self._loader.image_only:
+                loaded[key], loaded[meta_key or f"{key}_{postfix}"] = loaded[key]
             if loaded[key].ndim != 4 or loaded[key].shape[0] != 1:
                 received = (*loaded[key].shape[1:], *loaded[key].shape[:1])
                 raise ValueError(

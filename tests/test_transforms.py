@@ -36,6 +36,16 @@ def test_volume_and_label_are_loaded_channel_first(case):
     assert loaded["image"][0, 1, 2, 1] == 1 * 30 + 2 * 3 + 1
 
 
+def test_metadata_stand_apart_too_where_a_host_asks_for_them(case):
+    transform = LoadVolumed(["image", "label"])
+    transform._loader.image_only = False  # as MONAI Label does
+    loaded = transform(case)
+    assert loaded["image"].shape == (1, *SHAPE)
+    assert np.array_equal(loaded["image_meta_dict"]["original_affine"], np.diag([1.5, 1.5, 10, 1]))
+    assert loaded["label_meta_dict"]["filename_or_obj"] == case["label"]
+    assert load(case).keys() == {"image", "label"}
+
+
 def test_single_slice_keeps_its_third_axis(tmp_path):
     path = save(tmp_path / "one.nii.gz", np.arange(60).reshape(6, 10, 1).astype(np.int16))
     assert LoadVolumed("image")({"image": path})["image"].shape == (1, 6, 10, 1)

@@ -1,0 +1,52 @@
+"""Serve the bundles to 3D Slicer, OHIF or any client of MONAI Label.
+
+From the repository's root: `python -m serving --studies DIR`, in an environment of its own with the packages of
+`constraints-label.txt`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fire
+
+from release.bundles import HEADS
+from serving.app import assemble_app
+
+
+def serve(
+    studies: str,
+    app_dir: str = "monailabel_app",
+    bundles: str = ",".join(HEADS),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    start: bool = True,
+) -> None:
+    """Assemble the app and start MONAI Label's server.
+
+    Args:
+        studies: folder of the volumes to label, or a DICOMweb address.
+        app_dir: folder of the app, made if missing; what the bundles learn stays in it.
+        bundles: those to serve, separated by commas.
+        host: address to listen at; `0.0.0.0` for every one of this machine's.
+        port: to listen at.
+        start: whether to start the server once the app is assembled.
+    """
+    names = bundles if isinstance(bundles, tuple | list) else bundles.split(",")
+    app = assemble_app(Path(app_dir).resolve(), names)
+    if not start:
+        print(app)
+        return
+    conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
+    settings = [text for name, value in conf.items() for text in ("--conf", name, value)]
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", studies]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(app), os.environ.get("PYTHONPATH")]))}
+    address = ["--host", host, "--port", str(port)]
+    raise SystemExit(subprocess.run([*command, *settings, *address], env=environment, check=False).returncode)
+
+
+if __name__ == "__main__":
+    fire.Fire(serve)
