@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -34,8 +35,9 @@ from monai.bundle import create_workflow, load
 bundle, folder = sys.argv[1:]
 root = f"{folder}/{bundle}"
 sys.path.insert(0, root)
-encoder = {"encoder#checkpoint": f"{root}/models/phantom_encoder.pth"}
-network = load(bundle, bundle_dir=folder, workflow_type="inference", net_override=encoder).eval()
+parts = ("encoder", "head") if bundle == "autosam_acdc" else ("encoder",)
+override = {f"{part}#checkpoint": f"{root}/models/phantom_encoder.pth" for part in parts}
+network = load(bundle, bundle_dir=folder, workflow_type="inference", net_override=override).eval()
 workflow = create_workflow(config_file=f"{root}/configs/inference.json", workflow_type="infer", bundle_root=root,
                            dataset_dir=sys.argv[2])
 assert workflow.check_properties() == []
@@ -59,7 +61,9 @@ for others in (scripted, session.run(None, {"image": images.contiguous().numpy()
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> str:
-    """A fresh environment with what metadata.json pins, and what ONNX needs."""
+    """The Python of an environment with what metadata.json pins and what ONNX and the schema need: PINNED_PYTHON, or a fresh one."""
+    if "PINNED_PYTHON" in os.environ:
+        return os.environ["PINNED_PYTHON"]
     folder = tmp_path_factory.mktemp("environment")
     metadata = json.loads((REPOSITORY / "bundles/autosam_acdc/configs/metadata.json").read_text())
     pins = {"monai": metadata["monai_version"], "numpy": metadata["numpy_version"]}
@@ -69,7 +73,7 @@ def python(tmp_path_factory) -> str:
     pip = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, f"torch=={metadata['pytorch_version']}"], check=True)
     subprocess.run([*pip, *(f"{name}=={version}" for name, version in pins.items())], check=True)
-    subprocess.run([*pip, "onnx", "onnxscript", "onnxruntime"], check=True)
+    subprocess.run([*pip, "onnx", "onnxscript", "onnxruntime", "jsonschema"], check=True)
     return python
 
 
