@@ -61,7 +61,7 @@ for others in (scripted, session.run(None, {"image": images.contiguous().numpy()
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> str:
-    """The Python of an environment with what metadata.json pins and what ONNX and the schema need: PINNED_PYTHON, or a fresh one."""
+    """PINNED_PYTHON, or the Python of a fresh environment with the pins, and what ONNX and the schema need."""
     if "PINNED_PYTHON" in os.environ:
         return os.environ["PINNED_PYTHON"]
     folder = tmp_path_factory.mktemp("environment")
