@@ -22,13 +22,14 @@ def with_knobs(config: str, knobs: dict[str, Any]) -> str:
         ValueError: when the result would not be the config with these values, as for an unknown key.
     """
     text = config
+    misfit = f"expected a config with the keys {', '.join(knobs)}, each beginning a line of its own"
     for name, value in knobs.items():
         entry = re.search(rf'^    "{re.escape(name)}": .*?(?=,\n\n?    "|\n\}})', text, flags=re.MULTILINE | re.DOTALL)
-        if entry:
-            text = f'{text[: entry.start()]}    "{name}": {json.dumps(value)}{text[entry.end() :]}'
-    before = json.loads(config)
-    if json.loads(text) != before | knobs or not knobs.keys() <= before.keys():
-        raise ValueError(f"expected a config with the keys {', '.join(knobs)}, each beginning a line of its own")
+        if entry is None:
+            raise ValueError(misfit)
+        text = f'{text[: entry.start()]}    "{name}": {json.dumps(value)}{text[entry.end() :]}'
+    if json.loads(text) != json.loads(config) | knobs:
+        raise ValueError(misfit)
     return text
 
 

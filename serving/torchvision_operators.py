@@ -5,7 +5,6 @@ load without CUDA. MONAI Label imports torchvision but calls none of them. So wh
 here. MONAI Label's server and the processes it starts import this file as `sitecustomize`.
 """
 
-import contextlib
 import sys
 
 import torch
@@ -24,5 +23,4 @@ except RuntimeError:
         del sys.modules[name]
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in SCHEMAS:
-        with contextlib.suppress(RuntimeError):  # declared already
-            library.define(schema)
+        library.define(schema)

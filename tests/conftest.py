@@ -53,10 +53,11 @@ def assert_release_facts(metadata: dict) -> None:
     assert pins == {name: tested[name] for name in pins}
 
 
-def run_monai_bundle(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run MONAI's runner as a user would."""
+def run_monai_bundle(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run MONAI's runner as a user would, several processes under torchrun, which gives each one thread."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [sys.executable, "-m", "monai.bundle", *arguments],
+        [sys.executable, *(torchrun if processes > 1 else ()), "-m", "monai.bundle", *arguments],
         cwd=cwd,
         env={**os.environ, "MONAI_FAIL_ON_DUPLICATE_CONFIG": "1"},
         capture_output=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, succeeds
 
 import components
 from components.phantom.dataset import write_phantom_dataset
@@ -90,9 +90,7 @@ def address(tmp_path_factory):
 
 
 def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return succeeds(subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False))
 
 
 @pytest.mark.parametrize("bundle", HEADS)

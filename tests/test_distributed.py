@@ -1,9 +1,6 @@
 """Several processes train and evaluate as one does."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -31,19 +28,7 @@ def run(run_id: str, *configs: str, processes: int, **knobs) -> str:
     files = ",".join(f"'configs/{name}.json'" for name in configs)
     options = [text for name, value in (SMALL | knobs).items() for text in (f"--{name}", str(value))]
     arguments = ["run", run_id, "--config_file", f"[{files}]", *options]
-    if processes == 1:
-        return succeeds(run_monai_bundle(*arguments, cwd=BUNDLE))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return succeeds(
-        subprocess.run(
-            [*launcher, "-m", "monai.bundle", *arguments],
-            cwd=BUNDLE,
-            env={**os.environ, "MONAI_FAIL_ON_DUPLICATE_CONFIG": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    )
+    return succeeds(run_monai_bundle(*arguments, cwd=BUNDLE, processes=processes))
 
 
 @pytest.fixture(scope="module")
