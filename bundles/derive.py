@@ -24,6 +24,8 @@ HEAD_OF_SOURCE = """        "head": {
 """
 KNOB_OF_ENCODER = '    "trainable_encoder": false,\n'
 HEAD_CHECKPOINT_OF_SOURCE = '"name": "vit_head.pt"},\n'
+ADAPTING_RATE_OF_SOURCE = '    "learning_rate": 0.0002,\n'
+ADAPTING_RATE = '    "learning_rate": 0.0005,\n'
 
 Replacements = dict[str, str]
 
@@ -56,7 +58,10 @@ DERIVED: dict[str, dict[str, Replacements]] = {
     "cnnhead_acdc": {
         "configs/train.json": CNN_CONFIG,
         "configs/inference.json": CNN_CONFIG,
-        "configs/tiny.json": {HEAD_CHECKPOINT_OF_SOURCE: '"name": "cnn_head.pt"},\n    "depth": 2,\n'},
+        "configs/tiny.json": {
+            HEAD_CHECKPOINT_OF_SOURCE: '"name": "cnn_head.pt"},\n    "depth": 2,\n',
+            ADAPTING_RATE_OF_SOURCE: ADAPTING_RATE,
+        },
         "configs/metadata.json": {
             METADATA_NAME: '"name": "SAM encoder with CNN head on ACDC"',
             METADATA_HEAD: "a convolutional head of k stages",
@@ -72,7 +77,10 @@ input's size at every k. 1,808,132 / 5,610,500 / 20,686,340 / 80,722,436 paramet
     "linearhead_acdc": {
         "configs/train.json": LINEAR_CONFIG,
         "configs/inference.json": LINEAR_CONFIG,
-        "configs/tiny.json": {HEAD_CHECKPOINT_OF_SOURCE: '"name": "linear_head.pt"},\n'},
+        "configs/tiny.json": {
+            HEAD_CHECKPOINT_OF_SOURCE: '"name": "linear_head.pt"},\n',
+            ADAPTING_RATE_OF_SOURCE: ADAPTING_RATE,
+        },
         "configs/metadata.json": {
             METADATA_NAME: '"name": "SAM encoder with linear head on ACDC"',
             METADATA_HEAD: "a linear head",

@@ -199,8 +199,8 @@ weights; it and the head, `models/model.pt`, were trained on synthetic short-axi
 `docs/phantom_encoder.json` records. No patient, labelled or not, went into them.
 
 Training starts from that head, kept as `models/*_from_phantoms.pt`, with synthetic slices in each batch, so that it
-keeps what it knew, and replaces `models/model.pt`. `--head_checkpoint '$None'` begins with a fresh head; other classes
-than RV, Myo and LV need that, and `--phantom_share 0`.
+keeps what it knew, and replaces `models/model.pt`. `--head_checkpoint '$None' --epochs 120 --learning_rate 0.0005`
+trains a fresh head; other classes than RV, Myo and LV need that, and `--phantom_share 0`.
 """
 _TINY_PERFORMANCE = """\
 ## Performance
