@@ -92,7 +92,9 @@ class PromptFreeSam(nn.Module):
 
 
 def has_native_bf16(device_type: str) -> bool:
-    """Tell whether this machine has bf16 matrix units: AMX in its CPU, or a GPU of compute capability 8 or later.
+    """Tell whether this machine has instructions for products in bf16, which make them faster than in fp32.
+
+    A CPU has them in AMX or AVX512_BF16, a GPU from compute capability 8 on.
 
     Args:
         device_type: `cpu` or `cuda`.
@@ -101,7 +103,8 @@ def has_native_bf16(device_type: str) -> bool:
         whether; False for other types.
     """
     if device_type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
     return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ TINY = "vit_tiny"
 HEADS = {"autosam_acdc": "vit_head", "cnnhead_acdc": "cnn_head", "linearhead_acdc": "linear_head"}
 PRETRAINING = "phantom_encoder"
 
+_PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 _CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
 _ENCODER = "phantom_encoder.pth"
 _RECORD = "phantom_encoder.json"
@@ -35,10 +38,10 @@ _SHA256 = {
 
 
 def check_release_facts() -> None:
-    """Check that every bundle has the package's version, with a line of its changelog.
+    """Check that every bundle has the package's version, with a line of its changelog, and pins the tested packages.
 
     Raises:
-        ValueError: naming the bundle that has not.
+        ValueError: naming the bundle that has not, and what it should have.
     """
     for name in (*HEADS, PRETRAINING):
         metadata = json.loads((BUNDLES / name / "configs/metadata.json").read_text())
@@ -47,6 +50,19 @@ def check_release_facts() -> None:
                 f"metadata.json of {name} has version {metadata['version']}: expected {components.__version__}, which "
                 "components/__init__.py gives, and a line of that version in its changelog"
             )
+        pins = {package: metadata[f"{key}_version"] for package, key in _PINNED_APART.items()}
+        for package, version in (pins | metadata["required_packages_version"]).items():
+            if version != _tested_versions().get(package):
+                raise ValueError(
+                    f"metadata.json of {name} pins {package} {version}: expected {_tested_versions().get(package)}, "
+                    "which constraints.txt gives as tested"
+                )
+
+
+@functools.cache
+def _tested_versions() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text()
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", lines, flags=re.MULTILINE))
 
 
 def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:

@@ -23,7 +23,6 @@ def serve(
     bundles: str = ",".join(HEADS),
     host: str = "127.0.0.1",
     port: int = 8000,
-    start: bool = True,
 ) -> None:
     """Assemble the app and start MONAI Label's server.
 
@@ -33,13 +32,9 @@ def serve(
         bundles: those to serve, separated by commas.
         host: address to listen at; `0.0.0.0` for every one of this machine's.
         port: to listen at.
-        start: whether to start the server once the app is assembled.
     """
     names = bundles if isinstance(bundles, tuple | list) else bundles.split(",")
     app = assemble_app(Path(app_dir).resolve(), names)
-    if not start:
-        print(app)
-        return
     conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
     settings = [text for name, value in conf.items() for text in ("--conf", name, value)]
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", studies]

@@ -1,7 +1,6 @@
 """Fixtures that several test modules share: SAM checkpoints with random weights, real ACDC where it is at hand."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import components
 from components.sam import import_from_segment_anything
 
 REPOSITORY = Path(__file__).parents[1]
@@ -37,20 +35,6 @@ def seeded(seed):
     generator = torch.Generator()
     generator.manual_seed(seed)
     return generator
-
-
-def assert_release_facts(metadata: dict) -> None:
-    """A bundle has the package's version, in its changelog, and pins the versions of `constraints.txt`."""
-    assert metadata["version"] == components.__version__
-    assert metadata["version"] in metadata["changelog"]
-    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
-    pins = {
-        "monai": metadata["monai_version"],
-        "torch": metadata["pytorch_version"],
-        "numpy": metadata["numpy_version"],
-        **metadata["required_packages_version"],
-    }
-    assert pins == {name: tested[name] for name in pins}
 
 
 def run_monai_bundle(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:

@@ -57,6 +57,13 @@ for others in (scripted, session.run(None, {"image": images.contiguous().numpy()
     assert same[clear].all()
     assert same.mean() >= 0.9999
 """
+CHECK_PROPERTIES = """
+import sys
+from monai.bundle import create_workflow
+
+config, workflow_type, data = sys.argv[1:]
+assert create_workflow(config_file=config, workflow_type=workflow_type, dataset_dir=data).check_properties() == []
+"""
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +136,24 @@ def test_downloaded_archive_does_all_that_a_zoo_bundle_does(bundle, python, addr
     assert not (root / "components/__init__.py").is_symlink()
 
 
-def test_vit_b_archive_trains_once_its_checkpoint_is_there(python, sam_checkpoint, tmp_path):
-    build(str(tmp_path), model_type="vit_b", bundle="linearhead_acdc")
-    name = f"linearhead_acdc_vit_b_v{components.__version__}.zip"
+@pytest.mark.parametrize("bundle", HEADS)
+def test_vit_b_archive_passes_the_zoos_checks_once_its_checkpoint_is_there(
+    bundle, python, sam_checkpoint, metadata_schema, tmp_path
+):
+    build(str(tmp_path), model_type="vit_b", bundle=bundle)
+    name = f"{bundle}_vit_b_v{components.__version__}.zip"
     run(sys.executable, "-m", "zipfile", "-e", name, ".", cwd=tmp_path)
-    root = tmp_path / "linearhead_acdc_vit_b"
+    root = tmp_path / f"{bundle}_vit_b"
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=4, size_hw_d=(64, 48, 2))
     (root / "models").mkdir()
     (root / "models/sam_vit_b_01ec64.pth").symlink_to(sam_checkpoint)
+
+    monai, meta = (python, "-m", "monai.bundle"), ("--meta_file", "configs/metadata.json")
     training = ("run", "training", "--config_file", "configs/train.json", "--dataset_dir", data)
-    run(python, "-m", "monai.bundle", *training, "--image_size", "64", "--epochs", "1", "--views", "1", cwd=root)
-    assert (root / "models/model.pt").is_file()
+    run(*monai, *training, "--image_size", "64", "--epochs", "1", "--views", "1", cwd=root)
+    net = (*meta, "--net_id", "network_def", "--config_file", "configs/inference.json")
+    run(*monai, "verify_metadata", *meta, "--filepath", metadata_schema, cwd=root)
+    run(*monai, "verify_net_in_out", *net, cwd=root)  # at 1024 pixels, as the archive's own default is
+    run(*monai, "ckpt_export", *net, "--ckpt_file", "models/model.pt", "--filepath", "models/model.ts", cwd=root)
+    for workflow_type, config in (("train", "train"), ("infer", "inference")):
+        run(python, "-c", CHECK_PROPERTIES, f"configs/{config}.json", workflow_type, data, cwd=root)

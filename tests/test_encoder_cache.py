@@ -97,7 +97,7 @@ def test_changed_embeddings_of_a_caller_do_not_reach_the_cache(tmp_path):
 
 
 def test_scripting_tracing_and_export_pass_the_cache_by(tmp_path):
-    network = PromptFreeSam(cached(tmp_path / "cache"), LinearHead(4)).eval()
+    network = PromptFreeSam(cached(tmp_path / "cache"), LinearHead(4), "fp32").eval()  # as scripted and exported
     expected = build_without_cache(network)(IMAGES)
     torch.testing.assert_close(torch.jit.script(network)(IMAGES), expected)
     traced = torch.jit.trace(network, IMAGES, check_trace=False)
@@ -109,7 +109,7 @@ def test_scripting_tracing_and_export_pass_the_cache_by(tmp_path):
 
 
 def build_without_cache(network: PromptFreeSam) -> PromptFreeSam:
-    plain = PromptFreeSam(SamEncoder("vit_tiny", image_size=64), LinearHead(4)).eval()
+    plain = PromptFreeSam(SamEncoder("vit_tiny", image_size=64), LinearHead(4), network.precision).eval()
     plain.load_state_dict(network.state_dict())
     return plain
 

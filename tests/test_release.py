@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from monai.bundle import verify_metadata
 import components
 from components.pretrained import pretrained_file
 from components.sam import CHECKPOINT_FILES
+from release import bundles
 from release.__main__ import build
 from release.archives import write_archive, write_model_info
-from release.bundles import HEADS
+from release.bundles import HEADS, check_release_facts
 from release.texts import with_defaults, with_knobs, with_section
 
 VERSION = components.__version__
@@ -83,6 +85,28 @@ def test_model_info_keeps_other_archives(tmp_path):
     info = json.loads((tmp_path / "model_info.json").read_text())
     assert list(info) == ["mine_v1.0.0", "other_v0.1.0"]
     assert info["mine_v1.0.0"]["source"] == "https://example.org/files/mine_v1.0.0.zip"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "9.9.9"}, "metadata.json of autosam_acdc has version 9.9.9: expected"),
+        ({"changelog": {}}, "and a line of that version in its changelog"),
+        ({"pytorch_version": "1.0.0"}, "pins torch 1.0.0: expected .*, which constraints.txt"),
+        ({"required_packages_version": {"scipy": "1.0.0"}}, "pins scipy 1.0.0"),
+        ({"required_packages_version": {"unknown": "1.0.0"}}, "pins unknown 1.0.0: expected None"),
+    ],
+)
+def test_nothing_is_packed_while_a_bundle_tells_other_versions(changes, message, tmp_path, monkeypatch):
+    check_release_facts()
+    for bundle in (*HEADS, "phantom_encoder"):
+        shutil.copytree(REPOSITORY / "bundles" / bundle / "configs", tmp_path / bundle / "configs")
+    path = tmp_path / "autosam_acdc/configs/metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        build(str(tmp_path / "dist"))
+    assert not (tmp_path / "dist").exists()
 
 
 def test_two_builds_give_the_same_bytes(dist, tmp_path):
