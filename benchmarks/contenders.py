@@ -12,7 +12,7 @@ from torch import nn
 
 from components.encoder import SamEncoder
 from components.image_encoder import ARCHITECTURES, PATCH_SIZE, WINDOW_SIZE, ImageEncoder
-from components.networks import has_native_bf16
+from components.precision import has_native_bf16
 from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything
 
 REFERENCE = "segment_anything"

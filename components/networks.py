@@ -1,19 +1,16 @@
 """The network that joins SAM's image encoder and a prompt-free head."""
 
-import functools
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from components.precision import autocast_to, check_precision
 from components.state_dicts import read_state_dict
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class PromptFreeSam(nn.Module):
@@ -46,8 +43,7 @@ class PromptFreeSam(nn.Module):
         head_checkpoint: str | None = None,
     ) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         self.encoder = encoder
         self.head = head
         self.precision = precision
@@ -77,35 +73,9 @@ class PromptFreeSam(nn.Module):
         """Run encoder and head in this network's precision."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return self.head(self.encoder(images))
-        with self._autocast(images.device.type):
+        with autocast_to(self.precision, images.device.type):
             logits = self.head(self.encoder(images))
         return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-    def _autocast(self, device_type: str) -> AbstractContextManager:
-        """Return the context in which this network computes on a type of device."""
-        native = has_native_bf16(device_type)
-        if self.precision == "bf16" and not native:
-            _warn_of_emulation(device_type)
-        if self.precision == "bf16" or (self.precision == "auto" and native):
-            return torch.autocast(device_type, dtype=torch.bfloat16)
-        return nullcontext()
-
-
-def has_native_bf16(device_type: str) -> bool:
-    """Tell whether this machine has instructions for products in bf16, which make them faster than in fp32.
-
-    A CPU has them in AMX or AVX512_BF16, a GPU from compute capability 8 on.
-
-    Args:
-        device_type: `cpu` or `cuda`.
-
-    Returns:
-        whether; False for other types.
-    """
-    if device_type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
-    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _load(network: PromptFreeSam, path: str) -> None:
@@ -119,8 +89,3 @@ def _load(network: PromptFreeSam, path: str) -> None:
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this network: {way_out}. {error}") from error
     logger.info("the network starts from %s", path)
-
-
-@functools.cache
-def _warn_of_emulation(device_type: str) -> None:
-    logger.warning("this %s computes bf16 by emulation, far slower than fp32: give --precision auto", device_type)

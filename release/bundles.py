@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 BUNDLES = REPOSITORY / "bundles"
 TINY = "vit_tiny"
 HEADS = {"autosam_acdc": "vit_head", "cnnhead_acdc": "cnn_head", "linearhead_acdc": "linear_head"}
-PRETRAINING = "phantom_encoder"
+WITHOUT_WEIGHTS = ("phantom_encoder", "unet_acdc")
 
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 _CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
@@ -43,7 +43,7 @@ def check_release_facts() -> None:
     Raises:
         ValueError: naming the bundle that has not, and what it should have.
     """
-    for name in (*HEADS, PRETRAINING):
+    for name in (*HEADS, *WITHOUT_WEIGHTS):
         metadata = json.loads((BUNDLES / name / "configs/metadata.json").read_text())
         if metadata["version"] != components.__version__ or metadata["version"] not in metadata["changelog"]:
             raise ValueError(
@@ -80,7 +80,7 @@ def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:
     """
     if model_type not in (TINY, *CHECKPOINT_FILES):
         raise ValueError(f"unknown model_type {model_type!r}: expected one of {TINY}, {', '.join(CHECKPOINT_FILES)}")
-    names = [*HEADS, PRETRAINING] if model_type == TINY else list(HEADS)
+    names = [*HEADS, *WITHOUT_WEIGHTS] if model_type == TINY else list(HEADS)
     if bundle is not None and bundle not in names:
         raise ValueError(f"no archive of {bundle!r} with {model_type}: expected one of {', '.join(names)}")
     return names if bundle is None else [bundle]
@@ -112,7 +112,7 @@ def assemble(
     for path in sorted((REPOSITORY / "components").rglob("*.py")):
         if path.parent.name != "pretrained":
             _copy(path, root / path.relative_to(REPOSITORY))
-    if bundle == PRETRAINING:
+    if bundle in WITHOUT_WEIGHTS:
         return root
     if model_type == TINY:
         _complete(root, bundle)

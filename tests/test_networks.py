@@ -7,7 +7,7 @@ from monai.handlers import CheckpointLoader, CheckpointSaver
 from monai.networks.utils import copy_model_state
 from torch import nn
 
-from components import networks
+from components import precision as precision_module
 from components.encoder import RANDOM_WEIGHTS_SEED, SamEncoder
 from components.heads import CNNHead, LinearHead
 from components.networks import PromptFreeSam
@@ -68,13 +68,13 @@ def test_auto_precision_is_bf16_only_where_native(precision, native, reduced, mo
     network = build()
     expected = network(IMAGES)
     network.precision = precision
-    monkeypatch.setattr(networks, "has_native_bf16", lambda _device_type: native)
+    monkeypatch.setattr(precision_module, "has_native_bf16", lambda _device_type: native)
     assert torch.equal(network(IMAGES), expected) != reduced
 
 
 def test_forced_bf16_says_so_where_it_is_emulated(monkeypatch, caplog):
-    monkeypatch.setattr(networks, "has_native_bf16", lambda _device_type: False)
-    networks._warn_of_emulation.cache_clear()
+    monkeypatch.setattr(precision_module, "has_native_bf16", lambda _device_type: False)
+    precision_module._warn_of_emulation.cache_clear()
     network = PromptFreeSam(SamEncoder("vit_tiny", image_size=64), LinearHead(4), precision="bf16")
     network(IMAGES)
     network(IMAGES)

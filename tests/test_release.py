@@ -21,7 +21,7 @@ from components.sam import CHECKPOINT_FILES
 from release import bundles
 from release.__main__ import build
 from release.archives import write_archive, write_model_info
-from release.bundles import HEADS, check_release_facts
+from release.bundles import HEADS, WITHOUT_WEIGHTS, check_release_facts
 from release.texts import with_defaults, with_knobs, with_section
 
 VERSION = components.__version__
@@ -55,10 +55,10 @@ def config(root: Path, name: str) -> dict:
 
 def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
     assert {path.name for path in dist.iterdir()} == {
-        *(f"{bundle}_v{VERSION}.zip" for bundle in (*HEADS, "phantom_encoder")),
+        *(f"{bundle}_v{VERSION}.zip" for bundle in (*HEADS, *WITHOUT_WEIGHTS)),
         "model_info.json",
     }
-    for bundle in (*HEADS, "phantom_encoder"):
+    for bundle in (*HEADS, *WITHOUT_WEIGHTS):
         files = entries(dist / f"{bundle}_v{VERSION}.zip")
         expected = {"LICENSE", "configs/metadata.json", "configs/train.json", "configs/logging.conf", "docs/README.md"}
         assert {f"{bundle}/{name}" for name in (*expected, "docs/data_license.txt")} <= files.keys()
@@ -71,7 +71,7 @@ def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
 
 def test_model_info_points_to_the_archives(dist):
     info = json.loads((dist / "model_info.json").read_text())
-    assert info.keys() == {f"{bundle}_v{VERSION}" for bundle in (*HEADS, "phantom_encoder")}
+    assert info.keys() == {f"{bundle}_v{VERSION}" for bundle in (*HEADS, *WITHOUT_WEIGHTS)}
     for name, entry in info.items():
         assert entry["checksum"] == hashlib.sha1((dist / f"{name}.zip").read_bytes()).hexdigest()
         assert entry["source"] == f"{name}.zip"
@@ -99,7 +99,7 @@ def test_model_info_keeps_other_archives(tmp_path):
 )
 def test_nothing_is_packed_while_a_bundle_tells_other_versions(changes, message, tmp_path, monkeypatch):
     check_release_facts()
-    for bundle in (*HEADS, "phantom_encoder"):
+    for bundle in (*HEADS, *WITHOUT_WEIGHTS):
         shutil.copytree(REPOSITORY / "bundles" / bundle / "configs", tmp_path / bundle / "configs")
     path = tmp_path / "autosam_acdc/configs/metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -133,7 +133,7 @@ def test_archive_has_the_overlay_merged_and_the_weights_inside(bundle, unpacked)
     assert not (root / "large_files.yml").exists()
 
 
-@pytest.mark.parametrize("bundle", [*HEADS, "phantom_encoder"])
+@pytest.mark.parametrize("bundle", [*HEADS, *WITHOUT_WEIGHTS])
 def test_metadata_of_archives_follow_the_schema(bundle, unpacked, metadata_schema):
     path = unpacked / bundle / "configs/metadata.json"
     verify_metadata(meta_file=str(path), filepath=metadata_schema, create_dir=False)
