@@ -27,8 +27,8 @@ class GreyUNet(nn.Module):
         out_channels: classes, background included.
         width: channels at full size; they double with every pooling. 31.1M / 7.8M / 1.9M weights at 64 / 32 / 16.
         precision: as of `components.networks.PromptFreeSam`.
-        start_checkpoint: a file to start from: another run's `model.pt`, or a contracting path alone, as
-            `components.contrastive` leaves it; None for random weights.
+        start_checkpoint: a file to start from: another run's `model.pt`, or that of
+            `components.contrastive.ContrastiveUNet`, which holds the contracting path alone; None for random weights.
 
     Raises:
         ValueError: for another precision, or a file that cannot be read or does not fit.
@@ -55,7 +55,7 @@ class GreyUNet(nn.Module):
         Returns:
             raw logits BxCxHxW, fp32 if the weights are.
         """
-        grey = images[:, :1] / 127.5 - 1
+        grey = grey_values(images)
         if torch.jit.is_scripting():  # noqa: SIM108 - a branch that only a statement leaves out of the script
             logits = self.unet(grey)
         else:
@@ -76,9 +76,15 @@ class GreyUNet(nn.Module):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no start checkpoint at {path}: {way_out}")
         state = read_state_dict(path, kind="UNet's checkpoint", way_out=way_out)
+        own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {key for key in self.state_dict() if key.split(".")[1] in CONTRACTING_PATH}
         try:
-            self.load_state_dict(state, strict=state.keys() != contracting)
+            self.load_state_dict(own, strict=own.keys() != contracting)
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit this network: {way_out}. {error}") from error
         logger.info("the network starts from %s", path)
+
+
+def grey_values(images: torch.Tensor) -> torch.Tensor:
+    """Take the grey values of images Bx3xHxW in 0..255, to Bx1xHxW in -1..1."""
+    return images[:, :1] / 127.5 - 1
