@@ -43,8 +43,8 @@ def check_release_facts() -> None:
     Raises:
         ValueError: naming the bundle that has not, and what it should have.
     """
-    for name in (*HEADS, *WITHOUT_WEIGHTS):
-        metadata = json.loads((BUNDLES / name / "configs/metadata.json").read_text())
+    for path in sorted(BUNDLES.glob("*/configs/metadata.json")):
+        name, metadata = path.parts[-3], json.loads(path.read_text())
         if metadata["version"] != components.__version__ or metadata["version"] not in metadata["changelog"]:
             raise ValueError(
                 f"metadata.json of {name} has version {metadata['version']}: expected {components.__version__}, which "

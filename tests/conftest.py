@@ -1,6 +1,8 @@
 """Fixtures that several test modules share: SAM checkpoints with random weights, real ACDC where it is at hand."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,22 @@ def seeded(seed):
     generator = torch.Generator()
     generator.manual_seed(seed)
     return generator
+
+
+def assert_readme_explains_knobs(bundle: Path, *configs: str, except_for: tuple[str, ...] = ()) -> None:
+    """A bundle's README has a row for every top-level knob of its configs, with the default of the first to have it."""
+    readme = (bundle / "docs/README.md").read_text()
+    knobs: dict = {}
+    for name in reversed(configs):
+        knobs |= json.loads((bundle / f"configs/{name}.json").read_text())
+    explained = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|none) \|", readme, flags=re.MULTILINE))
+    for name, default in explained.items():
+        value = knobs[name]
+        if not isinstance(value, dict) and not str(value).startswith("$"):
+            assert default == (value if isinstance(value, str) else json.dumps(value)), name
+    plain = {key for key, value in knobs.items() if isinstance(value, int | float | str) and not key.startswith("_")}
+    hidden = {"bundle_root", "device", "network", "run", "out_channels", "canvas_size", *except_for}
+    assert plain - hidden <= explained.keys()
 
 
 def run_monai_bundle(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:

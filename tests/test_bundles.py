@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, run_monai_bundle, succeeds
+from conftest import REPOSITORY, assert_readme_explains_knobs, run_monai_bundle, succeeds
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.metrics import SurfaceDistanceMetric
 from PIL import Image
@@ -94,16 +94,7 @@ def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_readme_explains_every_knob_with_its_default(bundle):
-    text = (REPOSITORY / "bundles" / bundle / "docs" / "README.md").read_text()
-    train = json.loads(Path(config(bundle, "train")[0]).read_text())
-    explained = re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|none) \|", text, flags=re.MULTILINE)
-    for knob, default in explained:
-        value = train[knob]
-        if not isinstance(value, dict) and not str(value).startswith("$"):
-            assert str(default) == (json.dumps(value) if not isinstance(value, str) else value), knob
-    plain = {key for key, value in train.items() if isinstance(value, int | float | str) and not key.startswith("_")}
-    hidden = {"bundle_root", "device", "network", "run", "out_channels", "canvas_size"}
-    assert plain - hidden <= {knob for knob, _ in explained}
+    assert_readme_explains_knobs(REPOSITORY / "bundles" / bundle, "train")
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

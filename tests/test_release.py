@@ -99,9 +99,8 @@ def test_model_info_keeps_other_archives(tmp_path):
 )
 def test_nothing_is_packed_while_a_bundle_tells_other_versions(changes, message, tmp_path, monkeypatch):
     check_release_facts()
-    for bundle in (*HEADS, *WITHOUT_WEIGHTS):
-        shutil.copytree(REPOSITORY / "bundles" / bundle / "configs", tmp_path / bundle / "configs")
     path = tmp_path / "autosam_acdc/configs/metadata.json"
+    shutil.copytree(REPOSITORY / "bundles/autosam_acdc/configs", path.parent)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     monkeypatch.setattr(bundles, "BUNDLES", tmp_path)
     with pytest.raises(ValueError, match=message):
