@@ -1,5 +1,6 @@
 """SAM prompted by the boxes of the truth."""
 
+import copy
 import csv
 from pathlib import Path
 
@@ -66,12 +67,13 @@ def test_prompts_are_those_that_sam_computes(network, sam_vit_b):
     truth = torch.zeros(32, 32, dtype=torch.long)
     truth[4:20, 8:12] = LV
     embedding = torch.randn(256, 4, 4)
-    sam_vit_b.prompt_encoder.image_embedding_size, sam_vit_b.prompt_encoder.input_image_size = (4, 4), (64, 64)
+    prompts = copy.deepcopy(sam_vit_b.prompt_encoder)
+    prompts.image_embedding_size, prompts.input_image_size = (4, 4), (64, 64)
     with torch.no_grad():
-        sparse, dense = sam_vit_b.prompt_encoder(points=None, boxes=torch.tensor([[16.0, 8, 24, 40]]), masks=None)
+        sparse, dense = prompts(points=None, boxes=torch.tensor([[16.0, 8, 24, 40]]), masks=None)
         logits, _ = sam_vit_b.mask_decoder(
             image_embeddings=embedding[None],
-            image_pe=sam_vit_b.prompt_encoder.get_dense_pe(),
+            image_pe=prompts.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=False,
