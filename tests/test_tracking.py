@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 
-import mlflow
 import pytest
 from conftest import REPOSITORY, run_monai_bundle, succeeds
 
 from components.phantom.dataset import write_phantom_dataset
+
+mlflow = pytest.importorskip("mlflow", reason="pip install -c constraints.txt -e '.[tracking]'")
+pytestmark = pytest.mark.slow  # with MLflow installed, every process that imports MONAI's handlers imports it too
 
 KNOBS = {
     "model_type": "vit_tiny",
