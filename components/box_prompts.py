@@ -9,7 +9,7 @@ from torch import nn
 from components.encoder import SamEncoder
 from components.image_encoder import PATCH_SIZE
 from components.precision import autocast_to, check_precision
-from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
+from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_decoder
 
 mask_decoder = import_from_segment_anything("modeling.mask_decoder")
 prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
@@ -63,9 +63,7 @@ class BoxPromptedSam(nn.Module):
             transformer=transformer.TwoWayTransformer(2, EMBEDDING_CHANNELS, num_heads=8, mlp_dim=2048),
         )
         if checkpoint is not None:
-            parts = read_checkpoint(checkpoint)
-            for name in ("prompt_encoder", "mask_decoder"):
-                load_part(getattr(self, name), name, parts[name], path=checkpoint)
+            load_decoder(self.mask_decoder, self.prompt_encoder, checkpoint)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from components.layers import TokenUpscale, image_of_tokens
-from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_part, read_checkpoint
+from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_decoder
 from components.two_way import TwoWayTransformer
 
 mask_decoder = import_from_segment_anything("modeling.mask_decoder")
@@ -181,7 +181,5 @@ def _sam_decoder(checkpoint: str | None) -> tuple[Any, Any]:
     # The two sizes only serve prompts, of which there are none.
     prompts = prompt_encoder.PromptEncoder(EMBEDDING_CHANNELS, (64, 64), (1024, 1024), mask_in_chans=16)
     if checkpoint is not None:
-        parts = read_checkpoint(checkpoint)
-        load_part(decoder, "mask_decoder", parts["mask_decoder"], path=checkpoint)
-        load_part(prompts, "prompt_encoder", parts["prompt_encoder"], path=checkpoint)
+        load_decoder(decoder, prompts, checkpoint)
     return decoder, prompts

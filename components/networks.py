@@ -1,16 +1,15 @@
 """The network that joins SAM's image encoder and a prompt-free head."""
 
-import logging
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from components.precision import autocast_to, check_precision
-from components.state_dicts import read_state_dict
+from components.state_dicts import read_start, start_from
 
-logger = logging.getLogger(__name__)
+_OTHER_START = (
+    "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
+)
 
 
 class PromptFreeSam(nn.Module):
@@ -48,7 +47,8 @@ class PromptFreeSam(nn.Module):
         self.head = head
         self.precision = precision
         if head_checkpoint is not None:
-            _load(self, head_checkpoint)
+            state = read_start(head_checkpoint, kind="head checkpoint", way_out=_OTHER_START)
+            start_from(self, state, path=head_checkpoint, way_out=_OTHER_START)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
@@ -76,16 +76,3 @@ class PromptFreeSam(nn.Module):
         with autocast_to(self.precision, images.device.type):
             logits = self.head(self.encoder(images))
         return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-
-def _load(network: PromptFreeSam, path: str) -> None:
-    """Fill a network from the file of another one, strictly, and say so."""
-    way_out = "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no head checkpoint at {path}: {way_out}")
-    state = read_state_dict(path, kind="head checkpoint", way_out=way_out)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this network: {way_out}. {error}") from error
-    logger.info("the network starts from %s", path)

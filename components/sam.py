@@ -144,6 +144,13 @@ def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *
     module.load_state_dict(state)
 
 
+def load_decoder(mask_decoder: nn.Module, prompt_encoder: nn.Module, path: str) -> None:
+    """Load mask decoder and prompt encoder of a SAM checkpoint; errors as of `read_checkpoint` and `load_part`."""
+    parts = read_checkpoint(path)
+    load_part(mask_decoder, "mask_decoder", parts["mask_decoder"], path=path)
+    load_part(prompt_encoder, "prompt_encoder", parts["prompt_encoder"], path=path)
+
+
 def _listing(keys: list[str], limit: int = 8) -> str:
     """Join keys for a message, the first few in full."""
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 import torch
 from monai.networks.nets import BasicUNet
 from torch import nn
 
 from components.precision import autocast_to, check_precision
-from components.state_dicts import read_state_dict
-
-logger = logging.getLogger(__name__)
+from components.state_dicts import read_start, start_from
 
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
@@ -73,16 +68,10 @@ class GreyUNet(nn.Module):
 
     def _start_from(self, path: str) -> None:
         way_out = "give --start_checkpoint a file of a UNet with the same width and classes, or '$None' for none"
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no start checkpoint at {path}: {way_out}")
-        state = read_state_dict(path, kind="UNet's checkpoint", way_out=way_out)
+        state = read_start(path, kind="start checkpoint", way_out=way_out)
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {key for key in self.state_dict() if key.split(".")[1] in CONTRACTING_PATH}
-        try:
-            self.load_state_dict(own, strict=own.keys() != contracting)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit this network: {way_out}. {error}") from error
-        logger.info("the network starts from %s", path)
+        start_from(self, own, path=path, way_out=way_out, strict=own.keys() != contracting)
 
 
 def grey_values(images: torch.Tensor) -> torch.Tensor:
