@@ -31,7 +31,7 @@ KNOB_OF_ENCODER = '    "trainable_encoder": false,\n'
 HEAD_CHECKPOINT_OF_SOURCE = '"name": "vit_head.pt"},\n'
 ADAPTING_RATE_OF_SOURCE = '    "learning_rate": 0.0002,\n'
 ADAPTING_RATE = '    "learning_rate": 0.0005,\n'
-OWN = {"unet_acdc": ("configs/pretrain.json", "configs/small.json", "docs/README.md")}
+OWN = {"unet_acdc": ("configs/phantoms.json", "configs/pretrain.json", "configs/small.json", "docs/README.md")}
 
 Replacements = dict[str, str]
 

@@ -47,7 +47,7 @@ class TrainingCheckpoints:
 
     A resumed run follows its own configuration: the checkpoint gives the weights, the optimizer's moments, the epoch
     and the best score; learning rate, schedule, number of epochs and iterations per epoch are those now configured.
-    The state of random number generators is not kept.
+    The state of random number generators is not kept: `components.datasets.EpochSeeds` makes epochs independent of it.
 
     Handlers run in the order in which they are listed: list this one AFTER the validation handler, whose score it
     reads, and AFTER the learning rate handler, whose step belongs to the epoch that ends.

@@ -11,13 +11,16 @@ from monai.data import Dataset
 from monai.transforms import Randomizable, apply_transform
 from tqdm import tqdm
 
+from components.phantom.mixing import PhantomMixing
+
 
 class SliceDataset(Dataset):
     """The slices of volumes, each volume loaded and transformed once.
 
     With `views` = K, a slice is augmented in K ways only and shows another of them every epoch, the same ones in every
     run: what draws them is the slice's content and the view's number. So a frozen encoder's embeddings of them can be
-    looked up from the (K+1)th epoch on, and K = epochs is fresh augmentation. Views are kept in memory once made.
+    looked up from the (K+1)th epoch on. Views are kept in memory once made. With `views` = 0 every epoch shows a new
+    one, drawn from the slice's content and the epoch's number, so that a resumed run sees what an unbroken one does.
 
     Args:
         data: one dictionary a volume, such as the paths `image` and `label`.
@@ -25,7 +28,7 @@ class SliceDataset(Dataset):
             0..255 and the same depth D.
         slice_transform: the augmentation; takes and returns a dictionary with `keys` as float32 CxHxW tensors, and
             with `views` leaves whole numbers in 0..255.
-        views: number of augmented views of each slice, or 0 to augment afresh whenever a slice is asked for.
+        views: number of augmented views of each slice, or 0 to augment it afresh in every epoch.
         final_transform: applied to every slice or view last, whenever it is asked for.
         keys: the dictionary's items that become slices.
         progress: whether to show a progress bar while the volumes are loaded.
@@ -79,31 +82,40 @@ class SliceDataset(Dataset):
         self._epoch = epoch
 
     def _transform(self, index: int) -> Any:
-        arrays = self._view(index, (self._epoch - 1) % self.views) if self.views else self._slices[index]
-        item = _as_tensors(arrays)
-        if self.views == 0:
-            item = _applied(self.slice_transform, item)
+        if self.views:
+            item = _as_tensors(self._view(index, (self._epoch - 1) % self.views))
+        else:
+            item = self._augmented(index, self._epoch - 1)
         return _applied(self.final_transform, item)
 
     def _view(self, index: int, view: int) -> dict[str, np.ndarray]:
         """Return an augmented view of a slice, made when first asked for."""
         if (index, view) not in self._views:
-            if isinstance(self.slice_transform, Randomizable):
-                self.slice_transform.set_random_state(seed=_seed(self._slices[index], view))
-            item = _applied(self.slice_transform, _as_tensors(self._slices[index]))
+            item = self._augmented(index, view)
             self._views[index, view] = {key: _in_whole_values(item[key]) for key in self.keys}
         return self._views[index, view]
 
+    def _augmented(self, index: int, view: int) -> Any:
+        if isinstance(self.slice_transform, Randomizable):
+            self.slice_transform.set_random_state(seed=_seed(self._slices[index], view))
+        return _applied(self.slice_transform, _as_tensors(self._slices[index]))
 
-class EpochViews:
-    """Ignite handler that turns a `SliceDataset` to the views of the epoch about to start.
+
+class EpochSeeds:
+    """Ignite handler by which an epoch depends on its number and the seed alone, not on what ran before it.
+
+    So a run that was killed and resumed ends with the numbers of an unbroken one.
 
     Args:
-        dataset: the training set.
+        dataset: the training set, turned to the views of the epoch about to start.
+        seed: of the order in which a `DataLoader` shuffles it.
+        phantoms: the trainer's `prepare_batch` if that mixes phantoms in, turned to those of the epoch.
     """
 
-    def __init__(self, dataset: SliceDataset) -> None:
+    def __init__(self, dataset: SliceDataset, seed: int, phantoms: PhantomMixing | None = None) -> None:
         self.dataset = dataset
+        self.seed = seed
+        self.phantoms = phantoms
 
     def attach(self, engine: Engine) -> None:
         """Register the handler on a trainer."""
@@ -111,7 +123,11 @@ class EpochViews:
 
     def __call__(self, engine: Engine) -> None:
         """Turn to the engine's epoch, which after resuming is not the first."""
-        self.dataset.set_epoch(engine.state.epoch)
+        epoch = engine.state.epoch
+        self.dataset.set_epoch(epoch)
+        torch.manual_seed(self.seed + epoch)
+        if self.phantoms is not None:
+            self.phantoms.go_to((epoch - 1) * len(self.dataset))
 
 
 def _in_whole_values(array: Any) -> np.ndarray:

@@ -232,6 +232,24 @@ def test_resumed_training_goes_on_after_the_last_epoch(trained, phantoms, tmp_pa
     assert (models / "checkpoint_epoch=3.pt").is_file()
 
 
+@pytest.mark.parametrize("bundle", ["linearhead_acdc", "unet_acdc"])
+def test_killed_training_ends_as_an_unbroken_one(bundle, phantoms, tmp_path):
+    mixed = {"phantom_share": 0.5, "crop_size": 64, "train#trainer#prepare_batch#pool_size": 10}
+    folders = {"dataset_dir": phantoms, "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
+    training = knobs(bundle, **folders, **mixed, epochs=3, val_interval=1, views=0, cache_dir="$None")
+    if bundle == "unet_acdc":
+        del training["cache_dir"]
+    succeeds(run(bundle, "training", "train", **training))
+    last = tmp_path / "models/checkpoint_epoch=3.pt"
+    unbroken = torch.load(last)
+    last.unlink()
+    succeeds(run(bundle, "training", "train", **training, resume=True))
+    resumed = torch.load(last)
+    assert resumed["best_score"] == unbroken["best_score"]
+    for name, value in unbroken["model"].items():
+        assert torch.equal(resumed["model"][name], value), name
+
+
 def test_evaluation_is_confirmed_by_the_files_it_saves(trained, phantoms):
     bundle, folder = trained
     overrides = knobs(bundle, dataset_dir=phantoms, ckpt_dir=folder / "models", output_dir=folder / "eval")

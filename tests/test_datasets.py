@@ -5,7 +5,7 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.transforms import Compose, RandGaussianNoised, RepeatChanneld
 
-from components.datasets import EpochViews, SliceDataset
+from components.datasets import EpochSeeds, SliceDataset
 from components.transforms import RoundIntensityd
 
 RANDOM = np.random.default_rng(0)
@@ -104,9 +104,36 @@ def test_changing_a_view_in_place_leaves_the_next_one_as_it_was():
     assert torch.equal(dataset[0]["image"], expected)
 
 
-def test_without_views_every_visit_is_augmented_afresh():
-    dataset = SliceDataset([FIRST], None, augmentation(), progress=False)
-    assert not torch.equal(dataset[0]["image"], dataset[0]["image"])
+def test_without_views_every_epoch_is_augmented_afresh_and_alike_in_every_run():
+    one, other = (SliceDataset([FIRST], None, augmentation(), progress=False) for _ in range(2))
+    first = images(one)
+    one.set_epoch(2)
+    second = images(one)
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    other.set_epoch(2)
+    assert all_equal(images(other), second)
+
+
+def test_order_of_an_epoch_depends_on_seed_and_number_alone():
+    dataset = SliceDataset([FIRST, SECOND], progress=False)
+
+    def orders(seed, epochs, start=0):
+        seen = []
+        trainer = Engine(lambda _engine, batch: seen.append(batch["image"]))
+        EpochSeeds(dataset, seed).attach(trainer)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: torch.rand(7))  # as a validation may
+
+        @trainer.on(Events.STARTED)
+        def go_on(engine):
+            engine.state.epoch, engine.state.iteration = start, start
+
+        trainer.run(DataLoader(dataset, batch_size=5, shuffle=True), max_epochs=epochs)
+        return seen
+
+    unbroken = orders(3, epochs=3)
+    assert all_equal(unbroken[2:], orders(3, epochs=3, start=2))
+    assert not torch.equal(unbroken[0], unbroken[1])
+    assert not all_equal(unbroken, orders(4, epochs=3))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -116,7 +143,7 @@ def test_trainer_turns_the_views_also_in_worker_processes_and_after_resuming(num
     loader = DataLoader(dataset, batch_size=3, num_workers=num_workers)
     seen = []
     trainer = Engine(lambda _engine, batch: seen.append(batch["image"]))
-    EpochViews(dataset).attach(trainer)
+    EpochSeeds(dataset, seed=0).attach(trainer)
     trainer.run(loader, max_epochs=4)
     assert seen[0].shape == (3, 3, 6, 5)
     assert torch.equal(seen[0], seen[3])
@@ -124,7 +151,7 @@ def test_trainer_turns_the_views_also_in_worker_processes_and_after_resuming(num
     assert not torch.equal(seen[1], seen[2])
 
     resumed = Engine(lambda _engine, batch: seen.append(batch["image"]))
-    EpochViews(dataset).attach(resumed)
+    EpochSeeds(dataset, seed=0).attach(resumed)
 
     @resumed.on(Events.STARTED)
     def go_on(engine):

@@ -65,6 +65,16 @@ def test_every_phantom_comes_once_before_any_comes_again():
     assert len({tuple(one) for one in rounds}) > 1
 
 
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_phantoms_go_on_where_an_unbroken_run_would_be(share):
+    unbroken, resumed = (PhantomMixing(share, pool_size=6) for _ in range(2))
+    batch = batch_of(4, dtype=torch.float32)
+    for _ in range(3):
+        unbroken(batch)
+    resumed.go_to(12)
+    assert torch.equal(resumed(batch)[0], unbroken(batch)[0])
+
+
 def test_equal_seeds_mix_alike_and_others_do_not():
     batch = batch_of(4, dtype=torch.float32)
     first, again, other = (PhantomMixing(0.5, pool_size=8, seed=seed) for seed in (1, 1, 2))

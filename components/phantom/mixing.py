@@ -19,8 +19,9 @@ class PhantomMixing:
 
     The phantoms come from a finite pool, so that a frozen encoder's embeddings of them can be looked up, and are not
     augmented, being all different as it is. All come once before any comes again: first as they are drawn, each when
-    its turn comes, then in shuffled orders; the same in every run with the same seed. In a distributed run the
-    processes share each step's phantoms out between them.
+    its turn comes, then in shuffled orders; the same in every run with the same seed, resumed ones too if
+    `components.datasets.EpochSeeds` knows of it. In a distributed run the processes share each step's phantoms out
+    between them.
 
     Their labels are 0 background, 1 RV, 2 Myo, 3 LV: mix them with a data set of these classes only.
 
@@ -48,8 +49,7 @@ class PhantomMixing:
         self.seed = seed
         self.field_mm = canvas_share * FIELD_MM
         self._images = self._labels = torch.empty(0)  # what is drawn so far, uint8
-        self._order = list(range(pool_size))
-        self._generator = torch.Generator().manual_seed(seed)
+        self._position = 0  # in the endless order of all phantoms to come
 
     def __call__(
         self, batchdata: Any, device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
@@ -84,18 +84,27 @@ class PhantomMixing:
         phantoms = phantoms.expand(-1, images.shape[1], -1, -1)
         return _joined(images, phantoms), _joined(labels, truths)
 
+    def go_to(self, real_slices: int) -> None:
+        """Go on as after that many real slices, of all processes together."""
+        self._position = round(real_slices * self.share / (1 - self.share))
+
     def _next(self, count: int, *, size: int) -> tuple[Tensor, Tensor]:
         """Take the next phantoms off the order, images and labels `count`x1x`size`x`size` as uint8."""
-        of_all = count * idist.get_world_size()
-        while len(self._order) < of_all:
-            self._order += torch.randperm(self.pool_size, generator=self._generator).tolist()
-        start = count * idist.get_rank()
-        chosen, self._order = self._order[start : start + count], self._order[of_all:]
+        start = self._position + count * idist.get_rank()
+        self._position += count * idist.get_world_size()
+        chosen = [self._order(place // self.pool_size)[place % self.pool_size] for place in range(start, start + count)]
         if self._images.shape[-1] != size:
             self._images = self._labels = torch.empty(0, 1, size, size, dtype=torch.uint8)
         while len(self._images) <= max(chosen, default=-1):
             self._draw(size)
         return self._images[chosen], self._labels[chosen]
+
+    def _order(self, turn: int) -> list[int]:
+        """Return the order of the pool the first time (turn 0), the second, and so on."""
+        if turn == 0:
+            return list(range(self.pool_size))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        return torch.randperm(self.pool_size, generator=generator).tolist()
 
     def _draw(self, size: int) -> None:
         """Add some phantoms to the pool."""
