@@ -1,74 +1,259 @@
-"""What a study consists of: methods, numbers of labelled patients and splits, from a JSON file."""
+"""What a study consists of: methods, numbers of labelled patients, splits and ablations, from a JSON file."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
-_METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "labelled_patients"}
-_GRID_KEYS = {"_desc_", "methods", "labelled_patients", "splits"}
+_GRID_KEYS = {"_desc_", "methods", "labelled_patients", "splits", "dataset", "ablations"}
+_METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "labelled_patients", "start", "paper"}
+_START_KEYS = {"overlays", "knobs", "once"}
+_ABLATION_KEYS = {"title", "methods", "labelled_patients", "values"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is run before a method's trainings: its bundle's `pretraining`, of which they start.
+
+    Args:
+        overlays: names of configs that make the bundle's training this one, such as `pretrain`.
+        knobs: top-level keys of the configs to set.
+        once: whether one serves all splits, as where no patient takes part; else each split has its own.
+    """
+
+    overlays: tuple[str, ...]
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    once: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the study's tables.
+
+    Args:
+        key: names the folder of its cells.
+        title: in tables.
+        bundle: folder below `bundles`.
+        overlays: names of configs that go on top of the bundle's own.
+        knobs: top-level keys of the configs to set.
+        start: what its trainings start from, if that is made in the study.
+        paper: the row's name in the paper's tables, to show its figures beside; None for none.
+    """
+
+    key: str
+    title: str
+    bundle: str
+    overlays: tuple[str, ...] = ()
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    start: Start | None = None
+    paper: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the bundle can train; else it is evaluated as it is."""
+        return self.config("train").is_file()
+
+    def config(self, name: str) -> Path:
+        """Return the file of one of the bundle's configs."""
+        return BUNDLES / self.bundle / "configs" / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One value of an ablation.
+
+    Args:
+        ablation: key of the ablation, such as `depth`.
+        value: as tables name it, such as `2`.
+    """
+
+    ablation: str
+    value: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation.
+    """One training and its evaluation; or, where `labelled_patients` is 0, the evaluation of what needs none.
 
     Args:
-        method: key of the method in the grid; names the cell's folder.
-        title: of the method, in tables.
-        bundle: folder below `bundles`.
-        labelled_patients: patients to train on; 0 to score the bundle's `head_checkpoint` as it is.
+        method: which; of a variant with the variant's knobs.
+        labelled_patients: patients to train on, None for all; 0 to score what the bundle begins with.
         split: seed of the split by patient.
-        overlays: names of configs that go on top of the bundle's own.
-        knobs: top-level keys of the configs to set.
+        variant: which value of which ablation, None for the method as it is.
     """
 
-    method: str
-    title: str
-    bundle: str
-    labelled_patients: int
+    method: Method
+    labelled_patients: int | None
     split: int
-    overlays: tuple[str, ...] = ()
-    knobs: dict[str, Any] = field(default_factory=dict)
+    variant: Variant | None = None
 
     @property
     def name(self) -> str:
         """The cell's folder, relative to the study's."""
-        return f"{self.method}/patients_{self.labelled_patients}/split_{self.split}"
+        count = "all" if self.labelled_patients is None else self.labelled_patients
+        variant = f"/{self.variant.ablation}_{self.variant.value}" if self.variant else ""
+        return f"{self.method.key}{variant}/patients_{count}/split_{self.split}"
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """What has to be run before this cell, None for nothing."""
+        start = self.method.start
+        return Preparation(self.method, None if start.once else self.split) if start else None
 
 
-def read_grid(path: str | Path) -> list[Cell]:
+@dataclass(frozen=True)
+class Preparation:
+    """The pre-training that cells of a method start from.
+
+    Args:
+        method: which, with a `start`.
+        split: whose training patients take part; None if none do.
+    """
+
+    method: Method
+    split: int | None
+
+    @property
+    def name(self) -> str:
+        """The folder, relative to the study's."""
+        return f"{self.method.key}/start" + ("" if self.split is None else f"/split_{self.split}")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table of what one setting changes, everything else as it is.
+
+    Args:
+        key: such as `depth`.
+        title: of the table.
+        values: as tables name them.
+        methods: keys of the methods that take part.
+    """
+
+    key: str
+    title: str
+    values: tuple[str, ...]
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A study.
+
+    Args:
+        description: what it is for.
+        methods: in the order of the tables.
+        cells: split by split, so that an unfinished study already compares its methods.
+        ablations: the tables beside the main one.
+        dataset: of phantoms to draw where no `dataset_dir` is given: arguments of `write_phantom_dataset`.
+    """
+
+    description: str
+    methods: tuple[Method, ...]
+    cells: tuple[Cell, ...]
+    ablations: tuple[Ablation, ...] = ()
+    dataset: Mapping[str, Any] | None = None
+
+
+def read_grid(path: str | Path) -> Grid:
     """Read a grid and list its cells.
 
     Args:
-        path: of a JSON file with `methods` (each with its `title`, `bundle`, and where needed `overlays`, `knobs` and
-            `labelled_patients`), `labelled_patients` for the methods that have none of their own, and `splits`.
+        path: of a JSON file with `methods` (each with its `title`, `bundle`, and where needed `overlays`, `knobs`,
+            `labelled_patients`, `start` and `paper`), `labelled_patients` for the methods that have none of their own
+            (null for all), and `splits`; where wanted `ablations` (each with its `title`, `methods`, `values`: the
+            knobs of each value, none for the method as it is; and `labelled_patients`) and a `dataset` of phantoms.
 
     Returns:
-        the cells, split by split, so that an unfinished study already compares its methods.
+        the study.
 
     Raises:
-        ValueError: when a key is unknown or missing, or a bundle or overlay does not exist.
+        ValueError: when a key is unknown or missing; a bundle, an overlay or an ablation's method does not exist; two
+            methods have one title; or a bundle that does not train is to.
     """
     grid = json.loads(Path(path).read_text())
-    _check_keys(grid, f"{path}", required=_GRID_KEYS - {"_desc_"}, known=_GRID_KEYS)
+    _check_keys(grid, f"{path}", required={"methods", "labelled_patients", "splits"}, known=_GRID_KEYS)
+    methods = {key: _read_method(key, settings, f"{path}") for key, settings in grid["methods"].items()}
+    counts = {key: _counts(settings, grid) for key, settings in grid["methods"].items()}
+    _check_methods(methods, counts, f"{path}")
+    ablations = grid.get("ablations", {})
+    cells: dict[str, Cell] = {}
+    for split in grid["splits"]:
+        of_split = [Cell(method, count, split) for key, method in methods.items() for count in counts[key]]
+        for key, settings in ablations.items():
+            _check_ablation(settings, f"ablation {key} of {path}", methods)
+            of_split += _ablation_cells(key, settings, grid, methods, split)
+        cells |= {cell.name: cell for cell in of_split}
+    return Grid(
+        description=grid.get("_desc_", ""),
+        methods=tuple(methods.values()),
+        cells=tuple(cells.values()),
+        ablations=tuple(
+            Ablation(key, settings["title"], tuple(settings["values"]), tuple(settings["methods"]))
+            for key, settings in ablations.items()
+        ),
+        dataset=grid.get("dataset"),
+    )
+
+
+def _read_method(key: str, settings: dict[str, Any], path: str) -> Method:
+    where = f"method {key} of {path}"
+    _check_keys(settings, where, required={"title", "bundle"}, known=_METHOD_KEYS)
+    start = settings.get("start")
+    if start is not None:
+        _check_keys(start, f"start of {where}", required={"overlays"}, known=_START_KEYS)
+        start = Start(tuple(start["overlays"]), start.get("knobs", {}), once=start.get("once", False))
+    method = Method(
+        key=key,
+        title=settings["title"],
+        bundle=settings["bundle"],
+        overlays=tuple(settings.get("overlays", ())),
+        knobs=settings.get("knobs", {}),
+        start=start,
+        paper=settings.get("paper"),
+    )
+    for config in ("evaluate", *method.overlays, *(start.overlays if start else ())):
+        if not (file := method.config(config)).is_file():
+            raise ValueError(f"{where} needs {file}, which does not exist: correct its bundle or overlays")
+    return method
+
+
+def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int | None]], path: str) -> None:
+    titles = [method.title for method in methods.values()]
+    if twice := {title for title in titles if titles.count(title) > 1}:
+        raise ValueError(f"{path}: {', '.join(sorted(twice))} is the title of several methods: tables go by title")
+    for key, method in methods.items():
+        if not method.trains and counts[key] != [0]:
+            raise ValueError(
+                f"method {key} of {path}: {method.bundle} does not train, so expected its labelled_patients to be [0], "
+                f"received {counts[key]}"
+            )
+
+
+def _counts(settings: Mapping[str, Any], grid: Mapping[str, Any]) -> list[int | None]:
+    return settings.get("labelled_patients", grid["labelled_patients"])
+
+
+def _ablation_cells(
+    key: str, settings: dict[str, Any], grid: dict[str, Any], methods: dict[str, Method], split: int
+) -> list[Cell]:
     cells = []
-    for split, (name, method) in itertools.product(grid["splits"], grid["methods"].items()):
-        where = f"method {name} of {path}"
-        _check_keys(method, where, required={"title", "bundle"}, known=_METHOD_KEYS)
-        overlays = tuple(method.get("overlays", ()))
-        for config in ("train", *overlays):
-            if not (file := BUNDLES / method["bundle"] / "configs" / f"{config}.json").is_file():
-                raise ValueError(f"{where} needs {file}, which does not exist: correct its bundle or overlays")
-        cells += [
-            Cell(name, method["title"], method["bundle"], count, split, overlays, method.get("knobs", {}))
-            for count in method.get("labelled_patients", grid["labelled_patients"])
-        ]
+    for name in settings["methods"]:
+        for value, knobs in settings["values"].items():
+            method = replace(methods[name], knobs={**methods[name].knobs, **knobs})
+            variant = Variant(key, value) if knobs else None  # without knobs it is the method's own cell
+            cells += [Cell(method, count, split, variant) for count in _counts(settings, grid)]
     return cells
+
+
+def _check_ablation(settings: dict[str, Any], where: str, methods: dict[str, Method]) -> None:
+    _check_keys(settings, where, required={"title", "methods", "values"}, known=_ABLATION_KEYS)
+    if unknown := set(settings["methods"]) - methods.keys():
+        raise ValueError(f"{where} names {', '.join(sorted(unknown))}, expected some of {', '.join(methods)}")
 
 
 def _check_keys(given: dict[str, Any], where: str, *, required: set[str], known: set[str]) -> None:

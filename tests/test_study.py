@@ -1,15 +1,25 @@
-import json
-import logging
-import re
+"""Studies: grids, cells and the engines that run them."""
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
 from components.phantom.dataset import write_phantom_dataset
+from study import engines
 from study.__main__ import run
-from study.cells import CellError, finished, read_record, run_cell
-from study.grid import Cell, read_grid
-from study.report import to_markdown
+from study.cells import CellError, has_failed, is_finished, read_record, run_cell, stages_of
+from study.costs import cost_table, measured_seconds, remaining_seconds
+from study.engines import connected, in_order, run_on_dask, run_serially, worker_environments
+from study.grid import Cell, Method, Preparation, Start, read_grid
 
 SMALL = {
     "canvas_size": 64,
@@ -28,6 +38,8 @@ METHODS = {
     },
     "adapted": {"title": "adapted", "bundle": "linearhead_acdc", "overlays": ["tiny"]},
 }
+LINEAR = Method("m", "m", "linearhead_acdc")
+STARTED = Method("s", "s", "unet_acdc", start=Start(("pretrain",)))
 
 
 def write_grid(path, **changes):
@@ -36,23 +48,39 @@ def write_grid(path, **changes):
     return path
 
 
+def names_of(grid):
+    return [cell.name for cell in grid.cells]
+
+
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     return write_phantom_dataset(str(tmp_path_factory.mktemp("data") / "phantoms"), patients=4, size_hw_d=(64, 48, 3))
 
 
-def write_finished(folder, dice, seconds=60.0, interrupted=False):
-    (folder / "eval").mkdir(parents=True)
-    rows = [f"{name},{value}" for name, value in zip(("RV", "Myo", "LV", "mean"), dice, strict=True)]
-    (folder / "eval" / "summary.csv").write_text("\n".join(["class,dice_mean", *rows]))
-    record = {"commands": {"training": []}, "seconds": {"training": seconds}, "interrupted": interrupted}
-    (folder / "cell.json").write_text(json.dumps(record))
+def write_record(folder, seconds, *, commands=("training",), interrupted=False, **others):
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"commands": {name: [] for name in commands}, "seconds": seconds, "interrupted": interrupted}
+    (folder / "cell.json").write_text(json.dumps(record | others))
 
 
 def test_a_grid_lists_every_method_and_count_split_by_split(tmp_path):
-    names = [cell.name for cell in read_grid(write_grid(tmp_path / "grid.json"))]
     first = ["as_it_comes/patients_0/split_0", "adapted/patients_1/split_0", "adapted/patients_2/split_0"]
-    assert names == [*first, *(name.replace("split_0", "split_3") for name in first)]
+    expected = [*first, *(name.replace("split_0", "split_3") for name in first)]
+    assert names_of(read_grid(write_grid(tmp_path / "grid.json"))) == expected
+
+
+def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path):
+    values = {"4": {}, "5": {"depth": 5}}
+    ablations = {"depth": {"title": "Depth", "methods": ["adapted"], "labelled_patients": [2], "values": values}}
+    grid = read_grid(write_grid(tmp_path / "grid.json", splits=[0], labelled_patients=[1, None], ablations=ablations))
+    assert names_of(grid)[1:] == [
+        "adapted/patients_1/split_0",
+        "adapted/patients_all/split_0",
+        "adapted/patients_2/split_0",
+        "adapted/depth_5/patients_2/split_0",
+    ]
+    assert [cell.method.knobs for cell in grid.cells][1:] == [{}, {}, {}, {"depth": 5}]
+    assert grid.ablations[0].values == ("4", "5")
 
 
 @pytest.mark.parametrize(
@@ -61,8 +89,16 @@ def test_a_grid_lists_every_method_and_count_split_by_split(tmp_path):
         ({"method": {}}, "unknown method; expected some of .*methods"),
         ({"methods": {"m": {"title": "m", "bundle": "cnnhead_acdc", "knob": {}}}}, "method m of .*unknown knob;"),
         ({"methods": {"m": {"title": "m"}}}, "method m of .*bundle missing"),
-        ({"methods": {"m": {"title": "m", "bundle": "cnn"}}}, "needs .*cnn.configs.train.json, which does not exist"),
+        ({"methods": {"m": {"title": "m", "bundle": "cnn"}}}, "needs .*cnn.configs.*json, which does not exist"),
         ({"methods": {"m": {"title": "m", "bundle": "cnnhead_acdc", "overlays": ["huge"]}}}, "huge.json"),
+        (
+            {"methods": {"m": {"title": "m", "bundle": "unet_acdc", "start": {}}}},
+            "start of method m .*overlays missing",
+        ),
+        (
+            {"ablations": {"a": {"title": "a", "methods": ["b"], "values": {}}}},
+            "ablation a of .* names b, expected some",
+        ),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(tmp_path, changes, message):
@@ -70,43 +106,224 @@ def test_a_grid_that_makes_no_sense_is_refused(tmp_path, changes, message):
         read_grid(write_grid(tmp_path / "grid.json", **changes))
 
 
-def test_the_shipped_grids_are_readable():
-    for path in (REPOSITORY / "study").glob("*.json"):
-        assert read_grid(path)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "study").glob("*.json")), ids=lambda path: path.stem)
+def test_every_run_of_a_shipped_grid_has_configs_that_know_its_knobs(path, tmp_path):
+    for task in in_order(read_grid(path).cells):
+        for stage in stages_of(task, dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights"):
+            config = stage.parser().get()
+            known = {name for name in stage.knobs if name.partition("#")[0] in config}
+            assert known == set(stage.knobs)
+            assert stage.name in config
 
 
-def test_the_table_has_mean_and_spread_over_the_finished_splits(tmp_path):
-    cells = read_grid(write_grid(tmp_path / "grid.json", splits=[0, 1, 2]))
-    write_finished(tmp_path / "adapted/patients_1/split_0", (0.5, 0.6, 0.7, 0.6), seconds=60)
-    write_finished(tmp_path / "adapted/patients_1/split_1", (0.7, 0.6, 0.8, 0.7), seconds=9000, interrupted=True)
-    lines = to_markdown(cells, tmp_path).splitlines()
-    assert lines[2:] == ["| adapted | 1 | 60.0 ± 14.1 | 60.0 ± 0.0 | 75.0 ± 7.1 | 65.0 ± 7.1 | 2 | 60 |"]
+def test_stages_say_all_that_makes_a_cell(tmp_path):
+    training, evaluating = stages_of(Cell(LINEAR, 5, 2), dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights")
+    folder = tmp_path / "m/patients_5/split_2"
+    assert training.knobs == {
+        "dataset_dir": "/data",
+        "output_dir": str(folder / "eval"),
+        "split_seed": 2,
+        "cache_dir": str(tmp_path / "embeddings"),
+        "sam_checkpoint#models_dir": "/weights",
+        "ckpt_dir": str(folder / "models"),
+        "labelled_patients": 5,
+        "resume": True,
+    }
+    assert training.arguments[:4] == ["run", "training", "--config_file", "['configs/train.json']"]
+    assert evaluating.arguments[1] == "evaluating"
+    assert "['configs/train.json','configs/evaluate.json']" in evaluating.arguments
+    everyone = stages_of(Cell(LINEAR, None, 2), dataset_dir="/data", output_dir=tmp_path)[0]
+    assert everyone.arguments[everyone.arguments.index("--labelled_patients") + 1] == "$None"
 
 
-def test_a_study_runs_its_cells_once_and_writes_their_table(phantoms, tmp_path, caplog):
+def test_a_cell_starts_from_its_preparation(tmp_path):
+    cell = Cell(STARTED, 1, 3)
+    (pretraining,) = stages_of(Preparation(STARTED, 3), dataset_dir="/data", output_dir=tmp_path)
+    training, evaluating = stages_of(cell, dataset_dir="/data", output_dir=tmp_path)
+    assert pretraining.configs == ("train", "pretrain")
+    assert training.knobs["start_checkpoint"] == pretraining.knobs["ckpt_dir"] + "/model.pt"
+    assert "start_checkpoint" not in evaluating.knobs
+    (as_it_comes,) = stages_of(Cell(STARTED, 0, 3), dataset_dir="/data", output_dir=tmp_path)
+    assert as_it_comes.knobs["validate#handlers#0#load_path"] == training.knobs["start_checkpoint"]
+
+
+def test_a_preparation_comes_once_and_before_what_starts_from_it():
+    everywhere = Method("e", "e", "unet_acdc", start=Start(("phantoms",), once=True))
+    cells = [Cell(method, count, split) for split in (0, 1) for method in (STARTED, everywhere) for count in (1, 5)]
+    names = [task.name for task in in_order(cells)]
+    assert names[:3] == ["s/start/split_0", "s/patients_1/split_0", "s/patients_5/split_0"]
+    assert [name for name in names if "start" in name] == ["s/start/split_0", "e/start", "s/start/split_1"]
+
+
+def test_a_study_runs_its_cells_once_and_reports_them(phantoms, tmp_path):
     methods = {name: method | {"knobs": SMALL} for name, method in METHODS.items()}
     grid = write_grid(tmp_path / "grid.json", methods=methods, splits=[0], labelled_patients=[1])
     output = tmp_path / "study"
-    with caplog.at_level(logging.INFO):
-        run(str(grid), phantoms, str(output))
-    table = (output / "table.md").read_text()
-    assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [["| as it comes", "0"], ["| adapted", "1"]]
-    for cell in read_grid(grid):
-        assert finished(read_record(output / cell.name))
+    run(str(grid), str(output), dataset_dir=phantoms)
+    table = pd.read_csv(output / "table_1.csv")
+    assert table["labelled patients"].tolist() == [0, 1]
+    for cell in read_grid(grid).cells:
+        folder = output / cell.name
+        assert is_finished(folder)
         assert not run_cell(cell, dataset_dir=phantoms, output_dir=output.resolve())
+        assert (folder / "eval/metrics.csv").is_file()
+        assert json.loads((folder / "evaluating.json").read_text())["split_seed"] == 0
+        assert read_record(folder)["versions"].keys() == {"autosam-bundles", "monai", "torch", "numpy"}
     log = (output / "as_it_comes/patients_0/split_0/log.txt").read_text()
     assert re.search("Restored all variables from .*linear_head.pt", log)
 
 
 def test_a_cell_with_other_settings_is_not_taken_for_this_one(tmp_path):
-    cell = Cell("m", "m", "linearhead_acdc", labelled_patients=1, split=0)
-    write_finished(tmp_path / cell.name, (0.5, 0.6, 0.7, 0.6))
+    cell = Cell(LINEAR, 1, 0)
+    write_record(tmp_path / cell.name, {"training": 1.0})
+    with pytest.raises(ValueError, match="other settings"):
+        run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
+    write_record(tmp_path / cell.name, {}, error="crashed")
+    (tmp_path / cell.name / "models").mkdir()
+    (tmp_path / cell.name / "models/checkpoint_epoch=1.pt").touch()
     with pytest.raises(ValueError, match="other settings"):
         run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
 
 
-def test_a_cell_that_fails_says_why_and_is_not_finished(tmp_path):
-    cell = Cell("m", "m", "linearhead_acdc", labelled_patients=1, split=0)
-    with pytest.raises(CellError, match=r"exit status 1: FileNotFoundError: .*nowhere is not a folder"):
-        run_cell(cell, dataset_dir=str(tmp_path / "nowhere"), output_dir=tmp_path)
-    assert read_record(tmp_path / cell.name) is None
+def test_a_broken_cell_is_left_and_reported_until_it_is_tried_again(tmp_path, phantoms, caplog):
+    methods = {"as_it_comes": METHODS["as_it_comes"] | {"knobs": SMALL}}
+    grid = write_grid(tmp_path / "grid.json", methods=methods, splits=[0])
+    data, output = tmp_path / "data", tmp_path / "study"
+    data.mkdir()
+    folder = output / "as_it_comes/patients_0/split_0"
+
+    def attempt(**options):
+        caplog.clear()
+        run(str(grid), str(output), dataset_dir=str(data), **options)
+
+    with pytest.raises(SystemExit, match="1 runs failed, --retry tries them again: as_it_comes/patients_0/split_0"):
+        attempt()
+    assert has_failed(folder)
+    assert "is not the ACDC release" in caplog.text
+    data.rmdir()
+    data.symlink_to(phantoms)
+    with pytest.raises(SystemExit):
+        attempt()
+    assert "is broken, --retry runs it again: exit status 1: ValueError" in caplog.text
+    attempt(retry=True)
+    assert is_finished(folder)
+    assert not has_failed(folder)
+
+
+def test_what_starts_from_a_failed_preparation_is_not_run():
+    def fail(task):
+        if isinstance(task, Preparation):
+            raise CellError("no data")
+        pytest.fail("ran without its start")
+
+    (_, first), (_, second) = run_serially(in_order([Cell(STARTED, 1, 0)]), fail)
+    assert first == "no data"
+    assert second == "not run, since it starts from s/start/split_0, which failed"
+
+
+def test_a_folder_has_one_runner_at_a_time_even_if_its_study_was_killed(tmp_path, phantoms):
+    """A killed study leaves its runner behind, which goes on writing into the cell's folder."""
+    knobs = SMALL | {"epochs": 3}
+    grid = write_grid(tmp_path / "grid.json", splits=[0], methods={"m": METHODS["adapted"] | {"knobs": knobs}})
+    output = tmp_path / "study"
+    command = [sys.executable, "-m", "study", "run", "--config", str(grid), "--output_dir", str(output)]
+    command += ["--dataset_dir", phantoms, "--only", "m/patients_1"]
+    killed = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    log = output / "m/patients_1/split_0/log.txt"
+    while not log.is_file() or not log.stat().st_size:
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "is run by another process: waiting for it" in second.stderr
+    assert is_finished(log.parent)
+
+
+def score_tables(output, grid):
+    return {cell.name: (output / cell.name / "eval/metrics.csv").read_text() for cell in read_grid(grid).cells}
+
+
+def test_two_local_workers_give_the_numbers_of_a_serial_run(tmp_path, phantoms):
+    methods = {
+        "adapted": METHODS["adapted"] | {"knobs": SMALL},
+        "unet": {
+            "title": "unet",
+            "bundle": "unet_acdc",
+            "knobs": {"width": 2, "crop_size": 64, "epochs": 1},
+            "start": {
+                "overlays": ["phantoms"],
+                "knobs": {"width": 2, "crop_size": 64, "epochs": 1, "steps_per_epoch": 1},
+            },
+        },
+    }
+    grid = write_grid(tmp_path / "grid.json", methods=methods, splits=[0], labelled_patients=[1])
+    for name, workers in (("serial", 1), ("parallel", 2)):
+        run(str(grid), str(tmp_path / name), dataset_dir=phantoms, workers=workers, threads=1)
+    tables = score_tables(tmp_path / "serial", grid)
+    assert tables == score_tables(tmp_path / "parallel", grid)
+    assert len(tables) == 2
+
+
+def test_dask_runs_what_is_needed_first_and_passes_failures_on():
+    cells = [Cell(STARTED, 1, split) for split in (0, 1)]
+    with connected(workers=2, scheduler=None) as client:
+        address = client.scheduler.address
+        with connected(workers=1, scheduler=address) as other:  # any cluster, by its address
+            results = {task.name: error for task, error in run_on_dask(in_order(cells), _fail_in_split_0, other)}
+    assert results == {
+        "s/start/split_0": "no data",
+        "s/patients_1/split_0": "not run, since it starts from s/start/split_0, which failed",
+        "s/start/split_1": None,
+        "s/patients_1/split_1": None,
+    }
+
+
+def _fail_in_split_0(task):
+    if task.name == "s/start/split_0":
+        raise CellError("no data")
+
+
+def test_local_workers_have_a_gpu_each_and_share_the_cores(monkeypatch):
+    monkeypatch.setattr(engines.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 0)
+    assert worker_environments(4) == [{"OMP_NUM_THREADS": "2"}] * 4
+    monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 2)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in worker_environments(2)] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in worker_environments(2)] == ["3", "5"]
+    with pytest.raises(ValueError, match="no more workers than GPUs, one cell each; received 3 for 2"):
+        worker_environments(3)
+
+
+def test_cost_of_what_was_never_run_comes_from_a_step_and_else_from_finished_cells(phantoms, tmp_path):
+    cells = [
+        Cell(Method("m", "m", "linearhead_acdc", ("tiny",), SMALL), count, split)
+        for split in (0, 1)
+        for count in (1, 2)
+    ]
+    write_record(tmp_path / cells[0].name, {"training": 600.0})
+    write_record(tmp_path / cells[2].name, {"training": 9000.0}, commands=("training", "evaluating"), error="no")
+    table = cost_table(cells, dataset_dir=phantoms, output_dir=tmp_path).set_index("run")
+    assert table.loc["m/patients_1"].tolist() == [2, 1, 1, 10.0, "finished cells"]
+    unknown = table.loc["m/patients_2"]
+    assert unknown["by"] == "a step on this machine"
+    assert 2 * 20 / 60 <= unknown["minutes left"] < 5
+    assert not (tmp_path / cells[1].name).exists()
+
+
+def test_remaining_time_leaves_interrupted_cells_out(tmp_path):
+    cells = [Cell(LINEAR, count, split) for count in (1, 2) for split in (0, 1, 2)]
+    assert remaining_seconds(cells, tmp_path) is None
+    write_record(tmp_path / cells[0].name, {"training": 60.0})
+    write_record(tmp_path / cells[1].name, {"training": 5000.0}, interrupted=True)
+    assert measured_seconds(cells, tmp_path) == {"m/patients_1": 60.0}
+    assert remaining_seconds(cells, tmp_path) == 60 + 3 * 60
+
+
+def test_a_study_without_data_asks_for_them(tmp_path):
+    with pytest.raises(ValueError, match="give --dataset_dir PATH"):
+        run(str(write_grid(tmp_path / "grid.json")), str(tmp_path))
+    assert not Path(tmp_path / "phantoms").exists()

@@ -1,0 +1,181 @@
+"""What a study will cost: from its finished cells, else from a step of each network on this machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import nibabel as nib
+import pandas as pd
+import torch
+from monai.bundle import ConfigParser
+
+from components.precision import autocast_to
+from study.cells import Stage, has_failed, is_finished, read_record, stages_of
+from study.engines import Task
+
+_PER_RUN_S = 10.0  # to start Python, import MONAI and load volumes
+_WEIGHTS = ("sam_checkpoint", "head_checkpoint", "start_checkpoint")  # a network computes as fast without them
+_POOL = 512  # phantoms that PhantomMixing draws from
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one slice: training on it, predicting it and, of a frozen encoder, embedding it."""
+
+    train_s: float
+    predict_s: float
+    encode_s: float
+
+
+def kind_of(task: Task) -> str:
+    """Name a task without its split: tasks of a kind cost alike."""
+    return task.name.rpartition("/split_")[0] or task.name
+
+
+def measured_seconds(tasks: Sequence[Task], output_dir: Path) -> dict[str, float]:
+    """Return, for each kind of task of which some ran without interruption, the median of their seconds."""
+    seconds: dict[str, list[float]] = {}
+    for task in tasks:
+        record = read_record(output_dir / task.name)
+        if record and is_finished(output_dir / task.name) and not record["interrupted"]:
+            seconds.setdefault(kind_of(task), []).append(sum(record["seconds"].values()))
+    return {kind: median(values) for kind, values in seconds.items()}
+
+
+def remaining_seconds(tasks: Sequence[Task], output_dir: Path) -> float | None:
+    """Say how many seconds unfinished tasks will take one after the other, None while no task has been measured."""
+    measured = measured_seconds(tasks, output_dir)
+    if not measured:
+        return None
+    unknown = median(measured.values())
+    return sum(measured.get(kind_of(task), unknown) for task in tasks if not is_finished(output_dir / task.name))
+
+
+def cost_table(tasks: Sequence[Task], *, dataset_dir: str, output_dir: Path) -> pd.DataFrame:
+    """List what is to be run, without running it.
+
+    An image that several cells show to the same frozen encoder is counted where it comes first.
+
+    Args:
+        tasks: of the study, in order.
+        dataset_dir: of ACDC, or a data set in its layout.
+        output_dir: of the study.
+
+    Returns:
+        a row for each kind of task with `cells`, `done`, `failed`, `minutes left`, and where those come from: `finished
+        cells`, or `a step on this machine`.
+    """
+    measured = measured_seconds(tasks, output_dir)
+    estimate = _Estimate(dataset_dir, output_dir)
+    rows: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        kind, folder = kind_of(task), output_dir / task.name
+        row = rows.setdefault(kind, {"cells": 0, "done": 0, "failed": 0, "minutes left": 0.0})
+        row["cells"] += 1
+        row["done"] += is_finished(folder)
+        row["failed"] += has_failed(folder)
+        row["minutes left"] += 0 if is_finished(folder) else (measured.get(kind) or estimate.seconds(task)) / 60
+        row["by"] = "finished cells" if kind in measured else "a step on this machine"
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run").reset_index()
+
+
+class _Estimate:
+    """Seconds of tasks that were never run, each network measured once and each embedding counted once."""
+
+    def __init__(self, dataset_dir: str, output_dir: Path) -> None:
+        self._dataset_dir = dataset_dir
+        self._output_dir = output_dir
+        self._speeds: dict[str, Speed] = {}
+        self._embedded: dict[tuple[str, Any, str], int] = {}  # slices of an encoder, a split and a subset
+        self._depths: dict[str, int] = {}
+
+    def seconds(self, task: Task) -> float:
+        """Estimate a task."""
+        stages = stages_of(task, dataset_dir=self._dataset_dir, output_dir=self._output_dir)
+        return sum(_PER_RUN_S + self._stage_seconds(stage, task) for stage in stages)
+
+    def _stage_seconds(self, stage: Stage, task: Task) -> float:
+        parser = stage.parser()
+        parser.update({name: None for name in (*_WEIGHTS, "cache_dir") if name in parser.get()})
+        config: Callable[[str], Any] = parser.get_parsed_content
+        network = kind_of(task).partition("/patients_")[0]
+        if network not in self._speeds:
+            self._speeds[network] = measure_speed(parser)
+        speed = self._speeds[network]
+        views = parser.get().get("test_time_views", 1)
+        if stage.name == "evaluating":
+            shown = self._slices(config("validate#dataset#data")) * views
+            return shown * speed.predict_s + self._encoding(stage, "test", shown) * speed.encode_s
+        epochs = config("epochs")
+        if "steps_per_epoch" in parser.get():
+            return epochs * config("steps_per_epoch") * config("batch_size") * speed.train_s
+        slices = self._slices(config("train#dataset#data"))
+        phantoms = slices * config("phantom_share") / (1 - config("phantom_share"))
+        seconds = epochs * (slices + phantoms) * speed.train_s
+        if stage.name == "pretraining":
+            return 2 * seconds  # two views of each slice
+        validated = self._slices(config("validate#dataset#data")) * views
+        seconds += -(-epochs // config("val_interval")) * validated * speed.predict_s
+        shown = slices * min(config("views") or epochs, epochs) + min(_POOL, epochs * phantoms)
+        embedded = self._encoding(stage, "training", shown) + self._encoding(stage, "validation", validated)
+        return seconds + embedded * speed.encode_s
+
+    def _encoding(self, stage: Stage, subset: str, slices: float) -> float:
+        """Return how many of the slices no earlier task has embedded."""
+        encoder = json.dumps([stage.knobs.get(key) for key in ("model_type", "sam_checkpoint", "image_size")])
+        key = (f"{stage.configs[-1]}{encoder}", stage.knobs.get("split_seed"), subset)
+        before = self._embedded.get(key, 0)
+        self._embedded[key] = max(before, int(slices))
+        return max(0.0, slices - before)
+
+    def _slices(self, cases: Sequence[Mapping[str, str]]) -> int:
+        for case in cases:
+            if case["image"] not in self._depths:
+                self._depths[case["image"]] = nib.load(case["image"]).shape[2]  # type: ignore[attr-defined]
+        return sum(self._depths[case["image"]] for case in cases)
+
+
+def measure_speed(parser: ConfigParser) -> Speed:
+    """Time a step of a bundle's network on one batch of noise, the second of two.
+
+    Args:
+        parser: of the bundle's configs, with no checkpoint to load.
+
+    Returns:
+        seconds of a slice.
+    """
+    network, batch_size, size, device = (
+        parser.get_parsed_content(name) for name in ("network", "batch_size", "crop_size", "device")
+    )
+    images = torch.randint(256, (batch_size, 3, size, size), device=device).float()
+    frozen = hasattr(network, "encoder") and not any(p.requires_grad for p in network.encoder.parameters())
+    if not frozen:
+        return Speed(_timed(network.train(), images, learn=True), _timed(network.eval(), images), encode_s=0.0)
+    with autocast_to(network.precision, device.type):
+        encode_s = _timed(network.encoder, images)
+        if not hasattr(network, "head"):  # SAM's own decoder on prompts, which is next to nothing
+            return Speed(train_s=0.0, predict_s=0.0, encode_s=encode_s)
+        with torch.no_grad():
+            embeddings = network.encoder(images).float()
+        return Speed(_timed(network.head, embeddings, learn=True), _timed(network.head, embeddings), encode_s)
+
+
+def _timed(module: torch.nn.Module, batch: torch.Tensor, *, learn: bool = False) -> float:
+    """Return the seconds of one item of a batch, forward and with `learn` backward."""
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.set_grad_enabled(learn):
+            output = module(batch)
+        if learn:
+            output.float().square().mean().backward()
+        if output.is_cuda:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / len(batch)
+    return seconds

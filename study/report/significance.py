@@ -1,0 +1,141 @@
+"""Whether methods differ by more than chance, patient by patient: paired tests between all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import wilcoxon
+
+from study.grid import Method
+
+SIGNIFICANCE_CAPTION = (
+    "Two-sided Wilcoxon signed-rank test over patients on the Dice averaged over classes. A patient has one value, the "
+    "mean difference A - B, in points of percent, over its frames and the splits that test it. p is adjusted by Holm "
+    "for all pairs with the same number of labelled patients; what isn't trained takes part at every number. "
+    "The test speaks of other patients, not of other trainings. With fewer than 6 patients no p can be below 0.05."
+)
+MATRIX_CAPTION = (
+    "Mean difference in Dice, row minus column, in points of percent; * where the p adjusted by Holm is below 0.05 "
+    "(two-sided Wilcoxon signed-rank test over patients)."
+)
+
+_COLUMNS = ["labelled_patients", "method_a", "method_b", "n_patients", "mean_difference", "p", "p_adjusted"]
+_LEVEL = 0.05
+
+
+def compare_methods(scores: pd.DataFrame, methods: Iterable[Method]) -> pd.DataFrame:
+    """Test every pair of methods with the same number of labelled patients.
+
+    A patient's two frames, and its volumes in the test sets of several splits, aren't independent, so the test takes
+    one value for each patient. The volumes compared are those that both methods have in the same split. Fewer than 6
+    patients can't reach p < 0.05, however clear the difference.
+
+    Source: pairwise Wilcoxon tests adjusted by Holm, as Wiesenfarth et al., "Methods and open-source toolkit for
+    analyzing and visualizing challenge results", Scientific Reports 2021. Differs: two-sided, one value a patient.
+
+    Args:
+        scores: as `read_scores` returns them, of at least one cell; ablations are left out. Cases are named
+            `<patient>_frame<number>`.
+        methods: in the order of the table.
+
+    Returns:
+        a row for each number and pair with a volume in common: `labelled_patients`, the titles `method_a` and
+        `method_b`, `n_patients`, `mean_difference` (a minus b, in points of percent), `p` and `p_adjusted` (by Holm,
+        over all pairs of the number). What was scored with 0 labelled patients is compared at every number; where its
+        method is trained too, its title ends in `, 0 patients`.
+    """
+    scores = scores[scores["ablation"] == ""]
+    methods = tuple(methods)
+    trained = sorted(set(scores["labelled_patients"]) - {0})
+    tables = [_compare_at(count, scores, methods) for count in trained or [0]]
+    return pd.concat(tables, ignore_index=True)
+
+
+def significance_table(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """Print what `compare_methods` returns, as `SIGNIFICANCE_CAPTION` explains."""
+    return pd.DataFrame(
+        {
+            "labelled patients": comparisons["labelled_patients"].astype(str),
+            "method A": comparisons["method_a"],
+            "method B": comparisons["method_b"],
+            "patients": comparisons["n_patients"].astype(str),
+            "A - B": comparisons["mean_difference"].map("{:+z.1f}".format),
+            "p": comparisons["p"].map(_as_text),
+            "adjusted p": comparisons["p_adjusted"].map(_as_text),
+        }
+    )
+
+
+def significance_matrix(comparisons: pd.DataFrame, labelled_patients: int) -> pd.DataFrame:
+    """Print the pairs of one number of labelled patients as a square, as `MATRIX_CAPTION` explains.
+
+    Args:
+        comparisons: as `compare_methods` returns them.
+        labelled_patients: which number.
+
+    Returns:
+        a row for each method, numbered in the order of the table, and a column for each of these numbers.
+    """
+    pairs = comparisons[comparisons["labelled_patients"] == labelled_patients]
+    titles = list(dict.fromkeys([*pairs["method_a"], *pairs["method_b"]]))
+    matrix = pd.DataFrame("", index=titles, columns=titles)
+    for pair in pairs.itertuples():
+        star = "*" if pair.p_adjusted < _LEVEL else ""
+        matrix.loc[pair.method_a, pair.method_b] = f"{pair.mean_difference:+z.1f}{star}"
+        matrix.loc[pair.method_b, pair.method_a] = f"{-pair.mean_difference:+z.1f}{star}"
+    numbers = [str(number) for number in range(1, len(titles) + 1)]
+    matrix.columns = pd.Index(numbers)
+    matrix.insert(0, "method", [f"{number} {title}" for number, title in zip(numbers, titles, strict=True)])
+    return matrix.reset_index(drop=True)
+
+
+def _compare_at(labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...]) -> pd.DataFrame:
+    volumes = _volumes_by_title(labelled_patients, scores, methods)
+    rows = []
+    for a, b in combinations(volumes, 2):
+        differences = _by_patient(100 * (volumes[a] - volumes[b]).dropna())
+        if len(differences):
+            rows.append((labelled_patients, a, b, len(differences), differences.mean(), _p_value(differences)))
+    table = pd.DataFrame(rows, columns=_COLUMNS[:-1])
+    return table.assign(p_adjusted=_holm(table["p"].to_numpy(dtype=float)))
+
+
+def _volumes_by_title(labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...]) -> pd.DataFrame:
+    """Average over classes: a row for each split and case, a column for each method with that number or untrained."""
+    taking_part = scores[scores["labelled_patients"].isin([0, labelled_patients])]
+    by_volume = taking_part.groupby(["split", "case", "method", "labelled_patients"])["dice"].mean()
+    by_volume = by_volume.unstack(["method", "labelled_patients"])
+    trained = set(scores.loc[scores["labelled_patients"] > 0, "method"])
+    columns = {}
+    for method in methods:
+        for count in sorted({0, labelled_patients}):
+            if (method.key, count) in by_volume:
+                untrained = ", 0 patients" if count == 0 and method.key in trained else ""
+                columns[method.title + untrained] = by_volume[(method.key, count)]
+    return pd.DataFrame(columns)
+
+
+def _by_patient(volumes: pd.Series) -> pd.Series:
+    """Average over the frames and splits of each patient."""
+    patients = volumes.index.get_level_values("case").str.split("_frame").str[0]
+    return volumes.groupby(patients).mean()
+
+
+def _p_value(differences: pd.Series) -> float:
+    """Return the two-sided p; 1 if nothing differs, which the test itself leaves undefined."""
+    return float(wilcoxon(differences).pvalue) if differences.any() else 1.0
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    """Adjust the p of N tests: the smallest times N, the next times N - 1 and so on, never falling, at most 1."""
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted
+
+
+def _as_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"

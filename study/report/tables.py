@@ -1,0 +1,182 @@
+"""The tables of a study beside the paper's: methods, ablations; as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from components.files import write_atomically
+from study.grid import Ablation, Grid, Method
+from study.report.published import MeanStd, as_text, published_scores, published_variant
+
+_DICE = (
+    "Dice in percent: mean over the test volumes of a split, for each class and then over classes; given is the mean "
+    "± standard deviation (ddof 1) over the splits, without a deviation where there is only one. "
+)
+_PAPER = "The paper's figures come from other test patients"
+MAIN_CAPTION = (
+    f"{_DICE}ASSD in mm on the native grid, likewise; a miss, which is a class that is there and of which nothing was "
+    f"predicted, counts as the volume's diagonal. Misses are totals over splits and classes. {_PAPER}, and its ASSD is "
+    "another measure (95th percentile of the Hausdorff distance in pixels, 0 for a miss)."
+)
+ABLATION_CAPTION = f"{_DICE}All other settings are the method's own. {_PAPER}."
+
+_BY = ["method", "labelled_patients", "value", "split"]
+_NUMBERS = r"(?:[\d.,\s±<+*-]|of|to)*"
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+
+
+def split_means(scores: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Average over the volumes of a split, then over classes; nan, where a class is in neither mask, is left out.
+
+    Args:
+        scores: as `read_scores` returns them.
+        measure: `dice` or `assd_mm`.
+
+    Returns:
+        a row for each `method`, `labelled_patients`, `value` and `split`, which are the index, with a column for each
+        class, in the order of `scores`, and `mean`.
+    """
+    means = scores.groupby([*_BY, "class"])[measure].mean().unstack("class")[list(scores["class"].unique())]
+    return means.assign(mean=means.mean(axis=1))
+
+
+def main_table(scores: pd.DataFrame, misses: pd.DataFrame, methods: Iterable[Method]) -> pd.DataFrame:
+    """Build the paper's table 1 of what is finished: methods by number of labelled patients.
+
+    Args:
+        scores: as `read_scores` returns them, of at least one cell; ablations are left out.
+        misses: as `read_misses` returns them, of the same cells.
+        methods: in the order of the table.
+
+    Returns:
+        a row of text for each method and number of labelled patients, fewest first, that `MAIN_CAPTION` explains.
+    """
+    scores, misses = (table[table["ablation"] == ""] for table in (scores, misses))
+    methods = tuple(methods)
+    dice, assd_mm = 100 * split_means(scores, "dice"), split_means(scores, "assd_mm")["mean"]
+    missed = misses.groupby(["method", "labelled_patients"])[["n_misses", "n_volumes"]].sum()
+    rows = []
+    for count in sorted(scores["labelled_patients"].unique()):
+        for method in methods:
+            if (method.key, count) not in missed.index:
+                continue
+            of_splits = dice.loc[(method.key, count)]
+            row: dict[str, Any] = {"labelled patients": str(count), "method": method.title}
+            row |= {name: _mean_and_spread(of_splits[name], 1) for name in of_splits}
+            row["ASSD in mm"] = _mean_and_spread(assd_mm.loc[(method.key, count)], 2)
+            row["misses"] = "{n_misses} of {n_volumes}".format(**missed.loc[(method.key, count)])
+            row["splits"] = str(len(of_splits))
+            rows.append(row | _published_columns(method, count))
+    return pd.DataFrame(rows)
+
+
+def ablation_table(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.DataFrame:
+    """Build a table of what one setting changes, such as the paper's tables 2 and 3.
+
+    Args:
+        scores: as `read_scores` returns them, of at least one cell.
+        ablation: which.
+        grid: the study's, whose cells tell which value is the method as it is.
+
+    Returns:
+        a row of text for each method and number of labelled patients of which a changed value is finished, with the
+        mean Dice of each value that `ABLATION_CAPTION` explains; below it the paper's, where it has any.
+    """
+    dice = 100 * split_means(_rows_of(scores, ablation, grid), "dice")["mean"]
+    rows = []
+    for method in grid.methods:
+        for count in sorted({count for key, count, *_ in dice.index if key == method.key}):
+            of_values = dict(list(dice.loc[(method.key, count)].groupby("value")))
+            lengths = sorted({len(values) for values in of_values.values()})
+            row = {"method": method.title, "labelled patients": str(count), "source": "this study"}
+            ours = {value: _mean_and_spread(of_values.get(value, pd.Series()), 1) for value in ablation.values}
+            rows.append(row | ours | {"splits": " to ".join(str(n) for n in dict.fromkeys((lengths[0], lengths[-1])))})
+            theirs = {value: _published_value(method, ablation, value, count) for value in ablation.values}
+            if any(theirs.values()):
+                rows.append(row | {"source": "paper"} | theirs | {"splits": "4"})
+    return pd.DataFrame(rows, columns=["method", "labelled patients", "source", *ablation.values, "splits"])
+
+
+def write_table(table: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
+    """Write a table as Markdown, CSV and LaTeX; the LaTeX one needs the package booktabs.
+
+    Args:
+        table: of text.
+        stem: of the files, without a suffix.
+        caption: for Markdown and LaTeX.
+
+    Returns:
+        the files.
+    """
+    escaped = table.rename(columns=_escape_pipes).map(_escape_pipes)
+    numeric = [is_numeric(table[name]) for name in table]
+    aligned = ["right" if right else "left" for right in numeric]
+    markdown = escaped.to_markdown(index=False, disable_numparse=True, colalign=aligned if len(table) else None)
+    latex = table.to_latex(
+        index=False,
+        escape=True,
+        caption=caption.translate(_LATEX),
+        label=f"tab:{stem.name}",
+        column_format="".join("r" if right else "l" for right in numeric),
+    )
+    texts = {
+        ".md": f"{caption}\n\n{markdown}\n",
+        ".csv": table.to_csv(index=False),
+        ".tex": latex.replace("±", r"$\pm$").replace("<", "$<$"),
+    }
+    files = [stem.with_name(stem.name + suffix) for suffix in texts]
+    for file, text in zip(files, texts.values(), strict=True):
+        with write_atomically(file) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return files
+
+
+def is_numeric(column: pd.Series) -> bool:
+    """Say whether a column of text holds nothing but numbers, such as `39.3 ± 12.8` or `3 of 96`, and blanks."""
+    text = column.fillna("").astype(str)
+    return bool(text.str.fullmatch(_NUMBERS).all() and text.str.contains(r"\d").any())
+
+
+def _rows_of(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.DataFrame:
+    """Return an ablation's rows, and under the value that changes nothing those of the methods as they are."""
+    varied = scores[scores["ablation"] == ablation.key]
+    variants = [cell.variant for cell in grid.cells if cell.variant and cell.variant.ablation == ablation.key]
+    own = scores[(scores["ablation"] == "") & scores["method"].isin(ablation.methods)]
+    # A value that has cells of its own but none finished must stay empty, so the finished rows can't tell.
+    unchanged = [value for value in ablation.values if value not in {variant.value for variant in variants}]
+    in_table = pd.MultiIndex.from_frame(varied[["method", "labelled_patients"]])
+    own = own[pd.MultiIndex.from_frame(own[["method", "labelled_patients"]]).isin(in_table)]
+    return pd.concat([varied, *(own.assign(value=value) for value in unchanged)], ignore_index=True)
+
+
+def _published_columns(method: Method, labelled_patients: int) -> dict[str, str]:
+    """Return the paper's cells of a row, empty where it has none."""
+    published = published_scores(method.paper, labelled_patients) if method.paper else None
+    return {
+        "paper's Dice": published.mean.as_text(1) if published else "",
+        "paper's ASSD": published.assd.as_text(2) if published and published.assd else "",
+    }
+
+
+def _published_value(method: Method, ablation: Ablation, value: str, labelled_patients: int) -> str:
+    published = published_variant(method.paper, ablation.key, value, labelled_patients) if method.paper else None
+    return as_text(published.dice, 1) if published else ""
+
+
+def _mean_and_spread(values: pd.Series, decimals: int) -> str:
+    """Print the mean and the deviation (ddof 1) over splits, without nan; empty for none."""
+    values = values.dropna()
+    if len(values) > 1:
+        return MeanStd(values.mean(), values.std(ddof=1)).as_text(decimals)
+    return as_text(values.mean(), decimals) if len(values) else ""
+
+
+def _escape_pipes(text: str) -> str:
+    return str(text).replace("|", r"\|")
