@@ -64,21 +64,21 @@ def draw_overlay(
     """
     label_maps = [labels for labels in (label, pred) if labels is not None]
     _check(image, label_maps, spacing_mm)
-    extent = _foreground_extent(label_maps, spacing_mm)
+    extent = foreground_extent(label_maps, spacing_mm)
     figure, panels = _panel_grid(image.shape[2], extent, spacing_mm)
     vmin, vmax = np.percentile(image, WINDOW_PERCENTILES)
     for z, axes in enumerate(panels):
         axes.imshow(image[..., z].T, cmap="gray", vmin=vmin, vmax=vmax, origin="upper", interpolation="bilinear")
         if label is not None:
-            _draw_contours(axes, label[..., z], len(class_names), TRUTH_STYLE)
-        _draw_contours(axes, pred[..., z], len(class_names), PREDICTION_STYLE)
+            draw_class_contours(axes, label[..., z], len(class_names), TRUTH_STYLE)
+        draw_class_contours(axes, pred[..., z], len(class_names), PREDICTION_STYLE)
         axes.set(xlim=np.subtract(extent[0], 0.5), ylim=np.subtract(extent[1], 0.5)[::-1], xticks=[], yticks=[])
         axes.set_aspect(spacing_mm[1] / spacing_mm[0])
         axes.set_title(f"slice {z + 1} of {image.shape[2]}", fontsize=8, color="0.35", pad=3)
         axes.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=11)
     figure.legend(
-        handles=_legend_lines(class_names, has_truth=label is not None), loc="outside lower center", ncols=5, fontsize=9
+        handles=legend_lines(class_names, has_truth=label is not None), loc="outside lower center", ncols=5, fontsize=9
     )
     return figure
 
@@ -163,8 +163,13 @@ def _check(image: np.ndarray, label_maps: Sequence[np.ndarray], spacing_mm: Sequ
     checked_spacing_mm(spacing_mm, spatial_dims=3)
 
 
-def _foreground_extent(label_maps: Sequence[np.ndarray], spacing_mm: Sequence[float]) -> Extent:
-    """Return start and stop on axes 0 and 1 of all slices' foreground plus a margin; everything without foreground."""
+def foreground_extent(label_maps: Sequence[np.ndarray], spacing_mm: Sequence[float]) -> Extent:
+    """Return start and stop on axes 0 and 1 of all slices' foreground plus a margin; everything without foreground.
+
+    Args:
+        label_maps: labels `(H,W,D)` on one grid.
+        spacing_mm: voxel spacing in mm of axes 0 and 1 at least.
+    """
     foreground = np.any([labels > 0 for labels in label_maps], axis=(0, 3))
     height, width = foreground.shape
     if not foreground.any():
@@ -195,8 +200,15 @@ def _colour(label: int) -> str:
     return CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
 
 
-def _draw_contours(axes: Axes, labels: np.ndarray, count: int, style: Mapping[str, Any]) -> None:
-    """Draw each class's outline on one slice `(H,W)`; nothing for a class the slice lacks."""
+def draw_class_contours(axes: Axes, labels: np.ndarray, count: int, style: Mapping[str, Any]) -> None:
+    """Draw each class's outline on one slice; nothing for a class the slice lacks.
+
+    Args:
+        axes: where the slice's image is drawn, array axis 0 to the right.
+        labels: label map `(H,W)`, 0 the background.
+        count: classes to draw, labels 1 to `count`.
+        style: arguments of matplotlib's `contour`, such as `TRUTH_STYLE`.
+    """
     for value in range(1, count + 1):
         mask = labels == value
         if mask.any():
@@ -205,8 +217,8 @@ def _draw_contours(axes: Axes, labels: np.ndarray, count: int, style: Mapping[st
             axes.contour(x, y, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=_colour(value), **style)
 
 
-def _legend_lines(class_names: Sequence[str], *, has_truth: bool) -> list[Line2D]:
-    """Return one line per class and one per kind of contour."""
+def legend_lines(class_names: Sequence[str], *, has_truth: bool) -> list[Line2D]:
+    """Return a legend's handles: one line for each class and one for each kind of contour."""
     lines = [Line2D([], [], color=_colour(n), linewidth=3, label=name) for n, name in enumerate(class_names, start=1)]
     kinds = [("truth", TRUTH_STYLE["linestyles"])] if has_truth else []
     kinds.append(("prediction", PREDICTION_STYLE["linestyles"][0]))

@@ -18,7 +18,7 @@ import fire
 from components.phantom.dataset import write_phantom_dataset
 from study.cells import has_failed, is_finished, read_record, run_cell
 from study.costs import cost_table, remaining_seconds
-from study.engines import Result, Task, connected, in_order, run_on_dask, run_serially
+from study.engines import Result, Task, connected, in_order, name_of_needed, run_on_dask, run_serially
 from study.grid import Grid, read_grid
 from study.report import write_report
 
@@ -59,17 +59,17 @@ def run(
     if dry_run:
         _show_costs(tasks, dataset, output, at_a_time=workers)
         return
-    broken = [] if retry else [task for task in tasks if has_failed(output / task.name)]
-    for task in broken:
-        logger.error(
-            "%s is broken, --retry runs it again: %s", task.name, (read_record(output / task.name) or {})["error"]
-        )
-    waiting = [task for task in tasks if task not in broken and not is_finished(output / task.name)]
-    logger.info(
-        "%d of %d runs are finished, %d to do", len(tasks) - len(broken) - len(waiting), len(tasks), len(waiting)
-    )
+    broken = {} if retry else _broken(tasks, output)
+    for name, why in broken.items():
+        logger.error("%s is broken, --retry runs it again: %s", name, why)
+    waiting = [
+        task
+        for task in tasks
+        if not is_finished(output / task.name) and broken.keys().isdisjoint({task.name, name_of_needed(task)})
+    ]
+    logger.info("%d of %d runs to do", len(waiting), len(tasks))
     run_task = partial(run_cell, dataset_dir=dataset, output_dir=output, sam_dir=sam_dir, threads=threads)
-    failed = [task.name for task in broken]
+    failed = list(broken)
     at_a_time = workers if scheduler is None else 1
     for count, (task, error) in enumerate(_results(waiting, run_task, workers, scheduler), start=1):
         if error is not None:
@@ -78,22 +78,24 @@ def run(
         left = remaining_seconds([task for task in waiting if task.name not in failed], output)
         left_text = "" if left is None else f", about {_duration(left / at_a_time)} of work left"
         logger.info("%d of %d: %s%s", count, len(waiting), task.name, left_text)
-    logger.info("report: %s", write_report(grid, output, dataset_dir=dataset))
+    logger.info("report: %s", write_report(grid, output, dataset_dir=dataset, sam_dir=sam_dir))
     if failed:
         raise SystemExit(f"{len(failed)} runs failed, --retry tries them again: {', '.join(failed)}")
 
 
-def report(config: str, output_dir: str, dataset_dir: str = "") -> None:
+def report(config: str, output_dir: str, dataset_dir: str = "", sam_dir: str | None = None) -> None:
     """Write the report of a study's finished cells.
 
     Args:
         config: JSON file of the grid.
         output_dir: of the study.
         dataset_dir: as in `run`.
+        sam_dir: as in `run`.
     """
     _log_to_terminal()
     output, grid = Path(output_dir).resolve(), read_grid(config)
-    logger.info("report: %s", write_report(grid, output, dataset_dir=_dataset(grid, dataset_dir, output)))
+    dataset = _dataset(grid, dataset_dir, output)
+    logger.info("report: %s", write_report(grid, output, dataset_dir=dataset, sam_dir=sam_dir))
 
 
 def _results(tasks: Sequence[Task], run_task: Any, workers: int, scheduler: str | None) -> Iterator[Result]:
@@ -102,6 +104,12 @@ def _results(tasks: Sequence[Task], run_task: Any, workers: int, scheduler: str 
         return
     with connected(workers=workers, scheduler=scheduler) as client:
         yield from run_on_dask(tasks, run_task, client)
+
+
+def _broken(tasks: Sequence[Task], output: Path) -> dict[str, str]:
+    """Return what ended with an error when it was last run, and the error."""
+    folders = {task.name: output / task.name for task in tasks}
+    return {name: (read_record(folder) or {})["error"] for name, folder in folders.items() if has_failed(folder)}
 
 
 def _dataset(grid: Grid, dataset_dir: str, output: Path) -> str:

@@ -32,7 +32,7 @@ def run_serially(tasks: Sequence[Task], run_task: RunTask) -> Iterator[Result]:
     """Run tasks one after the other, and yield each when it has ended."""
     errors: dict[str, str | None] = {}
     for task in tasks:
-        needed = _needed(task)
+        needed = name_of_needed(task)
         errors[task.name] = _attempt(task, run_task, errors.get(needed) if needed else None)
         yield task, errors[task.name]
 
@@ -54,7 +54,7 @@ def run_on_dask(tasks: Sequence[Task], run_task: RunTask, client: Any) -> Iterat
     errors: dict[str, Any] = {}
     task_of = {}
     for place, task in enumerate(tasks):
-        needed = _needed(task)
+        needed = name_of_needed(task)
         errors[task.name] = client.submit(
             _attempt,
             task,
@@ -113,7 +113,8 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return [threads | ({"CUDA_VISIBLE_DEVICES": visible[place]} if gpus else {}) for place in range(workers)]
 
 
-def _needed(task: Task) -> str | None:
+def name_of_needed(task: Task) -> str | None:
+    """Return the name of what has to be run before a task, None for nothing."""
     preparation = task.preparation if isinstance(task, Cell) else None
     return preparation.name if preparation else None
 
@@ -121,7 +122,7 @@ def _needed(task: Task) -> str | None:
 def _attempt(task: Task, run_task: RunTask, error_before: str | None) -> str | None:
     """Run a task unless what it needs has failed; return the error, None for none."""
     if error_before is not None:
-        return f"not run, since it starts from {_needed(task)}, which failed"
+        return f"not run, since it starts from {name_of_needed(task)}, which failed"
     try:
         run_task(task)
     except (CellError, ValueError) as error:

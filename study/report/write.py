@@ -2,11 +2,195 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from study.grid import Grid
+import pandas as pd
+from matplotlib.figure import Figure as Picture
+
+from components.acdc import list_patients, split_patients
+from components.files import write_atomically
+from study.cells import has_failed, read_record
+from study.grid import Cell, Grid
+from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
+from study.report.embeddings import draw_embeddings, embed_slices, embedding_method
+from study.report.figures import (
+    BLAND_ALTMAN_QUANTITIES,
+    draw_bland_altman,
+    draw_contours,
+    draw_dice_by_patients,
+    save_figure,
+)
+from study.report.page import Figure, Section, Table, write_page
+from study.report.published import published_by_title
+from study.report.scores import finished_cells, read_misses, read_scores
+from study.report.significance import (
+    MATRIX_CAPTION,
+    SIGNIFICANCE_CAPTION,
+    compare_methods,
+    significance_matrix,
+    significance_table,
+)
+from study.report.tables import ABLATION_CAPTION, MAIN_CAPTION, ablation_table, main_table, write_table
 
 
-def write_report(grid: Grid, output_dir: Path, *, dataset_dir: str) -> Path:
-    """Write the report of a study's finished cells (in the making)."""
-    return output_dir
+def write_report(grid: Grid, output_dir: Path, *, dataset_dir: str, sam_dir: str | None = None) -> Path:
+    """Write the report of a study's finished cells.
+
+    Args:
+        grid: the study.
+        output_dir: its folder, which gains `report.html`, the scores of every volume, and every table and figure.
+        dataset_dir: of ACDC, or a data set in its layout.
+        sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
+
+    Returns:
+        the page. It says nothing of times or of how often the study was interrupted: the same cells give the same page.
+    """
+    cells = finished_cells(grid.cells, output_dir)
+    sections = [_state(grid, cells, output_dir)]
+    if cells:
+        report = _Report(grid, cells, output_dir, dataset_dir=dataset_dir, sam_dir=sam_dir)
+        sections = [*report.sections(), *sections]
+    page = output_dir / "report.html"
+    write_page(page, title="Adapting SAM to cardiac MR", description=grid.description, sections=sections)
+    return page
+
+
+class _Report:
+    """The parts of a report that need at least one finished cell."""
+
+    def __init__(
+        self, grid: Grid, cells: Sequence[Cell], output_dir: Path, *, dataset_dir: str, sam_dir: str | None
+    ) -> None:
+        training = len(split_patients(list(list_patients(dataset_dir)), seed=0)["training"])
+        self.grid = grid
+        self.cells = cells
+        self.output_dir = output_dir
+        self.dataset_dir = dataset_dir
+        self.sam_dir = sam_dir
+        self.scores = read_scores(cells, output_dir, training_patients=training)
+        self.misses = read_misses(cells, output_dir, training_patients=training)
+        self.measurements = read_measurements(cells, output_dir, dataset_dir=dataset_dir, training_patients=training)
+        self.fewest = min((cell.labelled_patients for cell in cells if cell.labelled_patients), default=0)
+        _write_csv(self.scores, output_dir / "scores.csv")
+        _write_csv(self.measurements, output_dir / "measurements.csv")
+
+    def sections(self) -> list[Section]:
+        """Write all files and return what the page shows of them."""
+        return [self._methods(), *self._ablations(), self._significance(), self._clinical(), self._encoder()]
+
+    def _methods(self) -> Section:
+        return Section(
+            "Methods",
+            tables=[self._table(main_table(self.scores, self.misses, self.grid.methods), "table_1", MAIN_CAPTION)],
+            figures=[
+                *self._figure(
+                    draw_dice_by_patients(self.scores, published_by_title(self.grid.methods)),
+                    "dice_by_patients",
+                    "Mean Dice against the number of labelled patients; bars: standard deviation over splits; hollow: "
+                    "the paper's figures, on other test patients.",
+                ),
+                *self._figure(
+                    draw_contours(
+                        self.grid.cells, self.output_dir, dataset_dir=self.dataset_dir, labelled_patients=self.fewest
+                    ),
+                    "contours",
+                    f"Worst, median and best test volume of a split, by mean Dice over all methods; with training on "
+                    f"{self.fewest} labelled patients.",
+                    suffix=".png",
+                ),
+            ],
+        )
+
+    def _ablations(self) -> list[Section]:
+        sections = []
+        for ablation in self.grid.ablations:
+            table = ablation_table(self.scores, ablation, self.grid)
+            if len(table):
+                caption = f"{ablation.title}. {ABLATION_CAPTION}"
+                sections.append(
+                    Section(ablation.title, tables=[self._table(table, f"ablation_{ablation.key}", caption)])
+                )
+        return sections
+
+    def _significance(self) -> Section:
+        comparisons = compare_methods(self.scores, self.grid.methods)
+        write_table(significance_table(comparisons), self.output_dir / "significance", SIGNIFICANCE_CAPTION)
+        return Section(
+            "Significance",
+            text=SIGNIFICANCE_CAPTION,
+            tables=[
+                Table(f"Labelled patients: {count}. {MATRIX_CAPTION}", significance_matrix(comparisons, count))
+                for count in comparisons["labelled_patients"].unique()
+            ],
+        )
+
+    def _clinical(self) -> Section:
+        table = agreement_table(agreement(self.measurements))
+        write_table(table, self.output_dir / "clinical", CLINICAL_CAPTION)
+        shown = table[table["quantity"].isin(BLAND_ALTMAN_QUANTITIES)]
+        return Section(
+            "Clinical read-out",
+            text="End-diastolic volumes and the mass at end systole are in clinical.csv.",
+            tables=[Table(CLINICAL_CAPTION, shown)],
+            figures=self._figure(
+                draw_bland_altman(self.measurements, labelled_patients=self.fewest),
+                "bland_altman",
+                f"Bland-Altman plots, with training on {self.fewest} labelled patients: predicted minus true against "
+                "the mean of both; lines: bias and limits of agreement (bias ± 1.96 standard deviations).",
+            ),
+        )
+
+    def _encoder(self) -> Section:
+        method = embedding_method(self.cells)
+        if method is None:
+            return Section("What the encoder sees", text="No method of this study has a frozen encoder.")
+        split = min(cell.split for cell in self.cells)
+        cache_dir = str(self.output_dir / "embeddings")
+        vectors, groups = embed_slices(
+            method, dataset_dir=self.dataset_dir, split=split, cache_dir=cache_dir, sam_dir=self.sam_dir
+        )
+        return Section(
+            "What the encoder sees",
+            figures=self._figure(
+                draw_embeddings(vectors, groups),
+                "embeddings",
+                f"t-SNE of the frozen encoder's embeddings ({method.title}), averaged over space: slices of the test "
+                f"patients of split {split}, and phantoms.",
+            ),
+        )
+
+    def _table(self, table: pd.DataFrame, stem: str, caption: str) -> Table:
+        write_table(table, self.output_dir / stem, caption)
+        return Table(caption, table)
+
+    def _figure(self, figure: Picture | None, stem: str, caption: str, suffix: str = ".svg") -> list[Figure]:
+        """Save a figure and return it for the page; none where there was nothing to draw."""
+        if figure is None:
+            return []
+        save_figure(figure, self.output_dir / stem)
+        return [Figure(self.output_dir / f"{stem}{suffix}", caption, alt=caption)]
+
+
+def _state(grid: Grid, cells: Sequence[Cell], output_dir: Path) -> Section:
+    """Say what the report rests on and what is missing."""
+    missing = [cell.name for cell in grid.cells if cell not in cells]
+    failed = {
+        name: (read_record(output_dir / name) or {})["error"] for name in missing if has_failed(output_dir / name)
+    }
+    records = [read_record(output_dir / cell.name) or {} for cell in cells]
+    versions = sorted(
+        {", ".join(f"{name} {version}" for name, version in each["versions"].items()) for each in records}
+    )
+    text = f"{len(cells)} of {len(grid.cells)} cells are finished."
+    table = pd.DataFrame({"cell": missing, "state": [failed.get(name, "not run") for name in missing]})
+    return Section(
+        "State",
+        text="\n\n".join([text, *versions]),
+        tables=[Table("Cells that are missing.", table)] if missing else [],
+    )
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    with write_atomically(path) as partial:
+        table.to_csv(partial, index=False)

@@ -1,0 +1,197 @@
+"""What a cardiologist reads from the masks: ejection fractions, volumes and mass, predicted beside true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+
+from components.acdc import CLASS_NAMES, Case, list_cases
+from components.cases import case_name
+from components.volumes import PREDICTION_POSTFIX
+from study.grid import Cell
+from study.report.scores import cell_labels, finished_cells
+
+CLINICAL_CAPTION = (
+    "Clinical read-out of the predicted masks against that of the true ones. Bias: mean of predicted minus true over "
+    "the patients; limits of agreement: bias ± 1.96 standard deviations (ddof 1). A patient whom several splits test "
+    "counts once, with the mean of its predictions. Undefined: patients of a split without an ejection fraction, since "
+    "no ventricle was predicted or drawn at ED; they are left out of the rest."
+)
+MYOCARDIAL_DENSITY_G_PER_ML = 1.05
+
+_BY = ["method", "title", "labelled_patients", "quantity"]
+_PAIR = ["truth", "predicted"]
+_COLUMNS = ["method", "title", "ablation", "value", "labelled_patients", "split", "patient", "quantity", *_PAIR]
+_LIMIT = 1.96
+
+
+def read_volumes_ml(path: str | Path) -> dict[str, float]:
+    """Return every class's volume in ml: its voxels times the voxel volume in the header, whose zooms are in mm.
+
+    Args:
+        path: NIfTI file of a label map `(H,W,D)` with 1 RV, 2 Myo, 3 LV.
+    """
+    image = nib.Nifti1Image.from_filename(path)
+    labels = np.asarray(image.dataobj)
+    voxel_ml = math.prod(float(mm) for mm in image.header.get_zooms()[:3]) / 1000
+    return {name: np.count_nonzero(labels == label) * voxel_ml for label, name in enumerate(CLASS_NAMES, start=1)}
+
+
+def measure(ed_ml: Mapping[str, float], es_ml: Mapping[str, float]) -> dict[str, float]:
+    """Compute the clinical quantities of a patient.
+
+    Source: Schulz-Menger et al., "Standardized image interpretation and post-processing in cardiovascular magnetic
+    resonance - 2020 update", Journal of Cardiovascular Magnetic Resonance 2020, also for the myocardium's density.
+
+    Args:
+        ed_ml: volume in ml of every class at end-diastole, as `read_volumes_ml` returns them.
+        es_ml: the same at end-systole.
+
+    Returns:
+        each quantity by its name, which ends with its unit; an ejection fraction is nan where the volume at ED is 0.
+    """
+    return {
+        "LV EF (%)": _ejection_fraction(ed_ml["LV"], es_ml["LV"]),
+        "RV EF (%)": _ejection_fraction(ed_ml["RV"], es_ml["RV"]),
+        "LV EDV (ml)": ed_ml["LV"],
+        "RV EDV (ml)": ed_ml["RV"],
+        "myocardial mass, ED (g)": MYOCARDIAL_DENSITY_G_PER_ML * ed_ml["Myo"],
+        "myocardial mass, ES (g)": MYOCARDIAL_DENSITY_G_PER_ML * es_ml["Myo"],
+    }
+
+
+def read_measurements(
+    cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, training_patients: int
+) -> pd.DataFrame:
+    """Measure the test patients of finished cells, on the true and on the predicted masks.
+
+    Args:
+        cells: of the study; those that aren't finished are left out.
+        output_dir: of the study.
+        dataset_dir: of ACDC, or a data set in its layout.
+        training_patients: how many patients `labelled_patients` null means.
+
+    Returns:
+        a row for each cell, patient and quantity with the first columns of `read_scores` up to `split`, `patient`,
+        `quantity`, `truth` and `predicted`, both nan where undefined; sorted as the cells are.
+    """
+    rows: list[dict[str, Any]] = []
+    truths: dict[int, list[dict[str, float]]] = {}
+    for cell in finished_cells(cells, output_dir):
+        cases = list_cases(dataset_dir, "test", split_seed=cell.split)
+        if cell.split not in truths:
+            truths[cell.split] = _measure_all([case["label"] for case in cases])
+        predictions = _measure_all([prediction_file(cell, case, output_dir) for case in cases])
+        patients = [case_name(case["image"]).partition("_frame")[0] for case in cases[::2]]
+        labels = cell_labels(cell, training_patients)
+        for patient, truth, predicted in zip(patients, truths[cell.split], predictions, strict=True):
+            of_patient = labels | {"patient": patient}
+            rows += [
+                of_patient | {"quantity": quantity, "truth": truth[quantity], "predicted": predicted[quantity]}
+                for quantity in truth
+            ]
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def prediction_file(cell: Cell, case: Case, output_dir: Path) -> Path:
+    """Return where a finished cell has its prediction of a test case."""
+    return output_dir / cell.name / "eval" / f"{case_name(case['image'])}_{PREDICTION_POSTFIX}.nii.gz"
+
+
+def patient_pairs(measurements: pd.DataFrame) -> pd.DataFrame:
+    """Average what a method measured of a patient over the splits that test this patient.
+
+    Args:
+        measurements: as `read_measurements` returns them; ablations and undefined pairs are left out.
+
+    Returns:
+        a row for each `method`, `title`, `labelled_patients`, `quantity` and `patient`, with `truth` and `predicted`.
+    """
+    defined = measurements[measurements["ablation"] == ""].dropna(subset=_PAIR)
+    return defined.groupby([*_BY, "patient"], sort=False)[_PAIR].mean().reset_index()
+
+
+def agreement(measurements: pd.DataFrame) -> pd.DataFrame:
+    """Compare predicted with true measurements over patients.
+
+    Source: Bland and Altman, "Statistical methods for assessing agreement between two methods of clinical measurement",
+    Lancet 1986.
+
+    Args:
+        measurements: as `read_measurements` returns them; ablations are left out.
+
+    Returns:
+        a row for each `method`, `title`, `labelled_patients` and `quantity`, in the quantity's unit: `n` patients, each
+        once as in `patient_pairs`; of predicted minus true the `mean_error` (bias), `sd_of_error` (ddof 1),
+        `lower_limit` and `upper_limit` (bias ± 1.96 sd) and `mean_absolute_error`; `pearson_r`; nan where too few
+        patients are left. `n_undefined` counts the pairs left out, one for each patient and split.
+    """
+    own = measurements[measurements["ablation"] == ""]
+    undefined = own[_PAIR].isna().any(axis=1).groupby([own[name] for name in _BY], sort=False).sum()
+    pairs = dict(list(patient_pairs(measurements).groupby(_BY)))
+    rows = [
+        dict(zip(_BY, keys, strict=True)) | _agreement_of(pairs.get(keys)) | {"n_undefined": count}
+        for keys, count in undefined.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def agreement_table(agreements: pd.DataFrame) -> pd.DataFrame:
+    """Print what `agreement` returns, as `CLINICAL_CAPTION` explains: a row for each number, method and quantity."""
+    ordered = agreements.sort_values("labelled_patients", kind="stable")
+    limits = zip(ordered["lower_limit"], ordered["upper_limit"], strict=True)
+    return pd.DataFrame(
+        {
+            "labelled patients": ordered["labelled_patients"].astype(str),
+            "method": ordered["title"],
+            "quantity": ordered["quantity"],
+            "patients": ordered["n"].astype(str),
+            "undefined": ordered["n_undefined"].astype(str),
+            "bias": ordered["mean_error"].map(lambda error: _as_text(error, "+z.1f")),
+            "limits of agreement": [
+                "" if np.isnan(lower) else f"{lower:+z.1f} to {upper:+z.1f}" for lower, upper in limits
+            ],
+            "mean absolute error": ordered["mean_absolute_error"].map(lambda error: _as_text(error, ".1f")),
+            "Pearson's r": ordered["pearson_r"].map(lambda r: _as_text(r, "z.2f")),
+        }
+    ).reset_index(drop=True)
+
+
+def _ejection_fraction(ed_ml: float, es_ml: float) -> float:
+    return 100 * (ed_ml - es_ml) / ed_ml if ed_ml > 0 else float("nan")
+
+
+def _measure_all(files: Sequence[str | Path]) -> list[dict[str, float]]:
+    """Measure every patient from label maps that come in pairs, ED before ES."""
+    volumes = [read_volumes_ml(file) for file in files]
+    return [measure(ed_ml, es_ml) for ed_ml, es_ml in zip(volumes[::2], volumes[1::2], strict=True)]
+
+
+def _agreement_of(pairs: pd.DataFrame | None) -> dict[str, float]:
+    """Compute the columns of `agreement` from one row a patient, None for no patient."""
+    nan = float("nan")
+    truth, predicted = ([], []) if pairs is None else (pairs[name] for name in _PAIR)
+    errors = np.subtract(predicted, truth)
+    spread = float(np.std(errors, ddof=1)) if len(errors) > 1 else nan
+    bias = float(np.mean(errors)) if len(errors) else nan
+    varies = len(errors) > 1 and np.ptp(truth) > 0 and np.ptp(predicted) > 0
+    return {
+        "n": len(errors),
+        "mean_error": bias,
+        "sd_of_error": spread,
+        "lower_limit": bias - _LIMIT * spread,
+        "upper_limit": bias + _LIMIT * spread,
+        "mean_absolute_error": float(np.mean(np.abs(errors))) if len(errors) else nan,
+        "pearson_r": float(np.corrcoef(truth, predicted)[0, 1]) if varies else nan,
+    }
+
+
+def _as_text(number: float, form: str) -> str:
+    """Print a number, nan as nothing."""
+    return "" if np.isnan(number) else format(number, form)

@@ -1,0 +1,136 @@
+"""What the encoder sees: its embeddings of the test slices and of phantoms, as the paper's figure 1 shows them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from monai.bundle import ConfigParser
+from sklearn.manifold import TSNE
+
+from components.cases import case_name_of
+from components.phantom.slices import FIELD_MM, phantom_slices
+from study.cells import stages_of
+from study.grid import Cell, Method
+
+PHANTOMS = "phantoms"
+_OTHERS = "others"
+_PHANTOM_COUNT = 60
+_PHANTOM_SEED = 0
+_BATCH_SIZE = 4
+_MOST_GROUPS = 12
+_SEED = 0
+_LARGEST_PERPLEXITY = 30
+# Okabe and Ito's colour-blind-safe palette without its yellow, which white paper hides; markers tell repeats apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "^")
+_NEUTRAL = "0.6"
+
+
+def embedding_method(cells: Iterable[Cell]) -> Method | None:
+    """Return the first method whose bundle trains a head on a frozen encoder; None if there is none.
+
+    Args:
+        cells: in the study's order; ablations are left out.
+    """
+    for cell in cells:
+        if cell.variant is None and cell.method.trains and _is_frozen(cell):
+            return cell.method
+    return None
+
+
+def embed_slices(
+    method: Method, *, dataset_dir: str, split: int, cache_dir: str | None, sam_dir: str | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Encode all slices of a split's test volumes, and phantoms, with a method's frozen encoder.
+
+    Slices are preprocessed by the method's own config. The encoder computes in fp32.
+
+    Args:
+        method: with a frozen encoder.
+        dataset_dir: of ACDC, or a data set in its layout.
+        split: seed of the split by patient.
+        cache_dir: folder of embeddings to share with the study's cells; None for none.
+        sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
+
+    Returns:
+        embeddings averaged over space, (N, 256) float32, and the group of each: a patient's name or `PHANTOMS`.
+    """
+    parser = _evaluating_parser(Cell(method, 0, split), dataset_dir=dataset_dir, sam_dir=sam_dir)
+    parser["cache_dir"] = cache_dir
+    network = parser.get_parsed_content("network").eval()
+    vectors, groups, side = [], [], 0
+    for case in parser.get_parsed_content("validate#dataset"):
+        images = case["image"].as_tensor().permute(3, 0, 1, 2)
+        vectors.append(_mean_embeddings(network.encoder, images))
+        groups += [case_name_of(case["image"]).partition("_frame")[0]] * len(images)
+        side = images.shape[-1]
+    # The same field of view as the real slices, which may have been cropped from their canvas.
+    field_mm = FIELD_MM * side / parser.get_parsed_content("canvas_size")
+    phantoms, _ = phantom_slices(_PHANTOM_COUNT, seed=_PHANTOM_SEED, size=side, field_mm=field_mm)
+    vectors.append(_mean_embeddings(network.encoder, phantoms.repeat(1, 3, 1, 1)))
+    return np.concatenate(vectors), groups + [PHANTOMS] * len(phantoms)
+
+
+def draw_embeddings(vectors: np.ndarray, groups: list[str]) -> Figure:
+    """Draw embeddings in two dimensions, a colour and marker for each group.
+
+    Source: paper figure 1; van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
+
+    Args:
+        vectors: (N, C), N at least 7.
+        groups: the group of each; beyond 12 of them the smallest are drawn as one, `others`.
+
+    Returns:
+        A figure that belongs to no global state.
+    """
+    perplexity = min(_LARGEST_PERPLEXITY, (len(vectors) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=_SEED).fit_transform(vectors)
+    if len(set(groups)) > _MOST_GROUPS:
+        largest = {name for name, _ in Counter(groups).most_common(_MOST_GROUPS - 1)}
+        groups = [group if group in largest else _OTHERS for group in groups]
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    named = sorted(set(groups) - {_OTHERS, PHANTOMS})
+    for number, name in enumerate(named):
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+        _scatter(axes, points, groups, name, color=colour, marker=marker)
+    _scatter(axes, points, groups, _OTHERS, color=_NEUTRAL, marker="s")
+    _scatter(axes, points, groups, PHANTOMS, color="black", marker="x")
+    axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    return figure
+
+
+def _is_frozen(cell: Cell) -> bool:
+    """Say whether a cell's bundle can train its encoder along, and is not set to."""
+    return _evaluating_parser(cell, dataset_dir="", sam_dir=None).get("trainable_encoder", True) is False
+
+
+def _evaluating_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None) -> ConfigParser:
+    """Read the configs that evaluate a cell, for what needs nothing of the study's folder."""
+    stage = stages_of(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1]
+    parser = stage.parser()
+    parser["bundle_root"] = str(cell.method.config("evaluate").parents[1])  # the runner starts in this folder
+    return parser
+
+
+@torch.no_grad()
+def _mean_embeddings(encoder: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
+    """Encode images Nx3xHxW in 0..255 and average over space, (N, 256)."""
+    device = next(encoder.parameters()).device
+    means = [encoder(batch.to(device)).mean(dim=(2, 3)).cpu() for batch in images.split(_BATCH_SIZE)]
+    return torch.cat(means).numpy()
+
+
+def _scatter(axes: Axes, points: np.ndarray, groups: list[str], name: str, *, color: str, marker: str) -> None:
+    """Draw one group's points (N, 2), if it has any."""
+    chosen = np.array([group == name for group in groups])
+    if chosen.any():
+        x, y = points[chosen].T
+        axes.scatter(x, y, s=22, color=color, marker=marker, linewidths=1, label=name)
