@@ -19,8 +19,9 @@ from components.phantom.dataset import write_phantom_dataset
 from components.phantom.slices import phantom_slices
 from components.pretrained import pretrained_file
 from study.grid import Cell, Method, Variant
+from study.report.contours import draw_contours
 from study.report.embeddings import PHANTOMS, draw_embeddings, embed_slices, embedding_method
-from study.report.figures import draw_bland_altman, draw_contours, draw_dice_by_patients, save_figure
+from study.report.figures import draw_bland_altman, draw_dice_by_patients, save_figure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

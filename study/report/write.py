@@ -13,11 +13,11 @@ from components.files import write_atomically
 from study.cells import has_failed, read_record
 from study.grid import Cell, Grid
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
+from study.report.contours import draw_contours
 from study.report.embeddings import draw_embeddings, embed_slices, embedding_method
 from study.report.figures import (
     BLAND_ALTMAN_QUANTITIES,
     draw_bland_altman,
-    draw_contours,
     draw_dice_by_patients,
     save_figure,
 )

@@ -1,0 +1,179 @@
+"""Contours of every method side by side, as the paper's figure 4 shows them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from components.acdc import CLASS_NAMES, Case, list_cases
+from components.cases import case_name
+from components.overlays import (
+    PREDICTION_STYLE,
+    SMALLEST_WIDTH_INCH,
+    TRUTH_STYLE,
+    WINDOW_PERCENTILES,
+    Extent,
+    draw_class_contours,
+    foreground_extent,
+    legend_lines,
+)
+from study.grid import Cell
+from study.report.clinical import prediction_file
+from study.report.figures import TITLE_WIDTH, in_bands
+from study.report.scores import finished_cells, read_scores
+
+_PANEL_INCH = 1.5
+_ROW_LABEL_INCH = 0.5
+
+
+@dataclass(frozen=True)
+class _Example:
+    """One slice of a test case.
+
+    Args:
+        title: names the case and the slice.
+        image: grey values `(H,W)`.
+        window: grey values that are black and white.
+        truth: labels `(H,W)`.
+        predictions: labels `(H,W)` of each method.
+        dice: the case's mean Dice over classes of each method, in percent.
+        extent: what to show of axes 0 and 1.
+        spacing_mm: of axes 0 and 1.
+    """
+
+    title: str
+    image: np.ndarray
+    window: tuple[float, float]
+    truth: np.ndarray
+    predictions: Sequence[np.ndarray]
+    dice: Sequence[float]
+    extent: Extent
+    spacing_mm: tuple[float, float]
+
+    @property
+    def height_ratio(self) -> float:
+        """Height over width of what is shown."""
+        right_mm, down_mm = (
+            (stop - start) * mm for (start, stop), mm in zip(self.extent, self.spacing_mm, strict=True)
+        )
+        return down_mm / right_mm
+
+
+def draw_contours(
+    cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, labelled_patients: int
+) -> Figure | None:
+    """Draw the worst, the median and the best test case of a split, by mean Dice over methods and classes.
+
+    Of each case it shows the slice with the largest true foreground, first with the true contours and then with each
+    method's. The split is the first of those with the most methods finished.
+
+    Source: paper figure 4.
+
+    Args:
+        cells: of the study, in its order; those that aren't finished and ablations are left out.
+        output_dir: of the study.
+        dataset_dir: of ACDC, or a data set in its layout.
+        labelled_patients: which cells of the methods that train; those that have cells with 0 only come with these.
+
+    Returns:
+        A figure that belongs to no global state; None when no such cell is finished.
+    """
+    shown = _cells_of_a_split(cells, output_dir, labelled_patients)
+    if not shown:
+        return None
+    examples = _read_examples(shown, output_dir, dataset_dir)
+    methods = list(range(len(shown)))
+    bands = in_bands(methods)
+    ratios = [example.height_ratio for example in examples] * len(bands)
+    columns = 1 + len(bands[0])
+    width = max(columns * _PANEL_INCH + _ROW_LABEL_INCH, SMALLEST_WIDTH_INCH)
+    height = sum(ratios) * (width - _ROW_LABEL_INCH) / columns + 0.22 * len(ratios) + 0.4 * len(bands) + 0.4
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, compress=True)
+    figure = Figure(figsize=(width, height), layout=layout)
+    panels = figure.subplots(len(ratios), columns, squeeze=False, gridspec_kw={"height_ratios": ratios})
+    titles = [textwrap.fill(cell.method.title, TITLE_WIDTH) for cell in shown]
+    for row, axes_of_row in enumerate(panels):
+        band, example = bands[row // len(examples)], examples[row % len(examples)]
+        _draw_row(axes_of_row, example, band)
+        if row % len(examples) == 0:
+            for axes, title in zip(axes_of_row, ["truth", *(titles[method] for method in band)], strict=False):
+                axes.set_title(title, fontsize=8)
+    figure.legend(handles=legend_lines(CLASS_NAMES, has_truth=True), loc="outside lower center", ncols=5, fontsize=8)
+    return figure
+
+
+def _cells_of_a_split(cells: Iterable[Cell], output_dir: Path, labelled_patients: int) -> list[Cell]:
+    """Return the cells that `draw_contours` shows."""
+    own = [cell for cell in cells if cell.variant is None]
+    trained = {cell.method.key for cell in own if cell.labelled_patients != 0}
+    by_split: dict[int, list[Cell]] = {}
+    for cell in finished_cells(own, output_dir):
+        if cell.labelled_patients == (labelled_patients if cell.method.key in trained else 0):
+            by_split.setdefault(cell.split, []).append(cell)
+    return max(by_split.values(), key=len, default=[])
+
+
+def _read_examples(shown: Sequence[Cell], output_dir: Path, dataset_dir: str) -> list[_Example]:
+    """Read the worst, the median and the best case; fewer where there are fewer."""
+    scores = read_scores(shown, output_dir, training_patients=0)  # none of these cells is of all patients
+    dice = 100 * scores.groupby(["case", "method"])["dice"].mean().unstack("method")
+    ranked = list(dice.mean(axis=1).dropna().sort_values(kind="stable").index)
+    places = {(len(ranked) - 1) // 2: "median", 0: "worst", len(ranked) - 1: "best"}  # of two cases none is the median
+    cases = {case_name(case["image"]): case for case in list_cases(dataset_dir, "test", split_seed=shown[0].split)}
+    return [
+        _read_example(
+            f"{places[place]}\n{ranked[place]}",
+            cases[ranked[place]],
+            [prediction_file(cell, cases[ranked[place]], output_dir) for cell in shown],
+            [dice.loc[ranked[place], cell.method.key] for cell in shown],
+        )
+        for place in sorted(places)
+    ]
+
+
+def _read_example(title: str, case: Case, predictions: Sequence[Path], dice: Sequence[float]) -> _Example:
+    image = nib.Nifti1Image.from_filename(case["image"])
+    grey = np.asarray(image.dataobj)
+    files = [Path(case["label"]), *predictions]
+    truth, *predicted = (np.asarray(nib.Nifti1Image.from_filename(file).dataobj) for file in files)
+    if grids := {labels.shape for labels in predicted} - {truth.shape}:
+        raise ValueError(f"expected predictions of {case['image']} on its grid {truth.shape}, received {grids}")
+    z = int((truth > 0).sum(axis=(0, 1)).argmax())
+    spacing_mm = tuple(float(mm) for mm in image.header.get_zooms()[:3])
+    black, white = np.percentile(grey, WINDOW_PERCENTILES)
+    return _Example(
+        title=f"{title}\nslice {z + 1} of {truth.shape[2]}",
+        image=grey[..., z],
+        window=(float(black), float(white)),
+        truth=truth[..., z],
+        predictions=[labels[..., z] for labels in predicted],
+        dice=dice,
+        extent=foreground_extent([labels[..., z : z + 1] for labels in (truth, *predicted)], spacing_mm),
+        spacing_mm=(spacing_mm[0], spacing_mm[1]),
+    )
+
+
+def _draw_row(axes_of_row: Sequence[Axes], example: _Example, methods: Sequence[int]) -> None:
+    """Draw the truth and some methods' predictions, array axis 0 to the right and axis 1 down as overlays do."""
+    for unused in axes_of_row[1 + len(methods) :]:
+        unused.set_axis_off()
+    label_maps = [example.truth, *(example.predictions[method] for method in methods)]
+    for place, (axes, labels) in enumerate(zip(axes_of_row, label_maps, strict=False)):
+        vmin, vmax = example.window
+        axes.imshow(example.image.T, cmap="gray", vmin=vmin, vmax=vmax, origin="upper", interpolation="bilinear")
+        draw_class_contours(axes, labels, len(CLASS_NAMES), PREDICTION_STYLE if place else TRUTH_STYLE)
+        across, down = (np.subtract(ends, 0.5) for ends in example.extent)
+        axes.set(xlim=across, ylim=down[::-1], xticks=[], yticks=[])
+        axes.set_aspect(example.spacing_mm[1] / example.spacing_mm[0])
+        axes.spines[:].set_visible(False)
+        if place:
+            axes.set_xlabel(f"Dice {example.dice[methods[place - 1]]:.1f} %", fontsize=7, labelpad=2)
+    axes_of_row[0].set_ylabel(example.title, fontsize=7)
