@@ -143,15 +143,29 @@ def test_an_ablations_unchanged_value_is_the_method_as_it_is():
     ]
     table = ablation_table(pd.DataFrame(scores), DEPTH, GRID)
     assert table.to_dict("split")["data"] == [
-        ["CNN head", "1", "this study", "30.0", "50.0 ± 14.1", "", "1 to 2"],
-        ["CNN head", "1", "paper", "31.5", "40.4", "37.6", "4"],
+        ["CNN head", "1", "Dice in %", "this study", "30.0", "50.0 ± 14.1", "", "1 to 2"],
+        ["CNN head", "1", "Dice in %", "paper", "31.5", "40.4", "37.6", "4"],
+        ["CNN head", "1", "ASSD in mm", "this study", "2.00", "2.00 ± 0.00", "", "1 to 2"],
+    ]
+
+
+def test_an_ablations_distances_stand_beside_the_papers():
+    sizes = Ablation("encoder", "Size", ("vit_b", "vit_l"), ("vit",))
+    grid = Grid("", (AUTOSAM,), (Cell(AUTOSAM, 1, 0), Cell(AUTOSAM, 1, 0, Variant("encoder", "vit_l"))), (sizes,))
+    large = pd.DataFrame(rows(AUTOSAM, (60, 60, 60), value="vit_l")).assign(ablation="encoder")
+    table = ablation_table(pd.concat([pd.DataFrame(rows(AUTOSAM, (50, 50, 50))), large]), sizes, grid)
+    assert table[["measure", "source", "vit_b", "vit_l"]].to_dict("split")["data"] == [
+        ["Dice in %", "this study", "50.0", "60.0"],
+        ["Dice in %", "paper", "39.3", "40.1"],
+        ["ASSD in mm", "this study", "2.00", "2.00"],
+        ["ASSD in mm", "paper", "23.59", "18.00"],
     ]
 
 
 def test_an_ablation_of_which_nothing_is_finished_is_an_empty_table(tmp_path):
     table = ablation_table(pd.DataFrame(rows(CNN, (40, 40, 40))), DEPTH, GRID)
     assert table.empty
-    assert list(table) == ["method", "labelled patients", "source", "2", "4", "5", "splits"]
+    assert list(table) == ["method", "labelled patients", "measure", "source", "2", "4", "5", "splits"]
     assert all(file.stat().st_size for file in write_table(table, tmp_path / "depth", "Depth."))
 
 

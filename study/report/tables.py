@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ _DICE = (
     "Dice in percent: mean over the test volumes of a split, for each class and then over classes; given is the mean "
     "± standard deviation (ddof 1) over the splits, without a deviation where there is only one. "
 )
-_PAPER = "The paper's figures come from other test patients"
-MAIN_CAPTION = (
-    f"{_DICE}ASSD in mm on the native grid, likewise; a miss, which is a class that is there and of which nothing was "
-    f"predicted, counts as the volume's diagonal. Misses are totals over splits and classes. {_PAPER}, and its ASSD is "
-    "another measure (95th percentile of the Hausdorff distance in pixels, 0 for a miss)."
+_ASSD = (
+    "ASSD in mm on the native grid, likewise; a miss, which is a class that is there and of which nothing was "
+    "predicted, counts as the volume's diagonal. "
 )
-ABLATION_CAPTION = f"{_DICE}All other settings are the method's own. {_PAPER}."
+_PAPER = (
+    "The paper's figures come from other test patients, and its ASSD is another measure (95th percentile of the "
+    "Hausdorff distance in pixels, 0 for a miss)."
+)
+MAIN_CAPTION = f"{_DICE}{_ASSD}Misses are totals over splits and classes. {_PAPER}"
+ABLATION_CAPTION = f"{_DICE}{_ASSD}All other settings are the method's own. {_PAPER}"
 
+_DECIMALS = {"Dice in %": 1, "ASSD in mm": 2}
 _BY = ["method", "labelled_patients", "value", "split"]
 _NUMBERS = r"(?:[\d.,\s±<+*-]|of|to)*"
 _LATEX = str.maketrans(
@@ -86,22 +90,22 @@ def ablation_table(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.D
         grid: the study's, whose cells tell which value is the method as it is.
 
     Returns:
-        a row of text for each method and number of labelled patients of which a changed value is finished, with the
-        mean Dice of each value that `ABLATION_CAPTION` explains; below it the paper's, where it has any.
+        rows of text for each method and number of labelled patients of which a changed value is finished: the mean
+        Dice and the mean ASSD of each value, as `ABLATION_CAPTION` explains; below them the paper's, where it has any.
     """
-    dice = 100 * split_means(_rows_of(scores, ablation, grid), "dice")["mean"]
+    own = _rows_of(scores, ablation, grid)
+    measures = {"Dice in %": 100 * split_means(own, "dice")["mean"], "ASSD in mm": split_means(own, "assd_mm")["mean"]}
     rows = []
     for method in grid.methods:
-        for count in sorted({count for key, count, *_ in dice.index if key == method.key}):
-            of_values = dict(list(dice.loc[(method.key, count)].groupby("value")))
-            lengths = sorted({len(values) for values in of_values.values()})
-            row = {"method": method.title, "labelled patients": str(count), "source": "this study"}
-            ours = {value: _mean_and_spread(of_values.get(value, pd.Series()), 1) for value in ablation.values}
-            rows.append(row | ours | {"splits": " to ".join(str(n) for n in dict.fromkeys((lengths[0], lengths[-1])))})
-            theirs = {value: _published_value(method, ablation, value, count) for value in ablation.values}
-            if any(theirs.values()):
-                rows.append(row | {"source": "paper"} | theirs | {"splits": "4"})
-    return pd.DataFrame(rows, columns=["method", "labelled patients", "source", *ablation.values, "splits"])
+        for count in sorted(set(own.loc[own["method"] == method.key, "labelled_patients"])):
+            row = {"method": method.title, "labelled patients": str(count)}
+            for measure, means in measures.items():
+                of_values = dict(list(means.loc[(method.key, count)].groupby("value")))
+                rows.append(row | {"measure": measure, "source": "this study"} | _ours(of_values, ablation, measure))
+                theirs = {v: _published_value(method, ablation, v, count, measure) for v in ablation.values}
+                if any(theirs.values()):
+                    rows.append(row | {"measure": measure, "source": "paper"} | theirs | {"splits": "4"})
+    return pd.DataFrame(rows, columns=["method", "labelled patients", "measure", "source", *ablation.values, "splits"])
 
 
 def write_table(table: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
@@ -165,9 +169,20 @@ def _published_columns(method: Method, labelled_patients: int) -> dict[str, str]
     }
 
 
-def _published_value(method: Method, ablation: Ablation, value: str, labelled_patients: int) -> str:
+def _ours(of_values: Mapping[str, pd.Series], ablation: Ablation, measure: str) -> dict[str, str]:
+    """Print what each value of an ablation reached, and over how many splits."""
+    decimals = _DECIMALS[measure]
+    lengths = sorted({len(values) for values in of_values.values()})
+    ours = {value: _mean_and_spread(of_values.get(value, pd.Series()), decimals) for value in ablation.values}
+    return ours | {"splits": " to ".join(str(n) for n in dict.fromkeys((lengths[0], lengths[-1])))}
+
+
+def _published_value(method: Method, ablation: Ablation, value: str, labelled_patients: int, measure: str) -> str:
     published = published_variant(method.paper, ablation.key, value, labelled_patients) if method.paper else None
-    return as_text(published.dice, 1) if published else ""
+    if published is None:
+        return ""
+    number = published.dice if measure == "Dice in %" else published.assd
+    return "" if number is None else as_text(number, _DECIMALS[measure])
 
 
 def _mean_and_spread(values: pd.Series, decimals: int) -> str:
