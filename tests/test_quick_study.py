@@ -1,7 +1,9 @@
 """The quick study from its command to its report, killed on the way and on other engines."""
 
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from study.cells import is_finished
+from study.cells import is_finished, read_record
 from study.engines import in_order
 from study.grid import read_grid
 
@@ -58,6 +60,17 @@ def test_every_method_ends_in_every_part_of_the_report(study):
     page = (study / "report.html").read_text()
     assert page.count("<img") == len(FIGURES)
     assert f"{len(grid.cells)} of {len(grid.cells)} cells are finished." in page
+
+
+def test_a_cells_folder_says_what_was_run(study):
+    folder = study / "cnn/patients_0/split_1"
+    record = read_record(folder)
+    assert record["bundle"] == "cnnhead_acdc"
+    assert record["versions"].keys() == {"autosam-bundles", "monai", "torch", "numpy"}
+    assert record["commands"].keys() == record["seconds"].keys() == {"evaluating"}
+    assert json.loads((folder / "evaluating.json").read_text())["split_seed"] == 1
+    assert re.search("Restored all variables from .*cnn_head.pt", (folder / "log.txt").read_text())
+    assert "starts from" in (study / "unet_phantoms/patients_1/split_0/log.txt").read_text()
 
 
 def test_each_volume_of_a_finished_study_is_scored_once_by_each_cell(study):

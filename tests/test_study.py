@@ -2,21 +2,19 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
 from components.phantom.dataset import write_phantom_dataset
 from study import engines
 from study.__main__ import run
-from study.cells import CellError, has_failed, is_finished, read_record, run_cell, stages_of
+from study.cells import CellError, has_failed, is_finished, run_cell, stages_of
 from study.costs import cost_table, measured_seconds, remaining_seconds
 from study.engines import connected, in_order, run_on_dask, run_serially, worker_environments
 from study.grid import Cell, Method, Preparation, Start, read_grid
@@ -153,24 +151,6 @@ def test_a_preparation_comes_once_and_before_what_starts_from_it():
     names = [task.name for task in in_order(cells)]
     assert names[:3] == ["s/start/split_0", "s/patients_1/split_0", "s/patients_5/split_0"]
     assert [name for name in names if "start" in name] == ["s/start/split_0", "e/start", "s/start/split_1"]
-
-
-def test_a_study_runs_its_cells_once_and_reports_them(phantoms, tmp_path):
-    methods = {name: method | {"knobs": SMALL} for name, method in METHODS.items()}
-    grid = write_grid(tmp_path / "grid.json", methods=methods, splits=[0], labelled_patients=[1])
-    output = tmp_path / "study"
-    run(str(grid), str(output), dataset_dir=phantoms)
-    table = pd.read_csv(output / "table_1.csv")
-    assert table["labelled patients"].tolist() == [0, 1]
-    for cell in read_grid(grid).cells:
-        folder = output / cell.name
-        assert is_finished(folder)
-        assert not run_cell(cell, dataset_dir=phantoms, output_dir=output.resolve())
-        assert (folder / "eval/metrics.csv").is_file()
-        assert json.loads((folder / "evaluating.json").read_text())["split_seed"] == 0
-        assert read_record(folder)["versions"].keys() == {"autosam-bundles", "monai", "torch", "numpy"}
-    log = (output / "as_it_comes/patients_0/split_0/log.txt").read_text()
-    assert re.search("Restored all variables from .*linear_head.pt", log)
 
 
 def test_a_cell_with_other_settings_is_not_taken_for_this_one(tmp_path):
