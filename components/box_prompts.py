@@ -9,11 +9,7 @@ from torch import nn
 from components.encoder import SamEncoder
 from components.image_encoder import PATCH_SIZE
 from components.precision import autocast_to, check_precision
-from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything, load_decoder
-
-mask_decoder = import_from_segment_anything("modeling.mask_decoder")
-prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
-transformer = import_from_segment_anything("modeling.transformer")
+from components.sam import build_decoder, load_decoder
 
 OVERLAPS = ("smallest", "logit", "argmax")
 
@@ -27,7 +23,8 @@ class BoxPromptedSam(nn.Module):
     Args:
         encoder: SAM's image encoder.
         out_channels: classes C, background included.
-        checkpoint: SAM checkpoint of prompt encoder and mask decoder; None for random weights.
+        checkpoint: SAM checkpoint of prompt encoder and mask decoder; None for random weights, the
+            same in every run.
         overlaps: what a pixel in the masks of several classes becomes: `smallest`, the class of the smallest mask, so
             that the LV survives a mask of the Myo without its hole; `logit`, that of the highest logit; or `argmax`,
             the first of them, as the authors do.
@@ -56,12 +53,7 @@ class BoxPromptedSam(nn.Module):
         self.overlaps = overlaps
         self.precision = precision
         size = encoder.image_size
-        grid = size // PATCH_SIZE
-        self.prompt_encoder = prompt_encoder.PromptEncoder(EMBEDDING_CHANNELS, (grid, grid), (size, size), 16)
-        self.mask_decoder = mask_decoder.MaskDecoder(
-            transformer_dim=EMBEDDING_CHANNELS,
-            transformer=transformer.TwoWayTransformer(2, EMBEDDING_CHANNELS, num_heads=8, mlp_dim=2048),
-        )
+        self.prompt_encoder, self.mask_decoder = build_decoder(size // PATCH_SIZE, size)
         if checkpoint is not None:
             load_decoder(self.mask_decoder, self.prompt_encoder, checkpoint)
 

@@ -11,13 +11,12 @@ from torch import nn
 
 from components.embedding_cache import BlankImages, EmbeddingCache
 from components.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder
-from components.sam import load_part, read_checkpoint
+from components.sam import load_part, random_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-RANDOM_WEIGHTS_SEED = 20230613
 
 
 class SamEncoder(nn.Module):
@@ -207,9 +206,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _build(model_type: str, checkpoint: str | None) -> ImageEncoder:
     """Build an image encoder and fill it from a checkpoint, or from a constant seed and with a warning."""
-    # The global generator is left as it was, so that a head built next is the same whatever the encoder.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
+    with random_weights():
         encoder = ImageEncoder(ARCHITECTURES[model_type])
     if checkpoint is None:
         logger.warning(

@@ -20,15 +20,10 @@ from components.image_encoder import PATCH_SIZE
 from components.networks import PromptFreeSam
 from components.pretraining import JointHead
 from components.pretraining_record import RECORD_FILENAME, versions
-from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything
-
-mask_decoder = import_from_segment_anything("modeling.mask_decoder")
-prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
-transformer = import_from_segment_anything("modeling.transformer")
+from components.sam import build_decoder
 
 ENCODER_FILENAME = "phantom_encoder.pth"
 EXPORT_RECORD_FILENAME = "record.json"
-UNTRAINED_SEED = 0
 
 
 def exported(network: PromptFreeSam, *, ckpt_dir: str, export_dir: str) -> PromptFreeSam:
@@ -83,16 +78,7 @@ def sam_state(encoder: SamEncoder, head: ViTHead) -> dict[str, torch.Tensor]:
     Returns:
         a flat state dict in SAM's own layout, detached, on the CPU.
     """
-    grid = encoder.image_size // PATCH_SIZE
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(UNTRAINED_SEED)
-        decoder = mask_decoder.MaskDecoder(
-            transformer_dim=EMBEDDING_CHANNELS,
-            transformer=transformer.TwoWayTransformer(
-                depth=2, embedding_dim=EMBEDDING_CHANNELS, num_heads=8, mlp_dim=2048
-            ),
-        )
-        prompts = prompt_encoder.PromptEncoder(EMBEDDING_CHANNELS, (grid, grid), (encoder.image_size,) * 2, 16)
+    prompts, decoder = build_decoder(encoder.image_size // PATCH_SIZE, encoder.image_size)
     decoder.transformer.load_state_dict(head.transformer.state_dict())
     decoder.output_upscaling.load_state_dict(head.output_upscaling.state_dict())
     for mlp in decoder.output_hypernetworks_mlps:

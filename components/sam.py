@@ -4,7 +4,8 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ CHECKPOINT_FILES = {
     "vit_l": "sam_vit_l_0b3195.pth",
     "vit_h": "sam_vit_h_4b8939.pth",
 }
+RANDOM_WEIGHTS_SEED = 20230613
 EMBEDDING_CHANNELS = 256  # of the image embeddings, between encoder and head
 CHECKPOINT_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
@@ -142,6 +144,36 @@ def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *
             "give --sam_checkpoint an official checkpoint of the same --model_type"
         )
     module.load_state_dict(state)
+
+
+@contextmanager
+def random_weights() -> Iterator[None]:
+    """Have what is built here begin with the same random weights in every run.
+
+    The global generator is left as it was, so that a head built next is the same whatever the encoder.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
+        yield
+
+
+def build_decoder(grid: int, image_size: int) -> tuple[Any, Any]:
+    """Build SAM's prompt encoder and mask decoder as `segment_anything` does, with `random_weights`.
+
+    Args:
+        grid: side of the embeddings.
+        image_size: side of the images in pixels, in which prompts are given.
+
+    Returns:
+        the prompt encoder and the mask decoder.
+    """
+    prompt_encoder, mask_decoder, transformer = (
+        import_from_segment_anything(f"modeling.{name}") for name in ("prompt_encoder", "mask_decoder", "transformer")
+    )
+    with random_weights():
+        prompts = prompt_encoder.PromptEncoder(EMBEDDING_CHANNELS, (grid, grid), (image_size, image_size), 16)
+        layers = transformer.TwoWayTransformer(2, EMBEDDING_CHANNELS, num_heads=8, mlp_dim=2048)
+        return prompts, mask_decoder.MaskDecoder(transformer_dim=EMBEDDING_CHANNELS, transformer=layers)
 
 
 def load_decoder(mask_decoder: nn.Module, prompt_encoder: nn.Module, path: str) -> None:

@@ -95,6 +95,12 @@ def test_classes_that_the_truth_lacks_are_not_predicted(network):
     assert torch.equal(output[1, 0], torch.ones(48, 48))
 
 
+def test_random_weights_are_the_same_in_every_run():
+    first, second = (BoxPromptedSam(SamEncoder("vit_tiny", image_size=64), out_channels=4) for _ in range(2))
+    for (name, value), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="unknown overlaps 'first': expected one of smallest, logit, argmax"):
         BoxPromptedSam(SamEncoder("vit_tiny", image_size=64), 4, overlaps="first")
