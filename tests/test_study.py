@@ -1,11 +1,8 @@
 """Studies: grids, cells and the engines that run them."""
 
 import json
-import os
-import signal
+import logging
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -201,24 +198,25 @@ def test_what_starts_from_a_failed_preparation_is_not_run():
     assert second == "not run, since it starts from s/start/split_0, which failed"
 
 
-def test_a_folder_has_one_runner_at_a_time_even_if_its_study_was_killed(tmp_path, phantoms):
-    """A killed study leaves its runner behind, which goes on writing into the cell's folder."""
-    knobs = SMALL | {"epochs": 3}
-    grid = write_grid(tmp_path / "grid.json", splits=[0], methods={"m": METHODS["adapted"] | {"knobs": knobs}})
-    output = tmp_path / "study"
-    command = [sys.executable, "-m", "study", "run", "--config", str(grid), "--output_dir", str(output)]
-    command += ["--dataset_dir", phantoms, "--only", "m/patients_1"]
-    killed = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    log = output / "m/patients_1/split_0/log.txt"
-    while not log.is_file() or not log.stat().st_size:
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    assert "is run by another process: waiting for it" in second.stderr
-    assert is_finished(log.parent)
+def test_a_folder_is_held_as_long_as_the_runner_of_a_killed_study_lives(tmp_path, monkeypatch, caplog):
+    cell = Cell(LINEAR, 1, 0)
+    runs = []
+
+    def run_bundle(_command, *, pass_fds, **_):
+        if not runs:  # the study that is killed: its runner lives on with the lock's descriptor
+            runs.append(subprocess.Popen(["sleep", "2"], pass_fds=pass_fds))
+            raise KeyboardInterrupt
+        runs.append(runs[0].poll())
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr("study.cells.subprocess.run", run_bundle)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
+    assert "is run by another process: waiting for it" in caplog.text
+    assert runs[1:] == [0, 0]  # training and evaluation, both after the other's end
+    assert is_finished(tmp_path / cell.name)
 
 
 def score_tables(output, grid):
