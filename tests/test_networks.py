@@ -8,9 +8,10 @@ from monai.networks.utils import copy_model_state
 from torch import nn
 
 from components import precision as precision_module
-from components.encoder import RANDOM_WEIGHTS_SEED, SamEncoder
+from components.encoder import SamEncoder
 from components.heads import CNNHead, LinearHead
 from components.networks import PromptFreeSam
+from components.sam import RANDOM_WEIGHTS_SEED
 
 IMAGES = torch.arange(2 * 3 * 64 * 64).view(2, 3, 64, 64).float() % 255
 
