@@ -65,6 +65,11 @@ def list_cases(
     return cases
 
 
+def patient_of(case: str) -> str:
+    """Return the patient of a case by its name: `patient001` of `patient001_frame01`."""
+    return case.partition("_frame")[0]
+
+
 def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[str, list[Case]]:
     """Read the layout of an ACDC release.
 

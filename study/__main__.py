@@ -16,7 +16,7 @@ from typing import Any
 import fire
 
 from components.phantom.dataset import write_phantom_dataset
-from study.cells import has_failed, is_finished, read_record, run_cell
+from study.cells import error_of, is_finished, run_cell
 from study.costs import cost_table, remaining_seconds
 from study.engines import Result, Task, connected, in_order, name_of_needed, run_on_dask, run_serially
 from study.grid import Grid, read_grid
@@ -108,8 +108,8 @@ def _results(tasks: Sequence[Task], run_task: Any, workers: int, scheduler: str 
 
 def _broken(tasks: Sequence[Task], output: Path) -> dict[str, str]:
     """Return what ended with an error when it was last run, and the error."""
-    folders = {task.name: output / task.name for task in tasks}
-    return {name: (read_record(folder) or {})["error"] for name, folder in folders.items() if has_failed(folder)}
+    errors = {task.name: error_of(output / task.name) for task in tasks}
+    return {name: error for name, error in errors.items() if error is not None}
 
 
 def _dataset(grid: Grid, dataset_dir: str, output: Path) -> str:

@@ -173,9 +173,14 @@ def is_finished(folder: Path) -> bool:
     return record is not None and record["seconds"].keys() == record["commands"].keys()
 
 
+def error_of(folder: Path) -> str | None:
+    """Return the error that a cell's last run ended with, None for none."""
+    return (read_record(folder) or {}).get("error")
+
+
 def has_failed(folder: Path) -> bool:
     """Say whether a cell's last run ended with an error."""
-    return "error" in (read_record(folder) or {})
+    return error_of(folder) is not None
 
 
 def _has_results(folder: Path) -> bool:

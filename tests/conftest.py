@@ -82,6 +82,20 @@ def messages_of(error: BaseException | None) -> str:
     return "\n".join(messages)
 
 
+def labels_of(method, labelled_patients, split, value=""):
+    """The columns that name a cell in a study's tables, of the method as it is or of a value of its depth."""
+    from study.grid import Cell, Variant  # here, since most test modules need none of a report's packages
+    from study.report.scores import cell_labels
+
+    variant = Variant("depth", value) if value else None
+    return cell_labels(Cell(method, labelled_patients, split, variant), training_patients=0)
+
+
+def mark_finished(folder: Path) -> None:
+    """Make a folder that of a study's cell of which all is done."""
+    (folder / "cell.json").write_text(json.dumps({"commands": {"evaluating": []}, "seconds": {"evaluating": 1}}))
+
+
 @pytest.fixture(scope="session")
 def sam_vit_b() -> nn.Module:
     """`segment_anything`'s own vit_b with random weights."""

@@ -1,12 +1,12 @@
 """Volumes, ejection fractions and mass from label maps, and how predicted ones agree with true ones."""
 
-import json
 import math
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import labels_of, mark_finished
 
 from components.acdc import list_cases
 from components.cases import case_name
@@ -49,22 +49,15 @@ def write_patients(root, count=4):
 
 def finish(cell, output_dir):
     (output_dir / cell.name / "eval").mkdir(parents=True)
-    (output_dir / cell.name / "cell.json").write_text(
-        json.dumps({"commands": {"evaluating": []}, "seconds": {"evaluating": 1}})
-    )
+    mark_finished(output_dir / cell.name)
     return output_dir / cell.name / "eval"
 
 
 def measurements(*pairs, quantity="LV EF (%)", method=CNN, labelled_patients=1, split=0, value=""):
     """A row for each pair of truth and prediction, of patient1, patient2, ..."""
     return pd.DataFrame(
-        {
-            "method": method.key,
-            "title": method.title,
-            "ablation": "depth" if value else "",
-            "value": value,
-            "labelled_patients": labelled_patients,
-            "split": split,
+        labels_of(method, labelled_patients, split, value)
+        | {
             "patient": f"patient{number}",
             "quantity": quantity,
             "truth": float(truth),

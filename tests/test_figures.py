@@ -1,6 +1,5 @@
 """The figures of a study, and the embeddings behind one of them."""
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import labels_of, mark_finished
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -64,7 +64,7 @@ def finish(cell, output_dir, dataset_dir, *, dice=(0.9, 0.8, 0.7, 0.6), pred=Non
     """A finished cell with the same prediction of all four test cases and a Dice for each."""
     folder = output_dir / cell.name
     (folder / "eval").mkdir(parents=True)
-    (folder / "cell.json").write_text(json.dumps({"commands": {"evaluating": []}, "seconds": {"evaluating": 1}}))
+    mark_finished(folder)
     cases = cases_of(dataset_dir, cell.split)
     for case in cases:
         save(block(20, side=6) if pred is None else pred, folder / f"eval/{case}_pred.nii.gz")
@@ -163,13 +163,8 @@ def scores(method, *percent, labelled_patients=1, split=0, value=""):
     """One volume for each number, with this Dice of all classes."""
     cases = [f"patient{number:03d}_frame01" for number in range(1, len(percent) + 1)]
     return pd.DataFrame(
-        {
-            "method": method.key,
-            "title": method.title,
-            "ablation": "depth" if value else "",
-            "value": value,
-            "labelled_patients": labelled_patients,
-            "split": split,
+        labels_of(method, labelled_patients, split, value)
+        | {
             "case": case,
             "class": name,
             "dice": p / 100,

@@ -2,6 +2,7 @@ import csv
 
 import pandas as pd
 import pytest
+from conftest import labels_of
 
 from study.grid import Ablation, Cell, Grid, Method, Variant
 from study.report.published import TABLE_1, published_by_title, published_scores, published_variant
@@ -30,13 +31,8 @@ GRID = Grid(
 def rows(method, dice, *, labelled_patients=1, split=0, value="", case="patient001_frame01", assd_mm=(1, 2, 3)):
     """One volume's rows, with the Dice of RV, Myo and LV in percent."""
     return [
-        {
-            "method": method.key,
-            "title": method.title,
-            "ablation": "depth" if value else "",
-            "value": value,
-            "labelled_patients": labelled_patients,
-            "split": split,
+        labels_of(method, labelled_patients, split, value)
+        | {
             "case": case,
             "class": name,
             "dice": percent / 100,

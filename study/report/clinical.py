@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from components.acdc import CLASS_NAMES, Case, list_cases
+from components.acdc import CLASS_NAMES, Case, list_cases, patient_of
 from components.cases import case_name
 from components.volumes import PREDICTION_POSTFIX
 from study.grid import Cell
@@ -88,7 +88,7 @@ def read_measurements(
         if cell.split not in truths:
             truths[cell.split] = _measure_all([case["label"] for case in cases])
         predictions = _measure_all([prediction_file(cell, case, output_dir) for case in cases])
-        patients = [case_name(case["image"]).partition("_frame")[0] for case in cases[::2]]
+        patients = [patient_of(case_name(case["image"])) for case in cases[::2]]
         labels = cell_labels(cell, training_patients)
         for patient, truth, predicted in zip(patients, truths[cell.split], predictions, strict=True):
             of_patient = labels | {"patient": patient}

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from sklearn.manifold import TSNE
 
+from components.acdc import patient_of
 from components.cases import case_name_of
 from components.phantom.slices import FIELD_MM, phantom_slices
 from study.cells import stages_of
 from study.grid import Cell, Method
+from study.report.figures import COLOURS
 
 PHANTOMS = "phantoms"
 _OTHERS = "others"
@@ -26,8 +28,6 @@ _BATCH_SIZE = 4
 _MOST_GROUPS = 12
 _SEED = 0
 _LARGEST_PERPLEXITY = 30
-# Okabe and Ito's colour-blind-safe palette without its yellow, which white paper hides; markers tell repeats apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "^")
 _NEUTRAL = "0.6"
 
@@ -68,7 +68,7 @@ def embed_slices(
     for case in parser.get_parsed_content("validate#dataset"):
         images = case["image"].as_tensor().permute(3, 0, 1, 2)
         vectors.append(_mean_embeddings(network.encoder, images))
-        groups += [case_name_of(case["image"]).partition("_frame")[0]] * len(images)
+        groups += [patient_of(case_name_of(case["image"]))] * len(images)
         side = images.shape[-1]
     # The same field of view as the real slices, which may have been cropped from their canvas.
     field_mm = FIELD_MM * side / parser.get_parsed_content("canvas_size")
@@ -98,7 +98,7 @@ def draw_embeddings(vectors: np.ndarray, groups: list[str]) -> Figure:
     axes = figure.subplots()
     named = sorted(set(groups) - {_OTHERS, PHANTOMS})
     for number, name in enumerate(named):
-        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+        colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS) % len(_MARKERS)]
         _scatter(axes, points, groups, name, color=colour, marker=marker)
     _scatter(axes, points, groups, _OTHERS, color=_NEUTRAL, marker="s")
     _scatter(axes, points, groups, PHANTOMS, color="black", marker="x")

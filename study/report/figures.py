@@ -28,7 +28,8 @@ _METADATA: Mapping[str, Mapping[str, None]] = {".png": {"Software": None}, ".svg
 _SALT = "study"  # any will do: without one, the ids in an SVG are drawn by chance
 _METHODS_IN_A_ROW = 6
 # Okabe and Ito's colour-blind-safe palette without its yellow, which white paper hides; markers tell repeats apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_METHOD_COLOURS = (*COLOURS, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
 _APART = 0.03  # of the distance of two numbers of patients, between two methods' markers
 
@@ -80,7 +81,10 @@ def draw_dice_by_patients(scores: pd.DataFrame, published: Mapping[str, Mapping[
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     for number, (key, table) in enumerate(of_methods.items()):
-        style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+        style: dict[str, Any] = {
+            "color": _METHOD_COLOURS[number % len(_METHOD_COLOURS)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+        }
         apart = _APART * (number - (len(of_methods) - 1) / 2)
         _draw_method(axes, table, counts, apart=apart, label=textwrap.fill(titles[key], 28), style=style)
         x = [counts.index(count) + apart for count in reported[key]]
@@ -162,7 +166,7 @@ def _draw_method(
 def _draw_agreement(axes: Axes, pairs: pd.DataFrame, statistics: pd.Series) -> None:
     """Draw one method's points and lines, and say the numbers above."""
     error = pairs["predicted"] - pairs["truth"]
-    axes.scatter((pairs["predicted"] + pairs["truth"]) / 2, error, s=9, color=_COLOURS[0], linewidths=0)
+    axes.scatter((pairs["predicted"] + pairs["truth"]) / 2, error, s=9, color=COLOURS[0], linewidths=0)
     axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     numbers = f"n = {statistics['n']}"
     if statistics["n"] > 0:
@@ -171,7 +175,7 @@ def _draw_agreement(axes: Axes, pairs: pd.DataFrame, statistics: pd.Series) -> N
     if statistics["n"] > 1:
         limits = [statistics["lower_limit"], statistics["upper_limit"]]
         for limit in limits:
-            axes.axhline(limit, color=_COLOURS[1], linewidth=0.9, linestyle="dashed")
+            axes.axhline(limit, color=COLOURS[1], linewidth=0.9, linestyle="dashed")
         numbers = f"{statistics['mean_error']:+z.1f} ({limits[0]:+z.1f} to {limits[1]:+z.1f}), n = {statistics['n']}"
     axes.set_title(numbers, fontsize=7, pad=3)
 

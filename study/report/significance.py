@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
+from components.acdc import patient_of
 from study.grid import Method
 
 SIGNIFICANCE_CAPTION = (
@@ -120,7 +121,7 @@ def _volumes_by_title(labelled_patients: int, scores: pd.DataFrame, methods: tup
 
 def _by_patient(volumes: pd.Series) -> pd.Series:
     """Average over the frames and splits of each patient."""
-    patients = volumes.index.get_level_values("case").str.split("_frame").str[0]
+    patients = volumes.index.get_level_values("case").map(patient_of)
     return volumes.groupby(patients).mean()
 
 

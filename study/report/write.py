@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Picture
 
 from components.acdc import list_patients, split_patients
 from components.files import write_atomically
-from study.cells import has_failed, read_record
+from study.cells import error_of, read_record
 from study.grid import Cell, Grid
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
 from study.report.contours import draw_contours
@@ -175,15 +175,12 @@ class _Report:
 def _state(grid: Grid, cells: Sequence[Cell], output_dir: Path) -> Section:
     """Say what the report rests on and what is missing."""
     missing = [cell.name for cell in grid.cells if cell not in cells]
-    failed = {
-        name: (read_record(output_dir / name) or {})["error"] for name in missing if has_failed(output_dir / name)
-    }
     records = [read_record(output_dir / cell.name) or {} for cell in cells]
     versions = sorted(
         {", ".join(f"{name} {version}" for name, version in each["versions"].items()) for each in records}
     )
     text = f"{len(cells)} of {len(grid.cells)} cells are finished."
-    table = pd.DataFrame({"cell": missing, "state": [failed.get(name, "not run") for name in missing]})
+    table = pd.DataFrame({"cell": missing, "state": [error_of(output_dir / name) or "not run" for name in missing]})
     return Section(
         "State",
         text="\n\n".join([text, *versions]),
