@@ -1,6 +1,7 @@
 """Volumes, ejection fractions and mass from label maps, and how predicted ones agree with true ones."""
 
 import math
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +20,7 @@ from study.report.clinical import (
     read_measurements,
     read_volumes_ml,
 )
+from study.report.scores import count_training_patients
 
 NAN = float("nan")
 CNN = Method("cnn", "CNN head", "cnnhead_acdc")
@@ -35,15 +37,15 @@ def write_labels(path, *, rv=0, myo=0, lv=0, spacing_mm=ONE_ML_MM):
     return path
 
 
-def write_patients(root, count=4):
+def write_patients(root, count=4, folder="training", first=1):
     """Patient N has an LV of 100 + N ml at ED and half of it at ES, 80 ml of RV that halve, and 50 ml of myocardium."""
-    for number in range(1, count + 1):
-        folder = root / f"training/patient{number:03d}"
+    for number in range(first, first + count):
+        patient = root / folder / f"patient{number:03d}"
         for frame, share in ((ED_FRAME, 1), (ES_FRAME, 2)):
-            stem = f"{folder.name}_frame{frame:02d}"
-            write_labels(folder / f"{stem}_gt.nii.gz", rv=80 // share, myo=50, lv=2 * (50 + number) // share)
-            write_labels(folder / f"{stem}.nii.gz")
-        (folder / "Info.cfg").write_text(f"ED: {ED_FRAME}\nES: {ES_FRAME}\n")
+            stem = f"{patient.name}_frame{frame:02d}"
+            write_labels(patient / f"{stem}_gt.nii.gz", rv=80 // share, myo=50, lv=2 * (50 + number) // share)
+            write_labels(patient / f"{stem}.nii.gz")
+        (patient / "Info.cfg").write_text(f"ED: {ED_FRAME}\nES: {ES_FRAME}\n")
     return str(root)
 
 
@@ -105,13 +107,13 @@ def test_a_ventricle_missing_at_ed_has_no_ejection_fraction():
 
 def test_every_test_patient_is_measured_on_truth_and_prediction(tmp_path):
     data = write_patients(tmp_path / "data", count=10)
-    cells = [Cell(CNN, None, 0), Cell(CNN, 1, 0)]  # the second was never run
-    folder = finish(cells[0], tmp_path / "study")
+    cell = Cell(CNN, None, 0)
+    folder = finish(cell, tmp_path / "study")
     cases = list_cases(data, "test", split_seed=0)
     for case in cases:
         ed = f"_frame{ED_FRAME}" in case["image"]
         write_labels(folder / f"{case_name(case['image'])}_pred.nii.gz", rv=0, myo=60, lv=100 if ed else 70)
-    table = read_measurements(cells, tmp_path / "study", dataset_dir=data, training_patients=6)
+    table = read_measurements([cell], tmp_path / "study", dataset_dir=data, training_patients=6)
     patients = {case_name(case["image"])[:10] for case in cases}
     assert len(patients) == 2
     assert set(table["patient"]) == patients
@@ -126,6 +128,21 @@ def test_every_test_patient_is_measured_on_truth_and_prediction(tmp_path):
         assert rows.loc["RV EF (%)", "truth"] == 50
         assert math.isnan(rows.loc["RV EF (%)", "predicted"])
         assert rows.loc["myocardial mass, ES (g)", ["truth", "predicted"]].tolist() == pytest.approx([52.5, 63])
+
+
+def test_patients_of_the_testing_folder_are_measured_where_they_take_part(tmp_path):
+    data = write_patients(tmp_path / "data", count=10)
+    write_patients(tmp_path / "data", count=10, folder="testing", first=101)
+    cell = Cell(replace(CNN, knobs={"include_testing": True}), None, 0)
+    cases = list_cases(data, "test", split_seed=0, include_testing=True)
+    patients = {case_name(case["image"])[:10] for case in cases}
+    assert any(patient > "patient100" for patient in patients)
+    folder = finish(cell, tmp_path / "study")
+    for case in cases:
+        write_labels(folder / f"{case_name(case['image'])}_pred.nii.gz", rv=10, myo=60, lv=100)
+    table = read_measurements([cell], tmp_path / "study", dataset_dir=data, training_patients=14)
+    assert set(table["patient"]) == patients
+    assert count_training_patients(cell, data) == 14
 
 
 def test_bias_and_limits_of_agreement():

@@ -11,11 +11,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from components.acdc import CLASS_NAMES, Case, list_cases, patient_of
+from components.acdc import CLASS_NAMES, Case, patient_of
 from components.cases import case_name
 from components.volumes import PREDICTION_POSTFIX
 from study.grid import Cell
-from study.report.scores import cell_labels, finished_cells
+from study.report.scores import cases_of, cell_labels
 
 CLINICAL_CAPTION = (
     "Clinical read-out of the predicted masks against that of the true ones. Bias: mean of predicted minus true over "
@@ -72,7 +72,7 @@ def read_measurements(
     """Measure the test patients of finished cells, on the true and on the predicted masks.
 
     Args:
-        cells: of the study; those that aren't finished are left out.
+        cells: finished ones.
         output_dir: of the study.
         dataset_dir: of ACDC, or a data set in its layout.
         training_patients: how many patients `labelled_patients` null means.
@@ -82,16 +82,17 @@ def read_measurements(
         `quantity`, `truth` and `predicted`, both nan where undefined; sorted as the cells are.
     """
     rows: list[dict[str, Any]] = []
-    truths: dict[int, list[dict[str, float]]] = {}
-    for cell in finished_cells(cells, output_dir):
-        cases = list_cases(dataset_dir, "test", split_seed=cell.split)
-        if cell.split not in truths:
-            truths[cell.split] = _measure_all([case["label"] for case in cases])
+    truths: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for cell in cells:
+        cases = cases_of(cell, dataset_dir)
+        labels = tuple(case["label"] for case in cases)
+        if labels not in truths:
+            truths[labels] = _measure_all(labels)
         predictions = _measure_all([prediction_file(cell, case, output_dir) for case in cases])
         patients = [patient_of(case_name(case["image"])) for case in cases[::2]]
-        labels = cell_labels(cell, training_patients)
-        for patient, truth, predicted in zip(patients, truths[cell.split], predictions, strict=True):
-            of_patient = labels | {"patient": patient}
+        of_cell = cell_labels(cell, training_patients)
+        for patient, truth, predicted in zip(patients, truths[labels], predictions, strict=True):
+            of_patient = of_cell | {"patient": patient}
             rows += [
                 of_patient | {"quantity": quantity, "truth": truth[quantity], "predicted": predicted[quantity]}
                 for quantity in truth

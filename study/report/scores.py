@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from components.acdc import Case, list_cases, list_patients, split_patients
 from study.cells import is_finished
 from study.grid import Cell
 
@@ -15,6 +16,17 @@ from study.grid import Cell
 def finished_cells(cells: Iterable[Cell], output_dir: Path) -> list[Cell]:
     """List the cells of a study that are done, in the study's order."""
     return [cell for cell in cells if is_finished(output_dir / cell.name)]
+
+
+def cases_of(cell: Cell, dataset_dir: str) -> list[Case]:
+    """List the test cases of a cell, ED before ES."""
+    return list_cases(dataset_dir, "test", split_seed=cell.split, include_testing=_includes_testing(cell))
+
+
+def count_training_patients(cell: Cell, dataset_dir: str) -> int:
+    """Count the patients that a cell with `labelled_patients` null trains on."""
+    patients = list_patients(dataset_dir, include_testing=_includes_testing(cell))
+    return len(split_patients(list(patients), seed=cell.split)["training"])
 
 
 def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_patients: int) -> pd.DataFrame:
@@ -55,6 +67,10 @@ def cell_labels(cell: Cell, training_patients: int) -> dict[str, Any]:
         "labelled_patients": training_patients if cell.labelled_patients is None else cell.labelled_patients,
         "split": cell.split,
     }
+
+
+def _includes_testing(cell: Cell) -> bool:
+    return bool(cell.method.knobs.get("include_testing", False))
 
 
 def _read(cells: Iterable[Cell], output_dir: Path, file: str, training_patients: int) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure as Picture
 
-from components.acdc import list_patients, split_patients
 from components.files import write_atomically
 from study.cells import error_of, read_record
 from study.grid import Cell, Grid
@@ -23,7 +22,7 @@ from study.report.figures import (
 )
 from study.report.page import Figure, Section, Table, write_page
 from study.report.published import published_by_title
-from study.report.scores import finished_cells, read_misses, read_scores
+from study.report.scores import count_training_patients, finished_cells, read_misses, read_scores
 from study.report.significance import (
     MATRIX_CAPTION,
     SIGNIFICANCE_CAPTION,
@@ -62,7 +61,7 @@ class _Report:
     def __init__(
         self, grid: Grid, cells: Sequence[Cell], output_dir: Path, *, dataset_dir: str, sam_dir: str | None
     ) -> None:
-        training = len(split_patients(list(list_patients(dataset_dir)), seed=0)["training"])
+        training = count_training_patients(cells[0], dataset_dir)
         self.grid = grid
         self.cells = cells
         self.output_dir = output_dir
