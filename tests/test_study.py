@@ -1,13 +1,16 @@
 """Studies: grids, cells and the engines that run them."""
 
+import importlib
 import json
 import logging
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 
+import study
 from components.phantom.dataset import write_phantom_dataset
 from study import engines
 from study.__main__ import run
@@ -305,3 +308,9 @@ def test_a_study_without_data_asks_for_them(tmp_path):
     with pytest.raises(ValueError, match="give --dataset_dir PATH"):
         run(str(write_grid(tmp_path / "grid.json")), str(tmp_path))
     assert not Path(tmp_path / "phantoms").exists()
+
+
+def test_a_missing_package_of_the_study_is_named_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    with pytest.raises(ModuleNotFoundError, match=r"a study needs tabulate, .*'\.\[study\]'"):
+        importlib.reload(study)
