@@ -39,8 +39,9 @@ class TwoViews(Randomizable):
 
 
 class ContrastiveUNet(nn.Module):
-    """From images to vectors that tell them apart: a UNet's contracting path, its mean over space, two linear layers.
+    """From images to vectors that tell them apart: a UNet's contracting path, its maxima over space, two linear layers.
 
+    Maxima, not means: the path ends on an instance norm, which leaves nearly the same mean in every channel and image.
     Its checkpoints name the path as `components.unet.GreyUNet` does, which takes them for its `start_checkpoint`.
 
     Args:
@@ -74,4 +75,4 @@ class ContrastiveUNet(nn.Module):
         with autocast_to(self.precision, images.device.type):
             for name in CONTRACTING_PATH:
                 features = self.unet[name](features)
-            return self.projection(features.mean((2, 3))).float()
+            return self.projection(features.amax((2, 3))).float()
