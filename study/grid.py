@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from study.published import TABLE_1
+
 BUNDLES = Path(__file__).parents[1] / "bundles"
 _GRID_KEYS = {"_desc_", "methods", "labelled_patients", "splits", "dataset", "ablations"}
 _METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "labelled_patients", "start", "paper"}
@@ -172,8 +174,8 @@ def read_grid(path: str | Path) -> Grid:
         the study.
 
     Raises:
-        ValueError: when a key is unknown or missing; a bundle, an overlay or an ablation's method does not exist; two
-            methods have one title; or a bundle that does not train is to.
+        ValueError: when a key is unknown or missing; a bundle, an overlay, an ablation's method or a row of the paper
+            does not exist; two methods have one title; or a bundle that does not train is to.
     """
     grid = json.loads(Path(path).read_text())
     _check_keys(grid, f"{path}", required={"methods", "labelled_patients", "splits"}, known=_GRID_KEYS)
@@ -227,6 +229,11 @@ def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int 
     if twice := {title for title in titles if titles.count(title) > 1}:
         raise ValueError(f"{path}: {', '.join(sorted(twice))} is the title of several methods: tables go by title")
     for key, method in methods.items():
+        if method.paper is not None and method.paper not in TABLE_1:
+            raise ValueError(
+                f"method {key} of {path}: the paper's table 1 has no row {method.paper!r}, expected one of "
+                f"{', '.join(TABLE_1)}"
+            )
         if not method.trains and counts[key] != [0]:
             raise ValueError(
                 f"method {key} of {path}: {method.bundle} does not train, so expected its labelled_patients to be [0], "

@@ -90,6 +90,10 @@ def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path
         ({"methods": {"m": {"title": "m", "bundle": "cnn"}}}, "needs .*cnn.configs.*json, which does not exist"),
         ({"methods": {"m": {"title": "m", "bundle": "cnnhead_acdc", "overlays": ["huge"]}}}, "huge.json"),
         (
+            {"methods": {"m": {"title": "m", "bundle": "unet_acdc", "paper": "UNet"}}},
+            "method m of .*no row 'UNet', expected one of UNET, ",
+        ),
+        (
             {"methods": {"m": {"title": "m", "bundle": "unet_acdc", "start": {}}}},
             "start of method m .*overlays missing",
         ),

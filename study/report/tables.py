@@ -10,7 +10,7 @@ import pandas as pd
 
 from components.files import write_atomically
 from study.grid import Ablation, Grid, Method
-from study.report.published import MeanStd, as_text, published_scores, published_variant
+from study.published import MeanStd, as_text, published_scores, published_variant
 
 _DICE = (
     "Dice in percent: mean over the test volumes of a split, for each class and then over classes; given is the mean "

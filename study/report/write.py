@@ -11,6 +11,7 @@ from matplotlib.figure import Figure as Picture
 from components.files import write_atomically
 from study.cells import error_of, read_record
 from study.grid import Cell, Grid
+from study.published import published_by_title
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
 from study.report.contours import draw_contours
 from study.report.embeddings import draw_embeddings, embed_slices, embedding_method
@@ -21,7 +22,6 @@ from study.report.figures import (
     save_figure,
 )
 from study.report.page import Figure, Section, Table, write_page
-from study.report.published import published_by_title
 from study.report.scores import count_training_patients, finished_cells, read_misses, read_scores
 from study.report.significance import (
     MATRIX_CAPTION,
