@@ -79,6 +79,7 @@ AUGMENTATION = """\
 UNET_AUGMENTATION = """\
                 {"_target_": "Rand2DElasticd", "keys": ["image", "label"], "prob": 1.0, "spacing": [32, 32], "magnitude_range": [0, 3], "rotate_range": 1.0, "scale_range": 0.3, "translate_range": 20, "mode": ["bilinear", "nearest"], "padding_mode": "zeros"},
                 {"_target_": "RandAxisFlipd", "keys": ["image", "label"], "prob": 0.5},
+                {"_target_": "RandRotate90d", "keys": ["image", "label"], "prob": 0.3, "max_k": 3},
                 {"_target_": "RandAdjustContrastd", "keys": "image", "prob": 0.5, "gamma": [0.5, 2.0]},
                 {"_target_": "RandScaleIntensityd", "keys": "image", "prob": 0.5, "factors": 0.3},
                 {"_target_": "RandShiftIntensityd", "keys": "image", "prob": 0.5, "offsets": 25},
