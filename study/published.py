@@ -11,12 +11,9 @@ be compared with a distance in mm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import ROUND_HALF_UP, Decimal
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from study.grid import Method
+from typing import NamedTuple
 
 
 class MeanStd(NamedTuple):
@@ -129,13 +126,3 @@ def published_scores(row: str, labelled_patients: int) -> PublishedScores | None
 def published_variant(row: str, ablation: str, value: str, labelled_patients: int) -> PublishedVariant | None:
     """Look up tables 2 and 3, by the row's name in table 1; None where they report nothing."""
     return ABLATIONS.get((ablation, row), {}).get((value, labelled_patients))
-
-
-def published_by_title(methods: Iterable[Method]) -> dict[str, dict[int, float]]:
-    """Return the paper's average Dice in percent of methods it reports, by title and number of labelled volumes."""
-    dice = {}
-    for method in methods:
-        if method.paper is not None:
-            reported = {count: published_scores(method.paper, count) for count in (0, 1, 5)}
-            dice[method.title] = {count: scores.mean.mean for count, scores in reported.items() if scores}
-    return dice

@@ -5,9 +5,9 @@ import pytest
 from conftest import labels_of
 
 from study.grid import Ablation, Cell, Grid, Method, Variant
-from study.published import TABLE_1, published_by_title, published_scores, published_variant
+from study.published import TABLE_1, published_scores, published_variant
 from study.report.significance import compare_methods, significance_matrix, significance_table
-from study.report.tables import ablation_table, is_numeric, main_table, write_table
+from study.report.tables import ablation_table, is_numeric, main_table, published_by_title, write_table
 
 NAN = float("nan")
 CNN = Method("cnn", "CNN head", "cnnhead_acdc", paper="Encoder + CNN")

@@ -108,6 +108,16 @@ def ablation_table(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.D
     return pd.DataFrame(rows, columns=["method", "labelled patients", "measure", "source", *ablation.values, "splits"])
 
 
+def published_by_title(methods: Iterable[Method]) -> dict[str, dict[int, float]]:
+    """Return the paper's average Dice in percent of methods it reports, by title and number of labelled volumes."""
+    dice = {}
+    for method in methods:
+        if method.paper is not None:
+            reported = {count: published_scores(method.paper, count) for count in (0, 1, 5)}
+            dice[method.title] = {count: scores.mean.mean for count, scores in reported.items() if scores}
+    return dice
+
+
 def write_table(table: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
     """Write a table as Markdown, CSV and LaTeX; the LaTeX one needs the package booktabs.
 

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure as Picture
 from components.files import write_atomically
 from study.cells import error_of, read_record
 from study.grid import Cell, Grid
-from study.published import published_by_title
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
 from study.report.contours import draw_contours
 from study.report.embeddings import draw_embeddings, embed_slices, embedding_method
@@ -30,7 +29,14 @@ from study.report.significance import (
     significance_matrix,
     significance_table,
 )
-from study.report.tables import ABLATION_CAPTION, MAIN_CAPTION, ablation_table, main_table, write_table
+from study.report.tables import (
+    ABLATION_CAPTION,
+    MAIN_CAPTION,
+    ablation_table,
+    main_table,
+    published_by_title,
+    write_table,
+)
 
 
 def write_report(grid: Grid, output_dir: Path, *, dataset_dir: str, sam_dir: str | None = None) -> Path:
