@@ -14,7 +14,7 @@ from benchmarks import cell_section, encoder_section, epoch_section, inference_s
 from benchmarks.contenders import silence_random_weights
 from benchmarks.report import Table, write_report
 from benchmarks.settings import SECTIONS, Settings, describe_host
-from components.image_encoder import ARCHITECTURES
+from components.sam.image_encoder import ARCHITECTURES
 
 RUN: dict[str, Callable[[Settings], Table]] = {
     "encoder": encoder_section.run,

@@ -15,10 +15,10 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 CONFIGS = Path(__file__).parents[1] / "bundles" / "autosam_acdc" / "configs"
 
 HEADS: dict[str, dict[str, Any]] = {
-    "linear head": {"_target_": "components.heads.LinearHead", "out_channels": "@out_channels"},
-    "ViT head": {"_target_": "components.heads.ViTHead", "out_channels": "@out_channels"},
-    "CNN head, k = 2": {"_target_": "components.heads.CNNHead", "out_channels": "@out_channels", "depth": 2},
-    "CNN head, k = 4": {"_target_": "components.heads.CNNHead", "out_channels": "@out_channels", "depth": 4},
+    "linear head": {"_target_": "components.networks.LinearHead", "out_channels": "@out_channels"},
+    "ViT head": {"_target_": "components.networks.ViTHead", "out_channels": "@out_channels"},
+    "CNN head, k = 2": {"_target_": "components.networks.CNNHead", "out_channels": "@out_channels", "depth": 2},
+    "CNN head, k = 4": {"_target_": "components.networks.CNNHead", "out_channels": "@out_channels", "depth": 4},
 }
 
 

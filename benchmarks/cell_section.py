@@ -12,7 +12,7 @@ from benchmarks.contenders import Encode, ReferenceEncoder, precisions
 from benchmarks.report import Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
-from components.encoder import SamEncoder
+from components.sam.encoder import SamEncoder
 
 BASELINE = "segment_anything, every step"
 CELL_HEADS = ("linear head", "ViT head")

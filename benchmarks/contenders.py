@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.encoder import SamEncoder
-from components.image_encoder import ARCHITECTURES, PATCH_SIZE, WINDOW_SIZE, ImageEncoder
-from components.precision import has_native_bf16
-from components.sam import EMBEDDING_CHANNELS, import_from_segment_anything
+from components.base.precision import has_native_bf16
+from components.sam.encoder import SamEncoder
+from components.sam.image_encoder import ARCHITECTURES, EMBEDDING_CHANNELS, PATCH_SIZE, WINDOW_SIZE, ImageEncoder
+from components.sam.segment_anything_import import import_from_segment_anything
 
 REFERENCE = "segment_anything"
 OURS = "ours"
@@ -55,7 +55,7 @@ def silence_random_weights() -> None:
     logging.getLogger("components.encoder").setLevel(logging.ERROR)
 
 
-def random_weights(model_type: str) -> dict[str, torch.Tensor]:
+def random_state_dict(model_type: str) -> dict[str, torch.Tensor]:
     """Draw an image encoder's weights, always the same ones.
 
     Speed does not depend on them. Positional embeddings, which start from zero, are drawn too: else two encoders could

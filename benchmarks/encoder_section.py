@@ -13,14 +13,14 @@ from benchmarks.contenders import (
     Encode,
     build_encoder,
     encoder_names,
-    random_weights,
+    random_state_dict,
 )
 from benchmarks.flops import encoder_flops
 from benchmarks.memory import Work, peak_mib
 from benchmarks.report import Row, Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
-from components.image_encoder import ARCHITECTURES
+from components.sam.image_encoder import ARCHITECTURES
 
 TOLERANCE = 1e-4  # of the output's range
 GEMM = "fp32 GEMM"
@@ -41,7 +41,7 @@ def run(settings: Settings) -> Table:
     """
     table = Table("encoder", REFERENCE, NOTE, "a batch")
     names = encoder_names(settings.device)
-    weights = random_weights(settings.model_type)
+    weights = random_state_dict(settings.model_type)
     largest = settings.encoder_cases[0]
     peaks = {name: peak_mib(partial(_prepare_forward, settings, name, largest)) for name in names}
     for size in dict.fromkeys(size for size, _ in settings.encoder_cases):
@@ -60,7 +60,7 @@ def run(settings: Settings) -> Table:
 def _prepare_forward(settings: Settings, name: str, case: tuple[int, int]) -> Work:
     """Build an encoder and its input; return its forward pass."""
     size, batch = case
-    weights = random_weights(settings.model_type)
+    weights = random_state_dict(settings.model_type)
     encode = build_encoder(name, settings.model_type, weights, image_size=size, device=settings.device)
     images = torch.randn(batch, 3, size, size, device=settings.device)
     return partial(encode, images)

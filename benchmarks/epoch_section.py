@@ -14,7 +14,7 @@ from benchmarks.contenders import ReferenceEncoder, precisions
 from benchmarks.report import Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, ratio_of, synchronizer
-from components.encoder import SamEncoder
+from components.sam.encoder import SamEncoder
 
 BASELINE = "the head's own steps"
 EVERY_STEP = "segment_anything, every step"

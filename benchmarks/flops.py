@@ -1,7 +1,6 @@
 """The arithmetic that SAM's image encoder cannot do without."""
 
-from components.image_encoder import PATCH_SIZE, WINDOW_SIZE, Architecture
-from components.sam import EMBEDDING_CHANNELS
+from components.sam.image_encoder import EMBEDDING_CHANNELS, PATCH_SIZE, WINDOW_SIZE, Architecture
 
 MLP_RATIO = 4
 

@@ -12,7 +12,7 @@ from benchmarks.memory import MIB, Work, peak_mib
 from benchmarks.report import Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
-from components.encoder import SamEncoder
+from components.sam.encoder import SamEncoder
 
 HEAD = "ViT head"
 BASELINE = "segment_anything"

@@ -16,7 +16,7 @@ class Settings:
 
     Args:
         output_dir: folder for tables and plot.
-        model_type: the encoder, as `components.encoder.SamEncoder` names it; a quick run takes `vit_tiny` anyway.
+        model_type: the encoder, as `components.sam.SamEncoder` names it; a quick run takes `vit_tiny` anyway.
         sections: which of `SECTIONS` to run, in that order.
         rounds: how often each contender is timed.
         quick: smoke-test sizes, whose numbers mean nothing.

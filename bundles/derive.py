@@ -24,7 +24,7 @@ WITHOUT = {
 OWN = {"unet_acdc": ("configs/phantoms.json", "configs/pretrain.json", "configs/small.json", "docs/README.md")}
 
 HEAD_OF_SOURCE = """        "head": {
-            "_target_": "components.heads.ViTHead",
+            "_target_": "components.networks.ViTHead",
             "out_channels": "@out_channels",
             "checkpoint": "@sam_checkpoint"
         },
@@ -52,7 +52,7 @@ CACHE_KNOBS = """    "cache_dir": "$None if @trainable_encoder else @bundle_root
 """
 ENCODER = """        "_target_": "components.networks.PromptFreeSam",
         "encoder": {
-            "_target_": "components.encoder.SamEncoder",
+            "_target_": "components.sam.SamEncoder",
             "model_type": "@model_type",
             "checkpoint": "@sam_checkpoint",
             "image_size": "@image_size",
@@ -64,9 +64,9 @@ CACHING_ENCODER = ENCODER.replace(
     '"@trainable_encoder",\n            "cache_dir": "@cache_dir",\n            "cache_gb": "@cache_gb"\n',
 )
 CACHE_REPORT = """,
-            {"_target_": "components.embedding_cache.EmbeddingCacheReport", "network": "@network"}
+            {"_target_": "components.embeddings.EmbeddingCacheReport", "network": "@network"}
 """
-UNET = """        "_target_": "components.unet.GreyUNet",
+UNET = """        "_target_": "components.networks.GreyUNet",
         "out_channels": "@out_channels",
         "width": "@width",
 """
@@ -93,7 +93,7 @@ UNET_KNOBS = """    "start_checkpoint": null,
 
 CNN_CONFIG: Replacements = {
     HEAD_OF_SOURCE: """        "head": {
-            "_target_": "components.heads.CNNHead",
+            "_target_": "components.networks.CNNHead",
             "out_channels": "@out_channels",
             "depth": "@depth"
         },
@@ -102,7 +102,7 @@ CNN_CONFIG: Replacements = {
 }
 LINEAR_CONFIG: Replacements = {
     HEAD_OF_SOURCE: """        "head": {
-            "_target_": "components.heads.LinearHead",
+            "_target_": "components.networks.LinearHead",
             "out_channels": "@out_channels"
         },
 """,

@@ -1,4 +1,20 @@
-"""Everything the bundles' JSON configs name: encoder, heads, network, data, metrics, checkpoints and reports.
+"""Everything the bundles' JSON configs name, in sub-packages that follow the data.
+
+| sub-package | holds |
+|---|---|
+| `base` | files written whole or not at all, weights, number formats |
+| `embeddings` | embeddings of images, kept in memory and on disk |
+| `sam` | Segment Anything: checkpoints, image encoder, decoder |
+| `networks` | networks from images to logits: heads on SAM's encoder, and baselines |
+| `phantom` | synthetic patients and slices |
+| `pretrained` | the weights that come with the package |
+| `data` | from files to slices |
+| `training` | checkpoints, epochs, phantoms in batches, records of a run |
+| `evaluation` | from a trained network to predictions, scores and pictures |
+| `pretraining` | training of the tiny encoder on phantoms |
+
+Each one's `__init__.py` lists what configs may name from it, such as `components.networks.CNNHead`; code imports from
+the modules. A sub-package imports from those above it in this table only.
 
 Importing the package warms up torch's CPU mathematics once. In torch 2.13 (oneMKL 2024.2) the very first call of a
 vectorised function (`sqrt`, `exp`, ...) in a process may run at reduced precision on one of its threads
@@ -6,9 +22,40 @@ vectorised function (`sqrt`, `exp`, ...) in a process may run at reduced precisi
 call on a single element, which never leaves the calling thread, takes that first call out of every real computation.
 """
 
+import importlib
+from types import ModuleType
+
 import torch
 
 __version__ = "0.1.0"
+
+# Modules of version 0.1 that configs of users may still name, and where what they held is now.
+_MOVED = {
+    "acdc": "data.acdc",
+    "box_prompts": "networks.box_prompted_sam",
+    "checkpoint_loader": "evaluation.model_loader",
+    "checkpoints": "training.checkpoints",
+    "command_line": "training.command_line",
+    "contrastive": "networks.contrastive",
+    "datasets": "training.epoch_handlers",  # with `SliceDataset`, which it imports
+    "embedding_cache": "embeddings.cache",
+    "encoder": "sam.encoder",
+    "heads": "networks.heads",
+    "inferers": "evaluation.slice_inferer",
+    "metrics": "evaluation.metrics",
+    "overlays": "evaluation.overlays",
+    "reports": "evaluation.reports",
+    "transforms": "data.transforms",
+    "unet": "networks.unet",
+    "validation": "training.epoch_handlers",
+    "volumes": "data.volumes",
+}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _MOVED:
+        raise AttributeError(f"module 'components' has no attribute {name!r}")
+    return importlib.import_module(f"components.{_MOVED[name]}")
 
 
 def _warm_up_cpu_math() -> None:

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.files import write_atomically
+from components.base.atomic_write import write_atomically
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can hold
 _MODE = 0o644

@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 
 import components
 from components.pretrained import pretrained_file
-from components.sam import CHECKPOINT_FILES
+from components.sam.checkpoint import CHECKPOINT_FILES
 from release.texts import replaced, with_defaults, with_knobs, with_section
 
 REPOSITORY = Path(__file__).parents[1]

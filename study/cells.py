@@ -19,7 +19,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from components.files import write_atomically
+from components.base.atomic_write import write_atomically
 from study.grid import Cell, Method, Preparation
 
 logger = logging.getLogger("study")

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from monai.bundle import ConfigParser
 
-from components.precision import autocast_to
+from components.base.precision import autocast_to
 from study.cells import Stage, has_failed, is_finished, read_record, stages_of
 from study.engines import Task
 

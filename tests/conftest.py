@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.sam import import_from_segment_anything
+from components.sam.segment_anything_import import import_from_segment_anything
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from components.acdc import list_cases, list_patients, split_patients
+from components.data.acdc import list_cases, list_patients, split_patients
 
 
 def write_patient(folder: Path, name: str, ed: int = 1, es: int = 12) -> Path:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from components import attention
-from components.attention import RelPosAttention
-from components.layers import LayerNorm2d
-from components.sam import import_from_segment_anything
+from components.sam import attention
+from components.sam.attention import RelPosAttention
+from components.sam.layers import LayerNorm2d
+from components.sam.segment_anything_import import import_from_segment_anything
 
 image_encoder = import_from_segment_anything("modeling.image_encoder")
 common = import_from_segment_anything("modeling.common")

@@ -15,7 +15,7 @@ from benchmarks.memory import CLEAR_REFS, MIB, peak_mib
 from benchmarks.report import Row, Table, to_markdown, write_report
 from benchmarks.settings import SECTIONS
 from benchmarks.timing import Contender, Ratio, measure, ratio_of
-from components.image_encoder import Architecture
+from components.sam.image_encoder import Architecture
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -12,9 +12,9 @@ from conftest import REPOSITORY, assert_readme_explains_knobs, run_monai_bundle,
 from monai.bundle import verify_metadata, verify_net_in_out
 from torch.nn import functional as F
 
-from components.box_prompts import BoxPromptedSam, resolve_overlaps, tight_box
-from components.encoder import SamEncoder
+from components.networks.box_prompted_sam import BoxPromptedSam, resolve_overlaps, tight_box
 from components.phantom.dataset import write_phantom_dataset
+from components.sam.encoder import SamEncoder
 
 RV, MYO, LV = 1, 2, 3
 BUNDLE = REPOSITORY / "bundles/sambox_acdc"

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, messages_of
 
-from components.encoder import SamEncoder
-from components.heads import ViTHead
-from components.networks import PromptFreeSam
+from components.networks.heads import ViTHead
+from components.networks.prompt_free_sam import PromptFreeSam
 from components.phantom.dataset import write_phantom_dataset
+from components.sam.encoder import SamEncoder
 
 CONFIGS = REPOSITORY / "bundles" / "autosam_acdc" / "configs"
 TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}

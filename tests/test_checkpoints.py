@@ -19,11 +19,11 @@ from monai.handlers import LrScheduleHandler
 from monai.optimizers import WarmupCosineSchedule
 from torch.nn.parallel import DistributedDataParallel
 
-from components import checkpoints
-from components.checkpoint_folder import save_atomically
-from components.checkpoint_loader import ModelCheckpointLoader
-from components.checkpoints import TrainingCheckpoints
-from components.validation import LastEpochValidationHandler
+from components.base.atomic_write import save_atomically
+from components.evaluation.model_loader import ModelCheckpointLoader
+from components.training import checkpoints
+from components.training.checkpoints import TrainingCheckpoints
+from components.training.epoch_handlers import LastEpochValidationHandler
 
 NAN = float("nan")
 BATCHES = [{"image": torch.ones(2, 3), "label": torch.zeros(2, 1)}] * 2

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from conftest import labels_of, mark_finished
 
-from components.acdc import list_cases
-from components.cases import case_name
+from components.data.acdc import list_cases
+from components.data.volume_metadata import case_name
 from study.grid import Cell, Method
 from study.report.clinical import (
     agreement,

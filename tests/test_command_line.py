@@ -10,10 +10,10 @@ import fire
 import monai.bundle
 import pytest
 
-from components.command_line import parse_options, refuse_unknown_knobs
+from components.training.command_line import parse_options, refuse_unknown_knobs
 
 ROOT = Path(__file__).parents[1]
-REFUSE = {"_target_": "components.command_line.refuse_unknown_knobs"}
+REFUSE = {"_target_": "components.training.refuse_unknown_knobs"}
 
 
 @pytest.fixture

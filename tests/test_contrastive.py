@@ -6,9 +6,9 @@ from conftest import REPOSITORY, run_monai_bundle, succeeds
 from monai.losses import ContrastiveLoss
 from monai.transforms import RandGaussianNoised
 
-from components.contrastive import ContrastiveUNet, TwoViews
+from components.networks.contrastive import ContrastiveUNet, TwoViews
+from components.networks.unet import CONTRACTING_PATH, GreyUNet
 from components.phantom.dataset import write_phantom_dataset
-from components.unet import CONTRACTING_PATH, GreyUNet
 
 
 def test_views_differ_from_each_other_and_come_again_with_the_seed():

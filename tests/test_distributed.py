@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY, run_monai_bundle, succeeds
 
 from components.phantom.dataset import write_phantom_dataset
-from components.phantom.mixing import PhantomMixing
+from components.training.phantom_mixing import PhantomMixing
 
 BUNDLE = REPOSITORY / "bundles/linearhead_acdc"
 SMALL = {

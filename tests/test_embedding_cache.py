@@ -14,8 +14,8 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from torch import nn
 
-from components import embedding_files
-from components.embedding_cache import EmbeddingCache, EmbeddingCacheReport
+from components.embeddings import files as embedding_files
+from components.embeddings.cache import EmbeddingCache, EmbeddingCacheReport
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPE = (4, 8, 8)
@@ -27,7 +27,7 @@ GB = 1e9
 COMMON = """
 import os, random, signal, sys, time
 import torch
-from components.embedding_cache import EmbeddingCache
+from components.embeddings.cache import EmbeddingCache
 torch.set_num_threads(1)
 folder = sys.argv[1]
 def image(n):

@@ -6,9 +6,9 @@ import torch
 from conftest import randomise_positions
 from torch import nn
 
-from components.encoder import SamEncoder, fingerprint
-from components.image_encoder import ARCHITECTURES, ImageEncoder
-from components.sam import import_from_segment_anything
+from components.sam.encoder import SamEncoder, fingerprint
+from components.sam.image_encoder import ARCHITECTURES, ImageEncoder
+from components.sam.segment_anything_import import import_from_segment_anything
 
 PIXEL_MEAN = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from components.encoder import SamEncoder
-from components.heads import LinearHead
-from components.networks import PromptFreeSam
+from components.networks.heads import LinearHead
+from components.networks.prompt_free_sam import PromptFreeSam
+from components.sam.encoder import SamEncoder
 
 IMAGES = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).float() % 251
 

@@ -11,13 +11,13 @@ from conftest import labels_of, mark_finished
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from components.acdc import list_cases
-from components.cases import case_name
-from components.encoder import SamEncoder
-from components.overlays import CLASS_COLOURS
+from components.data.acdc import list_cases
+from components.data.volume_metadata import case_name
+from components.evaluation.overlays import CLASS_COLOURS
 from components.phantom.dataset import write_phantom_dataset
 from components.phantom.slices import phantom_slices
 from components.pretrained import pretrained_file
+from components.sam.encoder import SamEncoder
 from study.grid import Cell, Method, Variant
 from study.report.contours import draw_contours
 from study.report.embeddings import PHANTOMS, draw_embeddings, embed_slices, embedding_method

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from components.heads import CNNHead, LinearHead, ViTHead
-from components.sam import import_from_segment_anything
+from components.networks.heads import CNNHead, LinearHead, ViTHead
+from components.sam.segment_anything_import import import_from_segment_anything
 
 common = import_from_segment_anything("modeling.common")
 mask_decoder = import_from_segment_anything("modeling.mask_decoder")

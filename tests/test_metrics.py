@@ -8,7 +8,7 @@ from monai.handlers import StatsHandler, TensorBoardStatsHandler, from_engine
 from monai.metrics import SurfaceDistanceMetric
 from torch.nn.functional import one_hot
 
-from components.metrics import (
+from components.evaluation.metrics import (
     VolumeAssd,
     VolumeAssdHandler,
     VolumeDice,

@@ -7,11 +7,11 @@ from monai.handlers import CheckpointLoader, CheckpointSaver
 from monai.networks.utils import copy_model_state
 from torch import nn
 
-from components import precision as precision_module
-from components.encoder import SamEncoder
-from components.heads import CNNHead, LinearHead
-from components.networks import PromptFreeSam
-from components.sam import RANDOM_WEIGHTS_SEED
+from components.base import precision as precision_module
+from components.base.weights import RANDOM_WEIGHTS_SEED
+from components.networks.heads import CNNHead, LinearHead
+from components.networks.prompt_free_sam import PromptFreeSam
+from components.sam.encoder import SamEncoder
 
 IMAGES = torch.arange(2 * 3 * 64 * 64).view(2, 3, 64, 64).float() % 255
 

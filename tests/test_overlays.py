@@ -5,7 +5,7 @@ import torch
 from matplotlib.colors import to_hex
 from monai.data import MetaTensor
 
-from components.overlays import CLASS_COLOURS, SaveOverlayd, draw_overlay
+from components.evaluation.overlays import CLASS_COLOURS, SaveOverlayd, draw_overlay
 
 RV, MYO, LV = (colour.lower() for colour in CLASS_COLOURS[:3])
 
@@ -134,7 +134,7 @@ def test_transform_takes_the_spacing_from_the_image(tmp_path, monkeypatch):
         seen.update(kwargs)
         return draw_overlay(*args, **kwargs)
 
-    monkeypatch.setattr("components.overlays.draw_overlay", remember)
+    monkeypatch.setattr("components.evaluation.draw_overlay", remember)
     SaveOverlayd(tmp_path)(case())
     assert seen["spacing_mm"] == (1.5, 1.5, 10.0)
     assert seen["title"] == "patient001_frame01"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.encoder import SamEncoder
-from components.heads import CNNHead, LinearHead, ViTHead
-from components.networks import PromptFreeSam
+from components.networks.heads import CNNHead, LinearHead, ViTHead
+from components.networks.prompt_free_sam import PromptFreeSam
 from components.pretrained import pretrained_file
-from components.pretraining import phantom_stacks
+from components.pretraining.phantom_stream import phantom_stacks
+from components.sam.encoder import SamEncoder
 
 HEADS = {"vit": lambda: ViTHead(4), "cnn": lambda: CNNHead(4, depth=2), "linear": lambda: LinearHead(4)}
 ENCODER = "phantom_encoder.pth"

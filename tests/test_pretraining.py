@@ -15,15 +15,17 @@ from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 from torch import nn
 
 import components
-from components import pretraining
-from components.encoder import SamEncoder
-from components.heads import CNNHead, LinearHead, ViTHead
-from components.networks import PromptFreeSam
+from components.networks.heads import CNNHead, LinearHead, ViTHead
+from components.networks.prompt_free_sam import PromptFreeSam
 from components.phantom.slices import phantom_slices
 from components.pretrained import pretrained_file
-from components.pretraining import JointHead, PhantomStream, parameter_groups, phantom_stacks
-from components.pretraining_record import command
-from components.sam import read_checkpoint
+from components.pretraining import phantom_stream
+from components.pretraining.joint_head import JointHead
+from components.pretraining.optimization import parameter_groups
+from components.pretraining.phantom_stream import PhantomStream, phantom_stacks
+from components.pretraining.record import command
+from components.sam.checkpoint import read_sam_checkpoint
+from components.sam.encoder import SamEncoder
 
 BUNDLE = REPOSITORY / "bundles" / "phantom_encoder"
 TINY = {"canvas_size": 64, "image_size": 64, "batch_size": 3, "steps_per_epoch": 2, "epochs": 2, "val_interval": 1}
@@ -151,7 +153,7 @@ def test_stream_widens_batch_by_batch_whatever_it_resumes_from():
 def test_stacks_hold_the_slices_of_another_stream_along_the_last_axis():
     first, second = phantom_stacks(2, 3, seed=5, size=64)
     assert first["image"].shape == second["label"].shape == (1, 64, 64, 3)
-    images, _ = pretraining.phantom_slices(3, seed=5, index=1, size=64)
+    images, _ = phantom_stream.phantom_slices(3, seed=5, index=1, size=64)
     assert torch.equal(second["image"][..., 2], images[2])
 
 
@@ -167,8 +169,8 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(killed_at, trained, tmp
             seen.append(arguments["index"])
         return phantom_slices(count, **arguments)
 
-    phantom_slices = pretraining.phantom_slices
-    monkeypatch.setattr(pretraining, "phantom_slices", stream_until_killed)
+    phantom_slices = phantom_stream.phantom_slices
+    monkeypatch.setattr(phantom_stream, "phantom_slices", stream_until_killed)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     train(tmp_path, resume=True)
@@ -241,7 +243,7 @@ def test_exported_checkpoint_is_read_as_sams_own(trained, export_dir):
     path = str(export_dir / "phantom_encoder.pth")
     state = torch.load(path, weights_only=True)
     assert {value.dtype for value in state.values()} == {torch.float16}
-    parts = read_checkpoint(path)
+    parts = read_sam_checkpoint(path)
     assert all(parts.values())
     model = torch.load(trained / "model.pt", weights_only=True)
     encoder = SamEncoder("vit_tiny", path, 64)

@@ -17,7 +17,7 @@ from monai.bundle import verify_metadata
 
 import components
 from components.pretrained import pretrained_file
-from components.sam import CHECKPOINT_FILES
+from components.sam.checkpoint import CHECKPOINT_FILES
 from release import bundles
 from release.__main__ import build
 from release.archives import write_archive, write_model_info

@@ -10,10 +10,10 @@ from monai.engines import SupervisedEvaluator
 from monai.handlers import MetricsSaver, from_engine
 from monai.transforms import AsDiscreted
 
-from components.cases import case_name
-from components.files import write_atomically
-from components.metrics import VolumeAssdHandler, VolumeDiceHandler
-from components.reports import SUMMARY_COLUMNS, EvaluationReport, summarise
+from components.base.atomic_write import write_atomically
+from components.data.volume_metadata import case_name
+from components.evaluation.metrics import VolumeAssdHandler, VolumeDiceHandler
+from components.evaluation.reports import SUMMARY_COLUMNS, EvaluationReport, summarise
 
 DIAGONAL_MM = math.hypot(4 * 2, 4, 10)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from components.acdc import list_patients
+from components.data.acdc import list_patients
 from components.phantom.dataset import write_phantom_dataset
 from release.bundles import HEADS
 from serving.app import assemble_app

@@ -14,11 +14,11 @@ from conftest import REPOSITORY, messages_of, run_monai_bundle, succeeds
 from monai.bundle import ConfigParser
 from scipy import ndimage
 
-from components.command_line import refuse_unknown_knobs
-from components.encoder import SamEncoder
-from components.heads import CNNHead, LinearHead, ViTHead
-from components.networks import PromptFreeSam
+from components.networks.heads import CNNHead, LinearHead, ViTHead
+from components.networks.prompt_free_sam import PromptFreeSam
 from components.phantom.dataset import write_phantom_dataset
+from components.sam.encoder import SamEncoder
+from components.training.command_line import refuse_unknown_knobs
 
 HEADS = {
     "autosam_acdc": ("vit_head.pt", lambda: ViTHead(4)),

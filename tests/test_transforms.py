@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Resized
 
-from components.transforms import LoadVolumed, PadInPlaneToSquared, RoundIntensityd
+from components.data.transforms import LoadVolumed, PadInPlaneToSquared, RoundIntensityd
 
 SHAPE = (6, 10, 3)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from components.unet import CONTRACTING_PATH, GreyUNet
+from components.networks.unet import CONTRACTING_PATH, GreyUNet
 
 IMAGES = torch.arange(2 * 3 * 48 * 32).view(2, 3, 48, 32).float() % 255
 

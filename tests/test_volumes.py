@@ -5,8 +5,8 @@ import torch
 from conftest import messages_of
 from monai.transforms import SaveImaged
 
-from components.transforms import LoadVolumed
-from components.volumes import find_volumes
+from components.data.transforms import LoadVolumed
+from components.data.volumes import find_volumes
 
 AFFINE = np.array([[-1.2, 0.3, 0.1, 20.5], [0.2, 1.1, -4.0, -7.25], [0.05, 0.4, 9.0, 3.125], [0, 0, 0, 1]])
 
@@ -86,5 +86,5 @@ def _saver(folder):
         output_dtype="uint8",
         resample=False,
         separate_folder=False,
-        writer="components.volumes.VolumeWriter",
+        writer="components.data.VolumeWriter",
     )

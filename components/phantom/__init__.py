@@ -9,3 +9,16 @@ subjects, so that all slices of a volume and both its phases share one anatomy a
 
 Plain numbers in the painting functions are proportions and places, in mm, judged by eye on real slices.
 """
+
+import importlib
+from typing import Any
+
+import lazy_loader
+
+_offered, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"dataset": ["write_phantom_dataset"]})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mixing":  # its name in version 0.1, which configs of users may still have
+        return importlib.import_module("components.training.phantom_mixing")
+    return _offered(name)

@@ -11,9 +11,9 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from components.acdc import CLASS_NAMES, Case, patient_of
-from components.cases import case_name
-from components.volumes import PREDICTION_POSTFIX
+from components.data.acdc import CLASS_NAMES, Case, patient_of
+from components.data.volume_metadata import case_name
+from components.data.volumes import PREDICTION_POSTFIX
 from study.grid import Cell
 from study.report.scores import cases_of, cell_labels
 

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from components.acdc import CLASS_NAMES, Case
-from components.cases import case_name
-from components.overlays import (
+from components.data.acdc import CLASS_NAMES, Case
+from components.data.volume_metadata import case_name
+from components.evaluation.overlays import (
     PREDICTION_STYLE,
     SMALLEST_WIDTH_INCH,
     TRUTH_STYLE,

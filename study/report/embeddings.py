@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from sklearn.manifold import TSNE
 
-from components.acdc import patient_of
-from components.cases import case_name_of
+from components.data.acdc import patient_of
+from components.data.volume_metadata import case_name_of
 from components.phantom.slices import FIELD_MM, phantom_slices
 from study.cells import stages_of
 from study.grid import Cell, Method

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from components.files import write_atomically
-from components.overlays import SMALLEST_WIDTH_INCH
+from components.base.atomic_write import write_atomically
+from components.evaluation.overlays import SMALLEST_WIDTH_INCH
 from study.report.clinical import agreement, patient_pairs
 from study.report.tables import split_means
 

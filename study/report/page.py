@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from components.files import write_atomically
+from components.base.atomic_write import write_atomically
 from study.report.tables import is_numeric
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")

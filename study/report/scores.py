@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from components.acdc import Case, list_cases, list_patients, split_patients
+from components.data.acdc import Case, list_cases, list_patients, split_patients
 from study.cells import is_finished
 from study.grid import Cell
 

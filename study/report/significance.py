@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
-from components.acdc import patient_of
+from components.data.acdc import patient_of
 from study.grid import Method
 
 SIGNIFICANCE_CAPTION = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from components.files import write_atomically
+from components.base.atomic_write import write_atomically
 from study.grid import Ablation, Grid, Method
 from study.published import MeanStd, as_text, published_scores, published_variant
 

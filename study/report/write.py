@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure as Picture
 
-from components.files import write_atomically
+from components.base.atomic_write import write_atomically
 from study.cells import error_of, read_record
 from study.grid import Cell, Grid
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements

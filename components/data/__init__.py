@@ -1,0 +1,13 @@
+"""From files to slices: ACDC's layout, NIfTI volumes, transforms, a training set of slices."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "acdc": ["list_cases"],
+        "slices": ["SliceDataset"],
+        "transforms": ["LoadVolumed", "PadInPlaneToSquared", "RoundIntensityd"],
+        "volumes": ["VolumeWriter", "find_volumes"],
+    },
+)

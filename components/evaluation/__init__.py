@@ -1,0 +1,14 @@
+"""From a trained network to predictions, scores, tables and pictures."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "metrics": ["VolumeAssdHandler", "VolumeDiceHandler"],
+        "model_loader": ["ModelCheckpointLoader"],
+        "overlays": ["SaveOverlayd"],
+        "reports": ["EvaluationReport"],
+        "slice_inferer": ["TurnedSliceInferer"],
+    },
+)

@@ -1,0 +1,228 @@
+"""CSV reports of an evaluation: every case and class, and a summary per class."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import decollate_batch
+from monai.utils import string_list_all_gather
+
+from components.base.atomic_write import write_atomically
+from components.data.acdc import CLASS_NAMES
+from components.data.volume_metadata import case_name_of
+
+METRICS_COLUMNS = ("case", "class", "dice", "assd_mm")
+SUMMARY_COLUMNS = (
+    "class",
+    "n_volumes",
+    "dice_mean",
+    "dice_std_ddof1",
+    "dice_n_undefined",
+    "assd_mm_mean",
+    "assd_mm_std_ddof1",
+    "assd_mm_n_undefined",
+    "n_misses",
+    "n_false_alarms",
+    "assd_mm_mean_detected",
+)
+
+Row = dict[str, str | int | float]
+
+
+def summarise(
+    *, dice: np.ndarray, assd_mm: np.ndarray, in_pred: np.ndarray, in_truth: np.ndarray, class_names: Sequence[str]
+) -> list[Row]:
+    """Summarise the scores of N volumes per class, and once over classes.
+
+    Undefined scores (nan: class absent from both masks) are counted and left out of means and deviations. Deviations
+    are over volumes, with ddof 1, so nan for fewer than two. A miss is a class of the truth of which nothing was
+    predicted; a false alarm is predicted but not in the truth; detected means present in both.
+
+    Args:
+        dice: `(N,K)` Dice in 0..1.
+        assd_mm: `(N,K)` surface distances in mm.
+        in_pred: `(N,K)` bool, whether the prediction holds the class.
+        in_truth: `(N,K)` bool, whether the truth holds the class.
+        class_names: K names of the foreground classes.
+
+    Returns:
+        K rows and one named `mean`, with `SUMMARY_COLUMNS` as keys. In the row `mean`, means and deviations are the
+        mean of the classes' values, ignoring nan; misses, false alarms and undefined scores are totals.
+    """
+    rows: list[Row] = []
+    for k, class_name in enumerate(class_names):
+        detected = in_pred[:, k] & in_truth[:, k]
+        rows.append(
+            {
+                "class": class_name,
+                "n_volumes": len(dice),
+                **_statistics("dice", dice[:, k]),
+                **_statistics("assd_mm", assd_mm[:, k]),
+                "n_misses": int((in_truth[:, k] & ~in_pred[:, k]).sum()),
+                "n_false_alarms": int((in_pred[:, k] & ~in_truth[:, k]).sum()),
+                "assd_mm_mean_detected": _mean(assd_mm[detected, k]),
+            }
+        )
+    return [*rows, _row_over_classes(rows)]
+
+
+class EvaluationReport:
+    """Ignite handler that writes `metrics.csv` and `summary.csv` when the evaluation is completed.
+
+    `metrics.csv` has one row per case and class, in order of name; `summary.csv` is `summarise`. Undefined values
+    read `nan`. Both metrics must be `VolumeMetricHandler`s with `save_details`. In a distributed run, rank 0 writes.
+
+    Args:
+        output_dir: folder of both files, made if missing.
+        class_names: names of the foreground classes, in channel order.
+        dice: name under which the Dice handler is attached.
+        assd: name under which the surface distance handler is attached.
+        image_key: key of the batch whose metadata names the case.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        *,
+        class_names: Sequence[str] = CLASS_NAMES,
+        dice: str = "val_mean_dice",
+        assd: str = "val_assd_mm",
+        image_key: str = "image",
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.class_names = tuple(class_names)
+        self.dice = dice
+        self.assd = assd
+        self.image_key = image_key
+        self._cases: list[str] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler on an evaluator."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._forget_cases)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect_cases)
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write both files and log where they are.
+
+        Raises:
+            ValueError: if a metric's details are missing or do not match the cases or class names.
+        """
+        # Every rank takes part in the gathering; its order is that of the metrics' own buffers.
+        cases = string_list_all_gather(self._cases) if idist.get_world_size() > 1 else self._cases
+        if idist.get_rank() != 0:
+            return
+        dice, assd_mm = (self._details(engine, name, len(cases)) for name in (self.dice, self.assd))
+        in_pred, in_truth = (
+            self._details(engine, f"{self.assd}_{kind}", len(cases)) for kind in ("in_pred", "in_truth")
+        )
+        order = sorted(range(len(cases)), key=cases.__getitem__)  # however the processes shared the cases
+        dice, assd_mm, in_pred, in_truth = (values[order] for values in (dice, assd_mm, in_pred, in_truth))
+        scores: list[Row] = [
+            dict(zip(METRICS_COLUMNS, (cases[index], class_name, float(dice[n, k]), float(assd_mm[n, k])), strict=True))
+            for n, index in enumerate(order)
+            for k, class_name in enumerate(self.class_names)
+        ]
+        summary = summarise(
+            dice=dice,
+            assd_mm=assd_mm,
+            in_pred=in_pred.astype(bool),
+            in_truth=in_truth.astype(bool),
+            class_names=self.class_names,
+        )
+        metrics_path = _write_csv(self.output_dir / "metrics.csv", METRICS_COLUMNS, scores)
+        summary_path = _write_csv(self.output_dir / "summary.csv", SUMMARY_COLUMNS, summary)
+        _log(engine, f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{_as_table(summary)}")
+
+    def _forget_cases(self, _: Engine) -> None:
+        self._cases = []
+
+    def _collect_cases(self, engine: Engine) -> None:
+        batch: Any = engine.state.batch
+        # MONAI's engines decollate the batch after the model, unless told not to.
+        images = (
+            decollate_batch(batch[self.image_key]) if isinstance(batch, Mapping) else [b[self.image_key] for b in batch]
+        )
+        self._cases.extend(case_name_of(image) for image in images)
+
+    def _details(self, engine: Engine, name: str, n_cases: int) -> np.ndarray:
+        """Return the details `(N,K)` that a metric left in the engine, checked."""
+        details = getattr(engine.state, "metric_details", {})
+        if name not in details:
+            raise ValueError(
+                f"Expected details {name!r}, received {sorted(details)}: attach VolumeDiceHandler and "
+                f"VolumeAssdHandler with save_details=True under the names {self.dice!r} and {self.assd!r}."
+            )
+        values = torch.as_tensor(details[name]).cpu().numpy()
+        if values.shape != (n_cases, len(self.class_names)):
+            raise ValueError(
+                f"Expected {name!r} of shape {(n_cases, len(self.class_names))} (cases, class names), received "
+                f"{values.shape}: check class_names and that every batch was both scored and named."
+            )
+        return values
+
+
+def _statistics(name: str, scores: np.ndarray) -> Row:
+    """Return mean, deviation (ddof 1) and the count of undefined ones of `(N)` scores, keyed by columns."""
+    defined = scores[~np.isnan(scores)]
+    return {
+        f"{name}_mean": _mean(defined),
+        f"{name}_std_ddof1": float(defined.std(ddof=1)) if defined.size > 1 else float("nan"),
+        f"{name}_n_undefined": int(scores.size - defined.size),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean, nan for none (and without NumPy's warning)."""
+    return float(values.mean()) if values.size else float("nan")
+
+
+def _row_over_classes(rows: Sequence[Row]) -> Row:
+    """Return the row `mean` of `summarise`."""
+    over_classes: Row = {"class": "mean", "n_volumes": rows[0]["n_volumes"]}
+    for column in SUMMARY_COLUMNS[2:]:
+        values = np.array([row[column] for row in rows])
+        is_count = values.dtype.kind == "i"
+        over_classes[column] = int(values.sum()) if is_count else _mean(values[~np.isnan(values)])
+    return over_classes
+
+
+def _as_text(value: str | int | float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
+    """Write rows, floats with 6 decimals, in one step; return the file's absolute path."""
+    with write_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_as_text(row[column], decimals=6) for column in columns] for row in rows)
+    return path.resolve()
+
+
+def _as_table(rows: Sequence[Row]) -> str:
+    """Lay the summary out in aligned columns for a log."""
+    head = ("class", "Dice", "ASSD mm", "detected only", "undefined", "misses", "false alarms")
+    table: list[Sequence[str]] = [head]
+    for row in rows:
+        dice, assd = (f"{row[f'{m}_mean']:.3f} +- {row[f'{m}_std_ddof1']:.3f}" for m in ("dice", "assd_mm"))
+        detected = _as_text(row["assd_mm_mean_detected"], decimals=3)
+        counts = (str(row[column]) for column in ("dice_n_undefined", "n_misses", "n_false_alarms"))
+        table.append((str(row["class"]), dice, assd, detected, *counts))
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+    return "\n".join([f"{rows[0]['n_volumes']} volumes, mean +- standard deviation over volumes (ddof 1)", *lines])
+
+
+def _log(engine: Engine, message: str) -> None:
+    logger = getattr(engine, "logger", None) or logging.getLogger(__name__)
+    logger.info(message)

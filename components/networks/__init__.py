@@ -1,0 +1,14 @@
+"""Networks from images to logits: heads on SAM's encoder, and the baselines they are compared with."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "box_prompted_sam": ["BoxPromptedSam"],
+        "contrastive": ["ContrastiveUNet", "TwoViews"],
+        "heads": ["CNNHead", "LinearHead", "ViTHead"],
+        "prompt_free_sam": ["PromptFreeSam"],
+        "unet": ["GreyUNet"],
+    },
+)

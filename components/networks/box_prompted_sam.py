@@ -1,0 +1,124 @@
+"""The baseline that is SAM itself: one box prompt a class, drawn around the truth, and no training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from components.base.precision import autocast_to, check_precision
+from components.base.weights import fixed_random_weights
+from components.sam.decoder import build_decoder
+from components.sam.encoder import SamEncoder
+from components.sam.image_encoder import PATCH_SIZE
+
+OVERLAPS = ("smallest", "logit", "argmax")
+
+
+class BoxPromptedSam(nn.Module):
+    """SAM's masks of the boxes of the true classes, made into one label map.
+
+    Source: the row "SAM" of the paper's table 1. Differs: the authors feed images in 0..1 to a network that expects
+    0..255, and resolve overlaps by `argmax`.
+
+    Args:
+        encoder: SAM's image encoder.
+        out_channels: classes C, background included.
+        checkpoint: SAM checkpoint of prompt encoder and mask decoder; None for random weights, the
+            same in every run.
+        overlaps: what a pixel in the masks of several classes becomes: `smallest`, the class of the smallest mask, so
+            that the LV survives a mask of the Myo without its hole; `logit`, that of the highest logit; or `argmax`,
+            the first of them, as the authors do.
+        precision: as of `components.networks.PromptFreeSam`.
+
+    Raises:
+        ValueError: for another rule or precision, or when the checkpoint does not fit.
+        FileNotFoundError: when the checkpoint is not there.
+    """
+
+    def __init__(
+        self,
+        encoder: SamEncoder,
+        out_channels: int,
+        checkpoint: str | None = None,
+        *,
+        overlaps: str = "smallest",
+        precision: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_precision(precision)
+        if overlaps not in OVERLAPS:
+            raise ValueError(f"unknown overlaps {overlaps!r}: expected one of {', '.join(OVERLAPS)}")
+        self.encoder = encoder
+        self.out_channels = out_channels
+        self.overlaps = overlaps
+        self.precision = precision
+        size = encoder.image_size
+        with fixed_random_weights():
+            self.mask_decoder, self.prompt_encoder = build_decoder(
+                grid=size // PATCH_SIZE, image_size=size, checkpoint=checkpoint
+            )
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Segment images whose truth is known.
+
+        Args:
+            images: Bx4xHxW: RGB in 0..255, and the true labels 0..C-1, of which the boxes alone are used.
+
+        Returns:
+            BxCxHxW, 1 for the class of a pixel and 0 for the others.
+        """
+        rgb, truths = images[:, :3], images[:, 3].round().long()
+        with autocast_to(self.precision, images.device.type):
+            embeddings = self.encoder(rgb)
+        maps = [self._label_map(embedding, truth) for embedding, truth in zip(embeddings.float(), truths, strict=True)]
+        return F.one_hot(torch.stack(maps), self.out_channels).movedim(3, 1).to(images.dtype)
+
+    def _label_map(self, embedding: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """Prompt with the boxes of one image's classes: embedding 256xhxw and labels HxW to labels HxW."""
+        classes = [value for value in range(1, self.out_channels) if bool((truth == value).any())]
+        if not classes:
+            return torch.zeros_like(truth)
+        size = self.encoder.image_size
+        scale = torch.tensor([size / truth.shape[1], size / truth.shape[0]] * 2, device=truth.device)
+        boxes = torch.stack([tight_box(truth == value) for value in classes]) * scale
+        sparse, dense = self.prompt_encoder(points=None, boxes=boxes, masks=None)
+        logits, _ = self.mask_decoder(
+            image_embeddings=embedding[None],
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        logits = F.interpolate(logits, size=list(truth.shape), mode="bilinear", align_corners=False)[:, 0]
+        values = torch.tensor([0, *classes], device=truth.device)
+        return values[resolve_overlaps(logits, self.overlaps)]
+
+
+def tight_box(mask: torch.Tensor) -> torch.Tensor:
+    """Return the box of a mask HxW: left, upper, right and lower edge in pixels, 0 at the image's corner."""
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+
+
+def resolve_overlaps(logits: torch.Tensor, overlaps: str) -> torch.Tensor:
+    """Make one map of the masks of several classes.
+
+    Args:
+        logits: KxHxW, a mask is where its logits are above 0.
+        overlaps: as of `BoxPromptedSam`.
+
+    Returns:
+        HxW: 0 where there is no mask, else 1 + the index of the mask that the pixel belongs to.
+    """
+    masks = logits > 0
+    if overlaps == "smallest":
+        rank = masks.flatten(1).sum(1).argsort().argsort()  # 0 for the smallest
+        priority = (len(masks) - rank).view(-1, 1, 1) * masks
+    elif overlaps == "logit":
+        priority = logits * masks
+    else:
+        priority = masks.long()
+    highest, index = priority.max(0)
+    return torch.where(highest > 0, index + 1, 0)

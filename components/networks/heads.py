@@ -1,0 +1,164 @@
+"""Prompt-free prediction heads, each from SAM's image embeddings Bx256xhxw to raw logits BxCx4hx4w.
+
+Source: paper section 3.2. Where a head differs from the authors' code, its class says so.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from components.sam.decoder import build_decoder
+from components.sam.image_encoder import EMBEDDING_CHANNELS
+from components.sam.layers import TokenUpscale, image_of_tokens
+
+TOKEN_NOISE_SEED = 0
+SAM_TOKEN_NOISE = 0.02
+RANDOM_TOKEN_NOISE = 1.0  # less, and the classes of a random decoder take hundreds of steps to part
+
+
+class ViTHead(nn.Module):
+    """SAM's mask decoder without prompts, one set of output tokens a class ("AutoSAM").
+
+    Source: paper section 3.2, "Vision Transformer", and `segment_anything/modeling/mask_decoder.py`.
+    Differs: the authors' code draws a random positional encoding, leaves `no_mask_embed` out, and loads neither IoU nor
+    mask tokens; here all four are SAM's own. The classes share one hypernetwork MLP (that of SAM's mask 0) and differ
+    in their tokens. IoU head and the MLPs of masks 1 to 3 are left out. With one class and no noise this is SAM's
+    decoder given no prompt.
+
+    Args:
+        out_channels: number of classes C, background included.
+        checkpoint: SAM checkpoint whose mask decoder and prompt encoder the head starts from; None for random weights.
+        token_noise: standard deviation of the seeded noise that sets the classes' copies of SAM's tokens apart; None
+            for 0.02, or without a checkpoint for 1, the spread of the random tokens themselves.
+
+    Raises:
+        ValueError: when the checkpoint's decoder or prompt encoder does not fit.
+        FileNotFoundError: when the checkpoint is not there.
+    """
+
+    def __init__(self, out_channels: int, checkpoint: str | None = None, *, token_noise: float | None = None) -> None:
+        super().__init__()
+        decoder, prompts = build_decoder(on_tokens=True, checkpoint=checkpoint)
+        if token_noise is None:
+            token_noise = RANDOM_TOKEN_NOISE if checkpoint is None else SAM_TOKEN_NOISE
+        self.out_channels = out_channels
+        self.transformer = decoder.transformer
+        self.output_upscaling = decoder.output_upscaling
+        self.hypernetwork = decoder.output_hypernetworks_mlps[0]
+        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).detach()
+        noise = torch.randn(out_channels, *tokens.shape, generator=torch.Generator().manual_seed(TOKEN_NOISE_SEED))
+        self.tokens = nn.Parameter(tokens + token_noise * noise)
+        self.no_mask_embed = nn.Buffer(prompts.no_mask_embed.weight.detach().clone())
+        self.frequencies = nn.Buffer(prompts.pe_layer.positional_encoding_gaussian_matrix.clone())
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Decode a mask for each class.
+
+        Args:
+            embeddings: Bx256xhxw.
+
+        Returns:
+            logits BxCx4hx4w.
+        """
+        batch, _, height, width = embeddings.shape
+        image = embeddings.flatten(2).transpose(1, 2) + self.no_mask_embed
+        tokens = self.tokens.unsqueeze(0).expand(batch, -1, -1, -1)
+        queries, image = self.transformer(tokens, image, self.positional_encoding(height, width))
+
+        features = self.output_upscaling(image)
+        mask = self.hypernetwork(queries[:, 1])  # the IoU token comes first, then the tokens of masks 0 to 3
+        logits = (features.flatten(1, 5) @ mask.unsqueeze(2)).unflatten(1, features.shape[1:6])
+        return image_of_tokens(logits, height, width).view(batch, self.out_channels, 4 * height, 4 * width)
+
+    def positional_encoding(self, height: int, width: int) -> torch.Tensor:
+        """Encode the positions of a grid by SAM's random Fourier features.
+
+        Source: `PositionEmbeddingRandom` of `segment_anything/modeling/prompt_encoder.py`, in a form that scripts.
+
+        Args:
+            height: rows of the grid.
+            width: columns of the grid.
+
+        Returns:
+            (`height`*`width`)x256, row by row.
+        """
+        frequencies = self.frequencies
+        y = (torch.arange(height, device=frequencies.device, dtype=frequencies.dtype) + 0.5) / height
+        x = (torch.arange(width, device=frequencies.device, dtype=frequencies.dtype) + 0.5) / width
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        points = 2 * torch.stack([grid_x, grid_y], dim=-1) - 1
+        angles = 2 * math.pi * (points @ frequencies)
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1).flatten(0, 1)
+
+
+class CNNHead(nn.Sequential):
+    """A convolutional decoder of k stages that upscales by 4 at every k.
+
+    Source: paper section 3.2, "Convolutional Neural Network". Differs: the authors' code drops the transposed
+    convolution of the first two stages for every k > 2, so that its upscaling depends on k; here the first k-2 stages
+    have none and the last two have one each.
+
+    Args:
+        out_channels: number of classes C, background included.
+        depth: number of stages k, at least 2; stage widths begin at 64 * 2^k channels and halve.
+
+    Raises:
+        ValueError: when `depth` is below 2.
+    """
+
+    def __init__(self, out_channels: int, depth: int = 4) -> None:
+        if depth < 2:
+            raise ValueError(f"depth must be at least 2 (two stages upscale by 2 each), received {depth}")
+        width = 64 * 2**depth
+        layers: list[nn.Module] = [*_conv_relu(EMBEDDING_CHANNELS, width, 1), *_conv_relu(width, width, 1)]
+        for stage in range(depth):
+            if stage < depth - 2:
+                layers += [*_conv_relu(width, width, 3), *_conv_relu(width, width // 2, 3)]
+            else:
+                layers += [*_conv_relu(width, width, 3), *_conv_relu(width, width, 3)]
+                layers.append(nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2))
+            width //= 2
+        layers += [nn.Conv2d(width, width, kernel_size=3, padding=1), nn.Conv2d(width, out_channels, kernel_size=1)]
+        super().__init__(*layers)
+
+
+class LinearHead(nn.Sequential):
+    """Two transposed convolutions, then two point-wise ones, all as matrix products on the positions.
+
+    Source: paper section 3.2, "Linear Layer". Differs: the authors' code ends on a ReLU, after which a class whose
+    logits fall below zero never learns again; here the logits are raw.
+
+    Args:
+        out_channels: number of classes C, background included.
+    """
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__(
+            TokenUpscale(EMBEDDING_CHANNELS, 64),
+            nn.LayerNorm(64, eps=1e-6),
+            nn.GELU(),
+            TokenUpscale(64, 32),
+            nn.GELU(),
+            nn.Linear(32, 32),
+            nn.ReLU(),
+            nn.Linear(32, out_channels),
+        )
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Decode each position on its own, and bring the results into place at the end.
+
+        Args:
+            embeddings: Bx256xhxw.
+
+        Returns:
+            logits BxCx4hx4w.
+        """
+        x = embeddings.flatten(2).transpose(1, 2)
+        for layer in self:
+            x = layer(x)
+        return image_of_tokens(x, embeddings.shape[2], embeddings.shape[3])
+
+
+def _conv_relu(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2), nn.ReLU()

@@ -1,0 +1,14 @@
+"""Training of the tiny encoder and of heads on it, on phantom slices alone."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "export": ["ExportRecord", "export_network"],
+        "joint_head": ["JointHead", "predictions_of_all"],
+        "optimization": ["GradientClipping", "parameter_groups"],
+        "phantom_stream": ["PhantomStream", "StreamPosition", "phantom_stacks"],
+        "record": ["TrainingRecord"],
+    },
+)

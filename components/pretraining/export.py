@@ -1,0 +1,163 @@
+"""Export of a pre-trained encoder and its heads in the forms that other runs start from, and the record beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from components.base.atomic_write import write_atomically
+from components.base.weights import fixed_random_weights
+from components.networks.heads import ViTHead
+from components.networks.prompt_free_sam import PromptFreeSam
+from components.pretraining.joint_head import JointHead
+from components.pretraining.record import RECORD_FILENAME, versions
+from components.sam.decoder import build_decoder
+from components.sam.encoder import SamEncoder
+from components.sam.image_encoder import PATCH_SIZE
+from components.training.checkpoint_folder import MODEL_FILENAME
+
+ENCODER_FILENAME = "phantom_encoder.pth"
+EXPORT_RECORD_FILENAME = "record.json"
+
+
+def export_network(network: PromptFreeSam, *, ckpt_dir: str, export_dir: str) -> PromptFreeSam:
+    """Write a trained network's parts in fp16 and build it anew from what was written.
+
+    `phantom_encoder.pth` is a SAM checkpoint, see `sam_state`. `<name>_head.pt` of each head is a `model.pt` of that
+    head on the frozen encoder as written. An older record is removed first, and `ExportRecord` writes the new one last:
+    a folder without `record.json` is unfinished.
+
+    Args:
+        network: a trainable `SamEncoder` under a `JointHead` with a head named `vit`; filled from the checkpoint.
+        ckpt_dir: folder with the trained `model.pt`.
+        export_dir: folder of the files, made if missing.
+
+    Returns:
+        a network with the heads under the same names, its encoder frozen and every weight read from those files.
+
+    Raises:
+        FileNotFoundError: when there is no `model.pt`.
+    """
+    model = Path(ckpt_dir) / MODEL_FILENAME
+    if not model.is_file():
+        raise FileNotFoundError(
+            f"no trained model at {model}: run `training` first, or say where its checkpoints are with --ckpt_dir"
+        )
+    network.load_state_dict(torch.load(model, map_location="cpu", weights_only=True))
+    folder, trained, device = Path(export_dir), cast(SamEncoder, network.encoder), next(network.parameters()).device
+    heads = dict(cast(nn.ModuleDict, network.head.heads).items())
+
+    (folder / EXPORT_RECORD_FILENAME).unlink(missing_ok=True)
+    _save_in_fp16(sam_state(trained, cast(ViTHead, heads["vit"])), folder / ENCODER_FILENAME)
+    encoder = SamEncoder(trained.model_type, str(folder / ENCODER_FILENAME), trained.image_size)
+    for name, head in heads.items():
+        path = folder / f"{name}_head.pt"
+        alone = PromptFreeSam(encoder, head, network.precision)
+        _save_in_fp16(alone.state_dict(), path)
+        alone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return PromptFreeSam(encoder, JointHead(heads), network.precision).to(device)
+
+
+def sam_state(encoder: SamEncoder, head: ViTHead) -> dict[str, torch.Tensor]:
+    """Arrange an encoder and a ViT head as a SAM checkpoint, which `SamEncoder` and `ViTHead` load strictly.
+
+    SAM's one set of tokens is the mean over the classes, and each of its four hypernetworks the head's one. What the
+    head has no use for was never trained and is drawn from a constant seed: the IoU head, the embeddings of points, the
+    downscaling of masks. So the file segments nothing by SAM's prompts.
+
+    Args:
+        encoder: the trained encoder.
+        head: the trained head.
+
+    Returns:
+        a flat state dict in SAM's own layout, detached, on the CPU.
+    """
+    with fixed_random_weights():
+        decoder, prompts = build_decoder(grid=encoder.image_size // PATCH_SIZE, image_size=encoder.image_size)
+    decoder.transformer.load_state_dict(head.transformer.state_dict())
+    decoder.output_upscaling.load_state_dict(head.output_upscaling.state_dict())
+    for mlp in decoder.output_hypernetworks_mlps:
+        mlp.load_state_dict(head.hypernetwork.state_dict())
+    tokens = head.tokens.detach().mean(dim=0)
+    decoder.iou_token.weight.data.copy_(tokens[:1])
+    decoder.mask_tokens.weight.data.copy_(tokens[1:])
+    prompts.no_mask_embed.weight.data.copy_(head.no_mask_embed)
+    prompts.pe_layer.positional_encoding_gaussian_matrix.copy_(head.frequencies)
+    parts = {"image_encoder": encoder.image_encoder, "prompt_encoder": prompts, "mask_decoder": decoder}
+    return {
+        f"{name}.{key}": value.detach().cpu()
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
+
+
+class ExportRecord:
+    """Ignite handler that, once the exported files have been scored, writes `record.json` beside them.
+
+    It holds each head's Dice by class on the validation phantoms, the SHA-256 of every file, and what
+    `components.pretraining.TrainingRecord` has noted of the training.
+
+    Args:
+        ckpt_dir: folder with that note.
+        export_dir: folder of the files.
+        heads: names of the heads, whose scores the evaluator has under `val_<name>_dice`.
+        class_names: names of the foreground classes.
+        phantoms: what the validation phantoms were drawn from, by name.
+
+    Raises:
+        FileNotFoundError: when there is no note of the training.
+    """
+
+    def __init__(
+        self,
+        *,
+        ckpt_dir: str,
+        export_dir: str,
+        heads: Sequence[str],
+        class_names: Sequence[str],
+        phantoms: Mapping[str, Any],
+    ) -> None:
+        note = Path(ckpt_dir) / RECORD_FILENAME
+        if not note.is_file():
+            raise FileNotFoundError(f"no note of the training at {note}: give --ckpt_dir the folder that it trained in")
+        self.training = json.loads(note.read_text())
+        self.folder = Path(export_dir)
+        self.heads = tuple(heads)
+        self.class_names = tuple(class_names)
+        self.phantoms = dict(phantoms)
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler on an evaluator."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the record."""
+        files = [ENCODER_FILENAME, *(f"{name}_head.pt" for name in self.heads)]
+        content = {
+            "dice": {name: self._scores(engine, name) for name in self.heads},
+            "dice_on": self.phantoms,
+            "sha256": {file: hashlib.sha256((self.folder / file).read_bytes()).hexdigest() for file in files},
+            "exported_with": versions(),
+            "training": self.training,
+        }
+        with write_atomically(self.folder / EXPORT_RECORD_FILENAME) as partial:
+            partial.write_text(json.dumps(content, indent=4) + "\n")
+
+    def _scores(self, engine: Engine, head: str) -> dict[str, float]:
+        metrics, metric = engine.state.metrics, f"val_{head}_dice"
+        by_class = {name: round(metrics[f"{metric}_{name}"], 4) for name in self.class_names}
+        return {**by_class, "mean": round(metrics[metric], 4)}
+
+
+def _save_in_fp16(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Save a state dict so that the same weights always give the same bytes."""
+    halved = {key: value.cpu().half() if value.is_floating_point() else value.cpu() for key, value in state.items()}
+    with write_atomically(path) as partial, partial.open("wb") as file:  # of a path torch would write the name, too
+        torch.save(halved, file)

@@ -1,0 +1,11 @@
+"""Segment Anything: its checkpoints, its image encoder and its decoder, in forms that cost less."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "checkpoint": ["default_checkpoint"],
+        "encoder": ["SamEncoder"],
+    },
+)

@@ -1,0 +1,210 @@
+"""SAM's attention with decomposed relative positions, without a bias of all heads at once and without padded work."""
+
+import math
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+
+from components.sam.segment_anything_import import import_from_segment_anything
+
+sam_image_encoder = import_from_segment_anything("modeling.image_encoder")
+
+
+class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined]
+    """Multi-head self-attention with decomposed relative positions.
+
+    Source: `Attention` of `segment_anything/modeling/image_encoder.py`, whose parameters these are. Differs: the
+    numbers are the same, but `scaled_dot_product_attention` does the work, block by block, so that neither the scores
+    nor the bias of all heads ever stand in memory; in windows, padding is neither projected to queries, keys and
+    values (a padded token's are the projection's bias) nor projected back.
+    """
+
+    # Elements of bias in memory at a time: on a CPU about what its caches hold, on a GPU enough to keep it busy.
+    bias_elements_cpu: Final[int] = 2**20
+    bias_elements_gpu: Final[int] = 2**26
+    tile_dims: Final[int] = 32  # of a bf16 matrix unit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend globally.
+
+        Args:
+            x: tokens BxHxWxC.
+
+        Returns:
+            tokens BxHxWxC.
+        """
+        batch, height, width, channels = x.shape
+        tokens = x.flatten(1, 2)
+        # Three products rather than one: each has a block of memory of its own, small enough to be reused.
+        weights = self.qkv.weight.view(3, channels, channels)
+        bias = self.qkv.bias
+        assert bias is not None
+        biases = bias.view(3, channels)
+        q = F.linear(tokens, weights[0], biases[0]).unflatten(2, [self.num_heads, -1])
+        k = F.linear(tokens, weights[1], biases[1]).unflatten(2, [self.num_heads, -1])
+        v = F.linear(tokens, weights[2], biases[2]).unflatten(2, [self.num_heads, -1])
+        return self.proj(self._attend(q, k, v, height, width).view(batch, height, width, channels))
+
+    def attend_in_windows(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
+        """Attend within windows that tile the grid from its top left corner.
+
+        Args:
+            x: tokens BxHxWxC.
+            window_size: side of a window in tokens; windows that reach beyond the grid see padded tokens there.
+
+        Returns:
+            tokens BxHxWxC.
+        """
+        rows_of_windows = max(1, rows_at_a_time(x, 3 * x.shape[3]) // window_size)
+        strips = [self._attend_in_strip(strip, window_size) for strip in x.split(rows_of_windows * window_size, dim=1)]
+        return concatenate(strips, dim=1)
+
+    def _attend_in_strip(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
+        """Attend within the windows of a strip of the grid; see `attend_in_windows`."""
+        batch, height, width, channels = x.shape
+        rows, columns = -(-height // window_size), -(-width // window_size)
+        qkv = self.qkv(x)
+        bias = self.qkv.bias
+        assert bias is not None
+        if height % window_size > 0 or width % window_size > 0:
+            # Rather than pad the tokens with zeros: what the projection makes of those.
+            padded = bias.to(qkv.dtype).repeat(batch, rows * window_size, columns * window_size, 1)
+            padded[:, :height, :width] = qkv
+            qkv = padded
+        qkv = qkv.view(batch, rows, window_size, columns, window_size, 3 * channels).transpose(2, 3)
+        qkv = qkv.reshape(batch * rows * columns, window_size * window_size, 3, self.num_heads, -1)
+        attended = self._attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], window_size, window_size)
+        attended = attended.view(batch, rows, columns, window_size, window_size, channels).transpose(2, 3)
+        attended = attended.reshape(batch, rows * window_size, columns * window_size, channels)
+        return self.proj(attended[:, :height, :width])
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Attend over grids of tokens.
+
+        Args:
+            q: queries Gx(`height`*`width`)xheadsxD, G grids; keys `k` and values `v` likewise.
+            k: keys.
+            v: values.
+            height: rows of a grid.
+            width: columns of a grid.
+
+        Returns:
+            Gx(`height`*`width`)x(heads*D).
+        """
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        bias_h, bias_w = self._relative_positions(q, height, width)
+        on_cpu = q.device.type == "cpu"
+        if on_cpu and q.dtype == torch.bfloat16:
+            attended = _attend_with_folded_bias(q, k, v, bias_h, bias_w, self.tile_dims)
+        else:
+            limit = self.bias_elements_cpu if on_cpu else self.bias_elements_gpu
+            attended = _attend_in_blocks(q, k, v, bias_h, bias_w, limit)
+        return attended.transpose(1, 2).flatten(2)
+
+    def _relative_positions(self, q: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what relative positions add to the scores, by the keys' row and by their column.
+
+        The tables are looked up anew, which costs next to nothing, so they are always those of the present weights.
+
+        Args:
+            q: queries Gxheadsx(`height`*`width`)xD.
+            height: rows of a grid.
+            width: columns of a grid.
+
+        Returns:
+            Gxheadsx(`height`*`width`)x`height` and Gxheadsx(`height`*`width`)x`width`.
+        """
+        table_h = sam_image_encoder.get_rel_pos(height, height, self.rel_pos_h)
+        table_w = sam_image_encoder.get_rel_pos(width, width, self.rel_pos_w)
+        grid = q.unflatten(2, [height, width])
+        bias_h = torch.einsum("gnhwc,hkc->gnhwk", grid, table_h)
+        bias_w = torch.einsum("gnhwc,wkc->gnhwk", grid, table_w)
+        return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
+
+
+def rows_at_a_time(x: torch.Tensor, channels: int) -> int:
+    """Return how many rows of a grid to compute at a time.
+
+    On a CPU, intermediate results of 16 MB stay in its caches, and glibc reuses their memory. Beyond 32 MB it returns
+    each to the system, and clearing new pages for the next one takes longer than filling them. A GPU wants them large.
+
+    Args:
+        x: tokens BxHxWxC.
+        channels: of the largest intermediate result.
+    """
+    elements = 1 << 22 if x.device.type == "cpu" else 1 << 28
+    return max(1, elements // (x.shape[2] * channels))
+
+
+def concatenate(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Join tensors along a dimension, without a copy where there is one only."""
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
+def _attend_in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """Attend to the whole grid, a few heads and query rows at a time.
+
+    Args:
+        q: queries GxheadsxNxD; keys `k` and values `v` likewise.
+        k: keys.
+        v: values.
+        bias_h: GxheadsxNxH, added to the scores of a row's keys, N = H*W.
+        bias_w: GxheadsxNxW, added to the scores of a column's keys.
+        limit: elements of bias in memory at a time, for one grid.
+
+    Returns:
+        GxheadsxNxD.
+    """
+    heads, tokens = q.shape[1], q.shape[2]
+    head_step = max(1, min(heads, limit // (tokens * tokens)))
+    query_step = max(1, min(tokens, limit // tokens))
+    by_head = []
+    for head in range(0, heads, head_step):
+        by_query = []
+        for query in range(0, tokens, query_step):
+            part_h = bias_h[:, head : head + head_step, query : query + query_step]
+            part_w = bias_w[:, head : head + head_step, query : query + query_step]
+            by_query.append(
+                F.scaled_dot_product_attention(
+                    q[:, head : head + head_step, query : query + query_step],
+                    k[:, head : head + head_step],
+                    v[:, head : head + head_step],
+                    attn_mask=(part_h.unsqueeze(4) + part_w.unsqueeze(3)).flatten(3),
+                )
+            )
+        by_head.append(concatenate(by_query, dim=2))
+    return concatenate(by_head, dim=1)
+
+
+def _attend_with_folded_bias(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor, multiple: int
+) -> torch.Tensor:
+    """Attend with the bias as further dimensions of the queries, which one-hot dimensions of the keys pick out.
+
+    A bf16 matrix unit does the longer products faster than a bias could be written and read.
+
+    Shapes are those of `_attend_in_blocks`.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias_h: added to the scores of a row's keys.
+        bias_w: added to the scores of a column's keys.
+        multiple: to which the number of dimensions is filled up with zeros.
+    """
+    dim, height, width = q.shape[3], bias_h.shape[3], bias_w.shape[3]
+    scale = 1 / math.sqrt(dim)
+    row_of_key = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, 0)
+    column_of_key = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
+    spare = -(dim + height + width) % multiple
+    shape = [k.shape[0], k.shape[1], -1, -1]
+    long_q = torch.cat([q, bias_h / scale, bias_w / scale], dim=3)
+    long_k = torch.cat([k, row_of_key.expand(shape), column_of_key.expand(shape)], dim=3)
+    attended = F.scaled_dot_product_attention(
+        F.pad(long_q, [0, spare]), F.pad(long_k, [0, spare]), F.pad(v, [0, height + width + spare]), scale=scale
+    )
+    return attended[..., :dim]

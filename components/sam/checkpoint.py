@@ -1,0 +1,113 @@
+"""Checkpoint files in SAM's own layout: where they lie, reading them, loading their parts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from components.base.weights import read_state_dict
+
+# Meta's file names by model type; their addresses and hashes stand in each bundle's `large_files.yml`.
+CHECKPOINT_FILES = {
+    "vit_b": "sam_vit_b_01ec64.pth",
+    "vit_l": "sam_vit_l_0b3195.pth",
+    "vit_h": "sam_vit_h_4b8939.pth",
+}
+CHECKPOINT_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
+
+
+def default_checkpoint(models_dir: str, model_type: str) -> str:
+    """Return the path at which a bundle expects Meta's checkpoint of a model type.
+
+    Args:
+        models_dir: the bundle's `models` folder.
+        model_type: `vit_b`, `vit_l` or `vit_h`.
+
+    Returns:
+        the path, whether or not the file is there.
+
+    Raises:
+        ValueError: for a model type of which no checkpoint is published.
+    """
+    if model_type not in CHECKPOINT_FILES:
+        raise ValueError(
+            f"no published SAM checkpoint has model_type {model_type!r} (published: {', '.join(CHECKPOINT_FILES)}): "
+            "give --sam_checkpoint a file, or '$None' for an encoder with random weights"
+        )
+    return str(Path(models_dir) / CHECKPOINT_FILES[model_type])
+
+
+def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Read a checkpoint in SAM's own layout.
+
+    Args:
+        path: a `.pth` file holding a flat state dict with the keys `image_encoder.*`, `prompt_encoder.*` and
+            `mask_decoder.*`.
+
+    Returns:
+        the state dicts of the three parts, by part name, prefixes removed, on the CPU.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no such state dict; names the keys that do not belong.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no SAM checkpoint at {path}: download it from inside the bundle with "
+            "`python -m monai.bundle download_large_files`, give --sam_checkpoint another file, "
+            "or '$None' for an encoder with random weights"
+        )
+    state = read_state_dict(path, kind="SAM checkpoint", way_out="download it again")
+    parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in CHECKPOINT_PARTS}
+    strangers = []
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part in parts and rest:
+            parts[part][rest] = value
+        else:
+            strangers.append(key)
+    if strangers:
+        raise ValueError(
+            f"{path} is not a SAM checkpoint: expected only keys that begin with "
+            f"{', '.join(part + '.' for part in CHECKPOINT_PARTS)}; received also {_listing(strangers)}"
+        )
+    return parts
+
+
+def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *, path: str) -> None:
+    """Load one part of a SAM checkpoint strictly, before anything is changed naming what does not fit.
+
+    Args:
+        module: the network part to fill.
+        part: its name in the checkpoint, such as `image_encoder`.
+        state: its state dict, as `read_sam_checkpoint` returns it.
+        path: the checkpoint's file, for messages.
+
+    Raises:
+        ValueError: when a key is missing, extra or misshapen.
+    """
+    expected = module.state_dict()
+    faults = []
+    missing = [f"{part}.{key}" for key in expected if key not in state]
+    extra = [f"{part}.{key}" for key in state if key not in expected]
+    misshapen = [
+        f"{part}.{key} (expected {tuple(value.shape)}, received {tuple(state[key].shape)})"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    for fault, keys in (("missing", missing), ("extra", extra), ("misshapen", misshapen)):
+        if keys:
+            faults.append(f"{fault}: {_listing(keys)}")
+    if faults:
+        raise ValueError(
+            f"{path} does not fit this {part} ({'; '.join(faults)}): "
+            "give --sam_checkpoint an official checkpoint of the same --model_type"
+        )
+    module.load_state_dict(state)
+
+
+def _listing(keys: list[str], limit: int = 8) -> str:
+    """Join keys for a message, the first few in full."""
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,0 +1,52 @@
+"""SAM's mask decoder and prompt encoder, as `segment_anything` builds them or on this project's layers."""
+
+from typing import Any
+
+from torch import nn
+
+from components.sam.checkpoint import load_part, read_sam_checkpoint
+from components.sam.image_encoder import EMBEDDING_CHANNELS
+from components.sam.layers import TokenUpscale
+from components.sam.segment_anything_import import import_from_segment_anything
+from components.sam.token_attention import TwoWayTransformer
+
+sam_mask_decoder = import_from_segment_anything("modeling.mask_decoder")
+sam_prompt_encoder = import_from_segment_anything("modeling.prompt_encoder")
+sam_transformer = import_from_segment_anything("modeling.transformer")
+
+TRANSFORMER = {"depth": 2, "embedding_dim": EMBEDDING_CHANNELS, "num_heads": 8, "mlp_dim": 2048}
+
+
+def build_decoder(
+    *, grid: int = 64, image_size: int = 1024, on_tokens: bool = False, checkpoint: str | None = None
+) -> tuple[Any, Any]:
+    """Build SAM's mask decoder and prompt encoder as `segment_anything/build_sam.py` does.
+
+    Args:
+        grid: side of the embeddings; serves prompts only, as `image_size` does.
+        image_size: side in pixels of the images in which prompts are given.
+        on_tokens: whether transformer and upscaling are this project's, which work on tokens; parameters and their
+            names are the same.
+        checkpoint: a SAM checkpoint to load both from; None for random weights.
+
+    Returns:
+        the mask decoder and the prompt encoder.
+
+    Raises:
+        FileNotFoundError: when the checkpoint is not there.
+        ValueError: when the checkpoint does not fit.
+    """
+    transformer = (TwoWayTransformer if on_tokens else sam_transformer.TwoWayTransformer)(**TRANSFORMER)
+    decoder = sam_mask_decoder.MaskDecoder(transformer_dim=EMBEDDING_CHANNELS, transformer=transformer)
+    if on_tokens:
+        decoder.output_upscaling[0] = TokenUpscale(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS // 4)
+        decoder.output_upscaling[1] = nn.LayerNorm(EMBEDDING_CHANNELS // 4, eps=1e-6)
+        decoder.output_upscaling[3] = TokenUpscale(EMBEDDING_CHANNELS // 4, EMBEDDING_CHANNELS // 8)
+    prompts = sam_prompt_encoder.PromptEncoder(
+        EMBEDDING_CHANNELS, (grid, grid), (image_size, image_size), mask_in_chans=16
+    )
+    if checkpoint is not None:
+        parts = read_sam_checkpoint(checkpoint)
+        load_part(decoder, "mask_decoder", parts["mask_decoder"], path=checkpoint)
+        load_part(prompts, "prompt_encoder", parts["prompt_encoder"], path=checkpoint)
+    return decoder, prompts

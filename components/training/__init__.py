@@ -1,0 +1,14 @@
+"""What a training run has beyond MONAI's trainer: checkpoints, seeded epochs, phantoms in its batches, records."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "checkpoints": ["TrainingCheckpoints"],
+        "command_line": ["refuse_unknown_knobs"],
+        "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler"],
+        "phantom_mixing": ["PhantomMixing"],
+        "tracking": ["finish_mlflow_runs"],
+    },
+)

@@ -1,0 +1,103 @@
+"""The folder of a training run's checkpoints: names, reading, keeping, setting aside."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODEL_FILENAME = "model.pt"
+CHECKPOINTS_KEPT = 2
+CHECKPOINT_KEYS = {
+    "model",
+    "optimizer",
+    "schedule_position",
+    "scaler",
+    "epoch",
+    "iteration",
+    "best_score",
+    "best_epoch",
+}
+
+_CHECKPOINT_NAME = re.compile(r"checkpoint_epoch=([1-9]\d*)\.pt")
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_path(ckpt_dir: Path, epoch: int) -> Path:
+    """Return where the checkpoint of an epoch is kept."""
+    return ckpt_dir / f"checkpoint_epoch={epoch}.pt"
+
+
+def checkpoint_epochs(ckpt_dir: Path) -> list[int]:
+    """Return the epochs in the names of the folder's checkpoints, newest first."""
+    matches = (_CHECKPOINT_NAME.fullmatch(path.name) for path in ckpt_dir.iterdir())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def remove_superseded(ckpt_dir: Path, *, epoch: int) -> None:
+    """Remove all but the last `CHECKPOINTS_KEPT` checkpoints up to an epoch."""
+    # newer names than the present epoch's are files that resuming skipped as unreadable: they must not count as kept
+    for old in [e for e in checkpoint_epochs(ckpt_dir) if e <= epoch][CHECKPOINTS_KEPT:]:
+        checkpoint_path(ckpt_dir, old).unlink()
+
+
+def set_aside(ckpt_dir: Path) -> None:
+    """Move checkpoints of an earlier run, with a copy of its model, into a new subfolder that can be resumed from."""
+    epochs = checkpoint_epochs(ckpt_dir)
+    if not epochs:
+        return
+    folders = (ckpt_dir / f"previous_run_{n}" for n in itertools.count(1))
+    folder = next(folder for folder in folders if not folder.exists())
+    folder.mkdir()
+    model = ckpt_dir / MODEL_FILENAME
+    if model.is_file():  # a copy: the folder keeps a usable model until this run has one
+        shutil.copy2(model, folder / MODEL_FILENAME)
+    for epoch in epochs:
+        path = checkpoint_path(ckpt_dir, epoch)
+        path.rename(folder / path.name)
+    logger.warning("fresh run: moved %d checkpoint(s) of an earlier run from %s to %s", len(epochs), ckpt_dir, folder)
+
+
+def read_training_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        path: a `checkpoint_epoch=N.pt`.
+
+    Returns:
+        a dictionary with `CHECKPOINT_KEYS`.
+
+    Raises:
+        ValueError: when the file holds something else; torch's own errors when it cannot be read at all.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict) or CHECKPOINT_KEYS - saved.keys():
+        raise ValueError(f"expected a dict with {sorted(CHECKPOINT_KEYS)}, got something else")
+    return saved
+
+
+def newest_readable(ckpt_dir: Path) -> dict[str, Any] | None:
+    """Return the newest checkpoint of a folder that can be read, warning of newer ones that cannot, or None."""
+    for epoch in checkpoint_epochs(ckpt_dir):
+        path = checkpoint_path(ckpt_dir, epoch)
+        try:
+            saved = read_training_checkpoint(path)
+        except Exception as error:  # a damaged file can fail in many ways, none of which may stop the search
+            logger.warning("skipping the unreadable checkpoint %s (%s: %s)", path, type(error).__name__, error)
+            continue
+        return {**saved, "epoch": epoch}
+    return None
+
+
+def is_readable(path: Path) -> bool:
+    """Tell whether a file holds a state dict."""
+    try:
+        return isinstance(torch.load(path, map_location="cpu", weights_only=True), dict)
+    except Exception:  # as above
+        return False

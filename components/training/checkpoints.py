@@ -1,0 +1,281 @@
+"""Checkpoints of a training run: what is written, kept and resumed from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+from monai.utils.misc import is_scalar
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from components.base.atomic_write import remove_partial_files, save_atomically, write_atomically
+from components.training.checkpoint_folder import (
+    MODEL_FILENAME,
+    checkpoint_path,
+    is_readable,
+    newest_readable,
+    read_training_checkpoint,
+    remove_superseded,
+    set_aside,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingCheckpoints:
+    """Write the best model and the last checkpoints of a training run, and resume from them.
+
+    After every epoch the folder gains ``checkpoint_epoch=N.pt`` (all that resuming needs; the last two are kept), and
+    after a validation that beats all before it ``model.pt`` (the network's bare state dict). Both replace the older
+    file in one step, ``model.pt`` before the checkpoint that records its score, so a killed run always leaves a usable
+    folder. If no validation gave a score, the last model becomes ``model.pt`` at the end.
+
+    With ``validate_start`` a fresh run validates the network before its first step, as epoch 0, so that ``model.pt`` is
+    never worse on the validation data than what the run began with.
+
+    A resumed run follows its own configuration: the checkpoint gives the weights, the optimizer's moments, the epoch
+    and the best score; learning rate, schedule, number of epochs and iterations per epoch are those now configured.
+    The state of random number generators is not kept: `components.training.EpochSeeds` makes epochs independent of it.
+
+    Handlers run in the order in which they are listed: list this one AFTER the validation handler, whose score it
+    reads, and AFTER the learning rate handler, whose step belongs to the epoch that ends.
+
+    Args:
+        ckpt_dir: folder of ``model.pt`` and ``checkpoint_epoch=N.pt``, made if missing.
+        network: the network in training; of a ``DistributedDataParallel`` the inner module is saved.
+        optimizer: its optimizer.
+        lr_scheduler: schedule that depends on nothing but the number of its steps, or None.
+        evaluator: the engine that the validation handler runs, or None; its key metric is the score.
+        resume: continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints are moved into
+            a subfolder ``previous_run_<n>`` beside a copy of their ``model.pt``.
+        validate_start: whether the network that a fresh run begins with competes for ``model.pt``.
+
+    Raises:
+        TypeError: when ``resume`` is not a bool, or ``lr_scheduler`` follows a metric.
+        ValueError: when the run starts and the checkpoint is beyond the trainer's ``max_epochs``.
+    """
+
+    def __init__(
+        self,
+        *,
+        ckpt_dir: str | os.PathLike[str],
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRScheduler | None = None,
+        evaluator: Evaluator | None = None,
+        resume: bool = False,
+        validate_start: bool = False,
+    ) -> None:
+        if not isinstance(resume, bool):  # on the command line `--resume false` is the (true) string "false"
+            raise TypeError(f"resume must be True or False, got {resume!r}: write `--resume True` or `--resume False`.")
+        if isinstance(lr_scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "lr_scheduler must depend on its number of steps only, got ReduceLROnPlateau, which follows a metric: "
+                "use for example monai.optimizers.WarmupCosineSchedule."
+            )
+        self.ckpt_dir = Path(ckpt_dir)
+        self.network = network.module if isinstance(network, DataParallel | DistributedDataParallel) else network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.evaluator = evaluator
+        self.resume = resume
+        self.validate_start = validate_start
+        self.best_score: float | None = None
+        self.best_epoch: int | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler.
+
+        Args:
+            engine: the trainer.
+        """
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.finish_epoch)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, engine: Engine) -> None:
+        """Resume, or clear the folder for a fresh run and let what it begins with compete.
+
+        Args:
+            engine: the trainer.
+        """
+        if engine.state.epoch > 0:  # the same trainer runs on, as in the rounds of federated learning
+            return
+        self.best_score = self.best_epoch = None
+        if _is_writer():
+            self.ckpt_dir.mkdir(parents=True, exist_ok=True)
+            remove_partial_files(self.ckpt_dir, MODEL_FILENAME)
+            remove_partial_files(self.ckpt_dir, "checkpoint_epoch=*.pt")
+        resumed = self.resume and self._resume(engine)
+        if not resumed and _is_writer():
+            set_aside(self.ckpt_dir)
+        self._tell_evaluator()
+        idist.barrier()
+        if not resumed and self.validate_start and self.evaluator is not None:
+            self.evaluator.run(engine.state.epoch)
+            if self._update_best(engine) and _is_writer():
+                self._save_model(engine)
+
+    def finish_epoch(self, engine: Engine) -> None:
+        """Write the model if it is the best so far, then the checkpoint of this epoch.
+
+        Args:
+            engine: the trainer.
+        """
+        is_best, epoch = self._update_best(engine), engine.state.epoch
+        if not _is_writer():
+            return
+        with write_atomically(checkpoint_path(self.ckpt_dir, epoch)) as partial:
+            torch.save(self._checkpoint(engine), partial)
+            if is_best:  # only now, so that next to no time lies between the model and the record of its score
+                self._save_model(engine)
+        remove_superseded(self.ckpt_dir, epoch=epoch)
+
+    def finish(self, engine: Engine) -> None:
+        """Keep the last model if no validation has chosen one.
+
+        Args:
+            engine: the trainer.
+        """
+        if self.best_score is None and engine.state.epoch > 0 and _is_writer():
+            path = self.ckpt_dir / MODEL_FILENAME
+            save_atomically(self.network.state_dict(), path)
+            logger.info("no validation gave a score: the model of the last epoch (%d) is %s", engine.state.epoch, path)
+        idist.barrier()
+
+    def _update_best(self, engine: Engine) -> bool:
+        """Compare this epoch's validation score with the best so far, and keep the better one."""
+        score = self._validated_score(engine)
+        is_best = score is not None and self._is_best(score)
+        if is_best:
+            self.best_score, self.best_epoch = score, engine.state.epoch
+        self._tell_evaluator()
+        return is_best
+
+    def _save_model(self, engine: Engine) -> None:
+        save_atomically(self.network.state_dict(), self.ckpt_dir / MODEL_FILENAME)
+        logger.info("epoch %d: best validation score so far, %g, model saved", engine.state.epoch, self.best_score)
+
+    def _checkpoint(self, engine: Engine) -> dict[str, Any]:
+        scaler = getattr(engine, "scaler", None)
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule_position": None if self.lr_scheduler is None else self.lr_scheduler.last_epoch,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
+        }
+
+    def _validated_score(self, engine: Engine) -> float | None:
+        """Return the score of this epoch's validation, None if there was none or it is nan."""
+        # an evaluator without data stops short of the epoch that it is asked for, so equality means "validated now"
+        if self.evaluator is None or self.evaluator.state.epoch != engine.state.epoch:
+            return None
+        score = self.evaluator.state.metrics.get(self.evaluator.state.key_metric_name)
+        if not is_scalar(score):
+            return None
+        if math.isnan(score):
+            logger.warning("epoch %d: the validation score is nan and does not count", engine.state.epoch)
+            return None
+        return float(score)
+
+    def _is_best(self, score: float) -> bool:
+        # own comparison: MONAI's takes a first nan for the best, which no later score can beat
+        assert self.evaluator is not None
+        return self.best_score is None or bool(self.evaluator.metric_cmp_fn(score, self.best_score))
+
+    def _tell_evaluator(self) -> None:
+        if self.evaluator is not None:  # -1, -1 is MONAI's "none so far"
+            self.evaluator.state.best_metric = -1 if self.best_score is None else self.best_score
+            self.evaluator.state.best_metric_epoch = -1 if self.best_epoch is None else self.best_epoch
+
+    def _resume(self, engine: Engine) -> bool:
+        """Restore the newest readable checkpoint and return whether there is one."""
+        # one process chooses, so that all continue from the same epoch
+        saved = newest_readable(self.ckpt_dir) if _is_writer() else None
+        epoch = _agree(0 if saved is None else saved["epoch"])
+        if epoch == 0:
+            logger.warning("no checkpoint to resume from in %s: starting a fresh run", self.ckpt_dir)
+            return False
+        path = checkpoint_path(self.ckpt_dir, epoch)
+        max_epochs = engine.state.max_epochs
+        if max_epochs is not None and epoch > max_epochs:
+            raise ValueError(
+                f"expected a checkpoint within the {max_epochs} epochs of this run, got '{path}': ask for {epoch} or "
+                "more with `--epochs`, or start afresh with `--resume False`."
+            )
+        self._restore(engine, path=path, saved=read_training_checkpoint(path) if saved is None else saved)
+        logger.info("resumed from %s: epoch %d of %s, best score %s", path, epoch, max_epochs, self.best_score)
+        return True
+
+    def _restore(self, engine: Engine, *, path: Path, saved: dict[str, Any]) -> None:
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        with _naming(path):
+            self.network.load_state_dict(saved["model"], strict=True)
+            self.optimizer.load_state_dict(saved["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(options)
+        if self.lr_scheduler is not None and saved["schedule_position"] is not None:
+            _advance(self.lr_scheduler, saved["schedule_position"])
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        engine.state.epoch = saved["epoch"]
+        # ignite reads the place inside an epoch off the iteration: with another epoch length the old count would cut
+        # the first epoch short or end the run early
+        length = engine.state.epoch_length
+        engine.state.iteration = saved["iteration"] if length is None else saved["epoch"] * length
+        self._restore_best(saved)
+
+    def _restore_best(self, saved: dict[str, Any]) -> None:
+        if saved["best_score"] is None:
+            return
+        path = self.ckpt_dir / MODEL_FILENAME
+        if _agree(int(_is_writer() and is_readable(path))):
+            self.best_score, self.best_epoch = saved["best_score"], saved["best_epoch"]
+        else:
+            logger.warning("the best model, %s, is missing or unreadable: the next validated model replaces it", path)
+
+
+def _is_writer() -> bool:
+    return idist.get_rank() == 0
+
+
+def _agree(value: int) -> int:
+    """Return the writer's value in every process."""
+    return int(cast(float, idist.broadcast(value, src=0)))
+
+
+def _advance(lr_scheduler: LRScheduler, position: int) -> None:
+    """Step a fresh schedule to its place, which gives the learning rate of the present configuration there."""
+    with warnings.catch_warnings():  # torch warns of steps before the optimizer's first, which here are meant
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        for _ in range(position - lr_scheduler.last_epoch):
+            lr_scheduler.step()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Note the file and the way out on an error of the network or the optimizer, which know neither."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"'{path}' does not fit this run: resume with the configuration that wrote it, or start afresh with "
+            "`--resume False`."
+        )
+        raise

@@ -1,0 +1,84 @@
+"""Averaging over turned and mirrored views: networks of one pixel, means countable by hand."""
+
+import pytest
+import torch
+from monai.inferers import SliceInferer
+
+from components.evaluation.slice_inferer import TurnedSliceInferer
+
+SETTINGS = {"roi_size": (4, 4), "sw_batch_size": 2, "spatial_dim": 2}
+VOLUME = torch.arange(4 * 4 * 3).view(1, 1, 4, 4, 3).float()
+
+# Where the pixel (0, 1) of a 4x4 slice is seen, by number of views.
+SEEN = {
+    2: [(0, 1), (3, 2)],
+    4: [(0, 1), (1, 3), (2, 0), (3, 2)],
+    8: [(0, 1), (0, 2), (1, 0), (1, 3), (2, 0), (2, 3), (3, 1), (3, 2)],
+}
+
+
+def sure_of_one_pixel(slices):
+    """Say class 1 at (0, 1) whatever is there, and class 0 elsewhere."""
+    logits = torch.zeros(len(slices), 2, *slices.shape[2:])
+    logits[:, 0] = 1000
+    logits[:, 1, 0, 1] = 2000
+    return logits
+
+
+def pixelwise(slices):
+    """A network that sees each pixel alone, so that turning changes nothing."""
+    return torch.cat([slices, -slices, slices / 7], dim=1) / 10
+
+
+def uneven(slices):
+    """A network that sees where a pixel is."""
+    ramp = torch.arange(16).view(4, 4) / 16
+    return torch.cat([slices * ramp, slices * ramp.T, slices], dim=1) / 10
+
+
+def turned(volume, turns):
+    return volume.rot90(turns, (2, 3))
+
+
+@pytest.mark.parametrize("views", [2, 4, 8])
+def test_each_view_is_turned_back_and_counts_alike(views):
+    means = TurnedSliceInferer(**SETTINGS, test_time_views=views)(VOLUME, sure_of_one_pixel)
+    expected = torch.zeros(4, 4)
+    for row, column in SEEN[views]:
+        expected[row, column] = 1 / views
+    for index in range(3):
+        assert torch.equal(means[0, 1, ..., index], expected)
+        assert torch.equal(means[0, 0, ..., index], 1 - expected)
+
+
+def test_one_view_is_monais_slice_inferer():
+    logits = TurnedSliceInferer(**SETTINGS, test_time_views=1)(VOLUME, uneven)
+    assert torch.equal(logits, SliceInferer(**SETTINGS)(VOLUME, uneven))
+    assert torch.equal(TurnedSliceInferer(**SETTINGS)(VOLUME, uneven), logits)
+
+
+@pytest.mark.parametrize("views", [2, 4, 8])
+def test_views_that_all_agree_give_the_networks_own_probabilities(views):
+    inferer = TurnedSliceInferer(**SETTINGS, test_time_views=views)
+    expected = SliceInferer(**SETTINGS)(VOLUME, pixelwise).softmax(dim=1)
+    torch.testing.assert_close(inferer(VOLUME, pixelwise), expected)
+
+
+@pytest.mark.parametrize(("views", "turns"), [(2, 2), (4, 1), (8, 3)])
+def test_turned_volume_gives_the_turned_prediction(views, turns):
+    inferer = TurnedSliceInferer(**SETTINGS, test_time_views=views)
+    torch.testing.assert_close(inferer(turned(VOLUME, turns), uneven), turned(inferer(VOLUME, uneven), turns))
+    if views == 8:
+        torch.testing.assert_close(inferer(VOLUME.flip(2), uneven), inferer(VOLUME, uneven).flip(2))
+
+
+@pytest.mark.parametrize("views", [0, 3, 16, "8"])
+def test_other_number_of_views_is_refused(views):
+    with pytest.raises(ValueError, match=r"expected 1, 2, 4, 8 test-time views.*--test_time_views 8"):
+        TurnedSliceInferer(**SETTINGS, test_time_views=views)
+
+
+def test_condition_beside_several_views_is_refused():
+    inferer = TurnedSliceInferer(**SETTINGS, test_time_views=2)
+    with pytest.raises(ValueError, match="give --test_time_views 1"):
+        inferer(VOLUME, lambda slices, _condition: slices, condition=VOLUME)
