@@ -1,244 +1,271 @@
-"""Write the bundles that differ from `autosam_acdc` in their head or network only, or check that they do.
+"""Write the bundles from `autosam_acdc` and from what `bundles.json` says of each, or check that they are up to date.
 
-`autosam_acdc` is the source. Every other bundle is the same text with the replacements listed here, file by file, so a
-change is made once: edit `autosam_acdc`, then run `python bundles/derive.py`. `python bundles/derive.py --check` writes
-nothing and fails when a file is not what it would write.
+A change that concerns all bundles is made in `autosam_acdc`, one that concerns a single bundle in `bundles.json`, the
+meaning of a knob in `knobs.json`; then `python bundles/derive.py` writes the bundles' files, brings every config into
+the same layout, and fills the tables of knobs. `python bundles/derive.py --check` writes nothing and fails when a file
+is not what it would write.
 """
 
+from __future__ import annotations
+
 import argparse
+import json
+import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 BUNDLES = Path(__file__).parent
 SOURCE = "autosam_acdc"
-# Files that make up a bundle; what else lies in its folder was made by running it.
 FILES = ("LICENSE", "large_files.yml", "configs/*.json", "configs/logging.conf", "docs/*")
+ONLY_IN_SOURCE = ("configs/demo.json",)
+WIDTH, LIST_ITEM_WIDTH = 120, 250  # columns: a transform or handler of a list stands on one line
 
-# What a bundle does without.
-WITHOUT = {
-    "cnnhead_acdc": ("configs/demo.json",),  # shows how fast the source's own head learns
-    "linearhead_acdc": ("configs/demo.json",),
-    "unet_acdc": ("configs/demo.json", "configs/tiny.json", "large_files.yml"),
-}
-# What a bundle has of its own.
-OWN = {"unet_acdc": ("configs/phantoms.json", "configs/pretrain.json", "configs/small.json", "docs/README.md")}
-
-HEAD_OF_SOURCE = """        "head": {
-            "_target_": "components.networks.ViTHead",
-            "out_channels": "@out_channels",
-            "checkpoint": "@sam_checkpoint"
-        },
-"""
-KNOB_OF_ENCODER = '    "trainable_encoder": false,\n'
-HEAD_CHECKPOINT_OF_SOURCE = '"name": "vit_head.pt"},\n'
-ADAPTING_RATE_OF_SOURCE = '    "learning_rate": 0.0002,\n'
-ADAPTING_RATE = '    "learning_rate": 0.0005,\n'
-
-Replacements = dict[str, str]
-
-ENCODER_KNOBS = """    "model_type": "vit_b",
-    "sam_checkpoint": {
-        "_target_": "components.sam.default_checkpoint",
-        "models_dir": "$@bundle_root + '/models'",
-        "model_type": "@model_type"
-    },
-    "image_size": 1024,
-    "head_checkpoint": null,
-    "trainable_encoder": false,
-    "precision": "auto",
-"""
-CACHE_KNOBS = """    "cache_dir": "$None if @trainable_encoder else @bundle_root + '/../embeddings'",
-    "cache_gb": 16,
-"""
-ENCODER = """        "_target_": "components.networks.PromptFreeSam",
-        "encoder": {
-            "_target_": "components.sam.SamEncoder",
-            "model_type": "@model_type",
-            "checkpoint": "@sam_checkpoint",
-            "image_size": "@image_size",
-            "trainable": "@trainable_encoder"
-        },
-"""
-CACHING_ENCODER = ENCODER.replace(
-    '"@trainable_encoder"\n',
-    '"@trainable_encoder",\n            "cache_dir": "@cache_dir",\n            "cache_gb": "@cache_gb"\n',
-)
-CACHE_REPORT = """,
-            {"_target_": "components.embeddings.EmbeddingCacheReport", "network": "@network"}
-"""
-UNET = """        "_target_": "components.networks.GreyUNet",
-        "out_channels": "@out_channels",
-        "width": "@width",
-"""
-AUGMENTATION = """\
-                {"_target_": "Rand2DElasticd", "keys": ["image", "label"], "prob": 0.9, "spacing": [32, 32], "magnitude_range": [0, 3], "rotate_range": 0.35, "scale_range": 0.1, "mode": ["bilinear", "nearest"], "padding_mode": "zeros"},
-                {"_target_": "RandScaleIntensityd", "keys": "image", "prob": 0.5, "factors": 0.25},
-                {"_target_": "RandShiftIntensityd", "keys": "image", "prob": 0.5, "offsets": 25},
-                {"_target_": "RandGaussianNoised", "keys": "image", "prob": 0.5, "std": 10},
-"""  # noqa: E501
-UNET_AUGMENTATION = """\
-                {"_target_": "Rand2DElasticd", "keys": ["image", "label"], "prob": 1.0, "spacing": [32, 32], "magnitude_range": [0, 3], "rotate_range": 1.0, "scale_range": 0.3, "translate_range": 20, "mode": ["bilinear", "nearest"], "padding_mode": "zeros"},
-                {"_target_": "RandAxisFlipd", "keys": ["image", "label"], "prob": 0.5},
-                {"_target_": "RandRotate90d", "keys": ["image", "label"], "prob": 0.3, "max_k": 3},
-                {"_target_": "RandAdjustContrastd", "keys": "image", "prob": 0.5, "gamma": [0.5, 2.0]},
-                {"_target_": "RandScaleIntensityd", "keys": "image", "prob": 0.5, "factors": 0.3},
-                {"_target_": "RandShiftIntensityd", "keys": "image", "prob": 0.5, "offsets": 25},
-                {"_target_": "RandGaussianSmoothd", "keys": "image", "prob": 0.2, "sigma_x": [0.5, 1.5], "sigma_y": [0.5, 1.5]},
-                {"_target_": "RandGaussianNoised", "keys": "image", "prob": 0.5, "std": 10},
-"""  # noqa: E501
-UNET_KNOBS = """    "start_checkpoint": null,
-    "width": 64,
-    "precision": "auto",
-"""
-
-CNN_CONFIG: Replacements = {
-    HEAD_OF_SOURCE: """        "head": {
-            "_target_": "components.networks.CNNHead",
-            "out_channels": "@out_channels",
-            "depth": "@depth"
-        },
-""",
-    KNOB_OF_ENCODER: KNOB_OF_ENCODER + '    "depth": 4,\n',
-}
-LINEAR_CONFIG: Replacements = {
-    HEAD_OF_SOURCE: """        "head": {
-            "_target_": "components.networks.LinearHead",
-            "out_channels": "@out_channels"
-        },
-""",
-}
-METADATA_NAME = '"name": "AutoSAM (ViT head) on ACDC"'
-METADATA_HEAD = "a prompt-free ViT head made of SAM's own mask decoder"
-README_TITLE = "# AutoSAM: ViT head on ACDC"
-README_HEAD = """\
-The head is SAM's own mask decoder without prompts ("AutoSAM" in the paper): each class has its own copy of SAM's output
-tokens, and all else of the decoder starts from SAM's weights. 3,510,144 parameters train."""
-README_KNOB = '| `trainable_encoder` | `false` | train the encoder along (the paper\'s "AutoSAM (ft all)") |\n'
-
-# bundle -> file -> text of the source -> text instead
-DERIVED: dict[str, dict[str, Replacements]] = {
-    "cnnhead_acdc": {
-        "configs/train.json": CNN_CONFIG,
-        "configs/inference.json": CNN_CONFIG,
-        "configs/tiny.json": {
-            HEAD_CHECKPOINT_OF_SOURCE: '"name": "cnn_head.pt"},\n    "depth": 2,\n',
-            ADAPTING_RATE_OF_SOURCE: ADAPTING_RATE,
-        },
-        "configs/metadata.json": {
-            METADATA_NAME: '"name": "SAM encoder with CNN head on ACDC"',
-            METADATA_HEAD: "a convolutional head of k stages",
-        },
-        "docs/README.md": {
-            README_TITLE: "# SAM encoder with CNN head on ACDC",
-            README_HEAD: """\
-The head is a convolutional decoder of `depth` = k stages ("Encoder + CNN" in the paper) whose output is 4 times its
-input's size at every k. 1,808,132 / 5,610,500 / 20,686,340 / 80,722,436 parameters train at k = 2 / 3 / 4 / 5.""",
-            README_KNOB: README_KNOB + "| `depth` | `4` | stages k of the CNN head, at least 2 |\n",
-        },
-    },
-    "linearhead_acdc": {
-        "configs/train.json": LINEAR_CONFIG,
-        "configs/inference.json": LINEAR_CONFIG,
-        "configs/tiny.json": {
-            HEAD_CHECKPOINT_OF_SOURCE: '"name": "linear_head.pt"},\n',
-            ADAPTING_RATE_OF_SOURCE: ADAPTING_RATE,
-        },
-        "configs/metadata.json": {
-            METADATA_NAME: '"name": "SAM encoder with linear head on ACDC"',
-            METADATA_HEAD: "a linear head",
-        },
-        "docs/README.md": {
-            README_TITLE: "# SAM encoder with linear head on ACDC",
-            README_HEAD: """\
-The head is two transposed convolutions and two point-wise ones ("Encoder + LN" in the paper), a probe of what the
-encoder's features hold. 75,140 parameters train.""",
-        },
-    },
-    "unet_acdc": {
-        "configs/train.json": {
-            "a prompt-free head on SAM's frozen image encoder": "a UNet",
-            ENCODER_KNOBS + CACHE_KNOBS: UNET_KNOBS,
-            CACHING_ENCODER + HEAD_OF_SOURCE: UNET,
-            '"head_checkpoint": "@head_checkpoint"\n': '"start_checkpoint": "@start_checkpoint"\n',
-            '"views": 16,': '"views": 0,',
-            AUGMENTATION: UNET_AUGMENTATION,
-            "$@head_checkpoint is not None": "$@start_checkpoint is not None",
-            CACHE_REPORT: "\n",
-        },
-        "configs/evaluate.json": {
-            "the trained head": "the trained UNet",
-            CACHE_REPORT.replace("            ", "        "): "\n",
-        },
-        "configs/inference.json": {
-            "a trained head. epochs, learning_rate and phantom_share are for training alone; they stand here so that "
-            "tiny.json fits both configs.": "a trained UNet.",
-            "$@head_checkpoint or ": "$",
-            ENCODER_KNOBS: UNET_KNOBS.replace('    "start_checkpoint": null,\n', ""),
-            '    "epochs": 120,\n    "learning_rate": 0.0005,\n    "phantom_share": 0,\n': "",
-            ENCODER + HEAD_OF_SOURCE: UNET,
-        },
-        "configs/inference_ts.json": {
-            ", which holds encoder and head: neither ckpt_path nor sam_checkpoint is read": "; ckpt_path is not read"
-        },
-        "configs/multi_gpu_train.json": {'    "train#handlers#7#_disabled_": "@is_silent",\n': ""},
-        "configs/multi_gpu_evaluate.json": {'    "validate#handlers#4#_disabled_": "@is_silent",\n': ""},
-        "configs/metadata.json": {
-            METADATA_NAME: '"name": "UNet on ACDC"',
-            f"SAM's image encoder, frozen, under {METADATA_HEAD}": "MONAI's UNet, all weights",
-        },
-    },
-}
+Config = dict[str, Any]
 
 
-def expected_files() -> dict[Path, str]:
-    """Return the text that every file of every derived bundle should have.
+def read_entries(folder: Path = BUNDLES) -> dict[str, Any]:
+    """Read `bundles.json`: the entries of `heads` and `baselines` by bundle, and the names of `others`."""
+    return json.loads((folder / "bundles.json").read_text())
+
+
+def as_text(config: Mapping[str, Any], spaced: Iterable[str] = ()) -> str:
+    """Lay a config out: a value that fits stands on one line.
+
+    Args:
+        config: parsed JSON.
+        spaced: top-level keys that a blank line precedes.
+
+    Returns:
+        the text of the file.
+    """
+    entries = [("\n" if key in spaced else "") + f"    {json.dumps(key)}: {_value(config[key], 1)}" for key in config]
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _value(value: Any, depth: int, *, in_list: bool = False) -> str:
+    flat = json.dumps(value, ensure_ascii=False)
+    width = LIST_ITEM_WIDTH if in_list and isinstance(value, dict) and "{" not in flat[1:] else WIDTH
+    if not isinstance(value, dict | list) or not value or 4 * depth + len(flat) <= width:
+        return flat
+    indent = "\n" + 4 * (depth + 1) * " "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_value(item, depth + 1)}" for key, item in value.items()]
+    else:
+        items = [_value(item, depth + 1, in_list=True) for item in value]
+    start, end = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    return start + indent + f",{indent}".join(items) + "\n" + 4 * depth * " " + end
+
+
+def edited(
+    text: str,
+    *,
+    remove: Iterable[str] = (),
+    add: Mapping[str, Config] | None = None,
+    replace: Mapping[str, Any] | None = None,
+) -> str:
+    """Edit the text of a config.
+
+    Args:
+        text: of a JSON object.
+        remove: ids, their parts separated by `#` as in MONAI; an item of a list is named by the last word of its
+            `_target_`.
+        add: new top-level keys with their values, by the key before which they stand.
+        replace: new values by id.
+
+    Returns:
+        the text in this module's layout; blank lines stay where they were.
 
     Raises:
-        ValueError: when a text to replace does not stand exactly once in its file.
+        KeyError: for an id or key that the config lacks.
     """
-    source = BUNDLES / SOURCE
-    files = {}
-    for bundle, replacements in DERIVED.items():
-        for path in sorted(path for pattern in FILES for path in source.glob(pattern)):
-            name = path.relative_to(source).as_posix()
-            if name in WITHOUT[bundle] or name in OWN.get(bundle, ()):
+    config, spaced = json.loads(text), set(re.findall(r'\n\n    "(\w[\w#]*)":', text))
+    for key, new in (add or {}).items():
+        if not new:
+            continue
+        place = list(config).index(key)
+        items = list(config.items())
+        config = dict([*items[:place], *new.items(), *items[place:]])
+        if key in spaced:
+            spaced = spaced - {key} | {next(iter(new))}
+    for name in remove:
+        parent, key = _find(config, name)
+        if parent is config and key in spaced:  # the blank line before a group stays
+            spaced.add(list(config)[list(config).index(key) + 1])
+        del parent[key]
+    for name, value in (replace or {}).items():
+        parent, key = _find(config, name)
+        parent[key] = value
+    return as_text(config, spaced)
+
+
+def _find(config: Config, name: str) -> tuple[Any, Any]:
+    """Return the dictionary or list that holds what an id names, and its key or index there."""
+    value: Any = config
+    parts = name.split("#")
+    while parts:
+        parent, taken = value, 1
+        if isinstance(parent, list):
+            targets = [item["_target_"].split(".")[-1] for item in parent]
+            key: Any = targets.index(parts[0]) if parts[0] in targets else None
+        else:  # a key of an overlay is an id itself
+            prefixes = {"#".join(parts[:count]): count for count in range(1, len(parts) + 1)}
+            key = next((prefix for prefix in prefixes if prefix in parent), None)
+            taken = prefixes.get(key, 1)
+        if key is None:
+            raise KeyError(f"no {name!r} in the config: {parts[0]!r} is missing")
+        value, parts = parent[key], parts[taken:]
+    return parent, key
+
+
+def head_edits(head: Config) -> dict[str, Config]:
+    """Return how the configs of a head's bundle differ from the source's, as arguments of `edited` by config."""
+    network = {"replace": {"network_def#head": head["head"]}}
+    network |= {"add": {"precision": head["knobs"]}} if "knobs" in head else {}
+    tiny = head.get("tiny", {})
+    pretrained = None
+    if "pretrained" in tiny:
+        pretrained = {"_target_": "components.pretrained.pretrained_file", "name": tiny["pretrained"]}
+    knobs = {name: value for name, value in tiny.get("knobs", {}).items() if name in head.get("knobs", {})}
+    others = {name: value for name, value in tiny.get("knobs", {}).items() if name not in knobs}
+    description = f"SAM's image encoder, frozen, under {head['description']}, trained on 1 or 5 labelled ACDC patients"
+    return {
+        "train": network,
+        "inference": network,
+        "tiny": {"add": {"epochs": knobs}, "replace": {"head_checkpoint": pretrained, **others}},
+        "metadata": {"replace": {"name": head["name"], "description": description}},
+    }
+
+
+def with_part(text: str, name: str, part: str) -> str:
+    """Fill what stands between the lines `<!-- name -->` and `<!-- end of name -->` of a Markdown text."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+    changed, count = re.subn(pattern, lambda match: f"{match[1]}{part}\n{match[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"expected one part <!-- {name} --> ... <!-- end of {name} -->, found {count}")
+    return changed
+
+
+def knob_rows(configs: Mapping[str, Config], meanings: Mapping[str, list[str]]) -> list[tuple[str, str, str]]:
+    """List the knobs of configs in the order of `knobs.json`.
+
+    Args:
+        configs: by any name; the first to have a knob gives its default.
+        meanings: `knobs.json`.
+
+    Returns:
+        for each knob its name, its default as Markdown, and its meaning.
+    """
+    rows = []
+    for knob, (meaning, *computed) in meanings.items():
+        values = [config[knob] for config in configs.values() if knob in config]
+        if values:
+            rows.append((knob, computed[0] if computed else f"`{_plain(values[0])}`", meaning))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def readme_table(config: Config, config_name: str, meanings: Mapping[str, list[str]]) -> str:
+    """Return the table of knobs of a bundle's README."""
+    rows = [f"| `{knob}` | {default} | {meaning} |" for knob, default, meaning in knob_rows({"": config}, meanings)]
+    return "\n".join([f"| knob of `{config_name}.json` | default | meaning |", "|---|---|---|", *rows])
+
+
+def knobs_page_table(configs: Mapping[str, Mapping[str, Config]], meanings: Mapping[str, list[str]]) -> str:
+    """Return the table of docs/knobs.md: all knobs, their configs, and the bundles with another default or alone with it.
+
+    Args:
+        configs: by bundle and name of the config.
+        meanings: `knobs.json`.
+    """
+    rows = []
+    for knob, (meaning, *_) in meanings.items():
+        defaults = {
+            bundle: row[1] for bundle, each in configs.items() for row in knob_rows(each, meanings) if row[0] == knob
+        }
+        places = sorted({name for each in configs.values() for name in each if knob in each[name]})
+        default = next(iter(defaults.values()))
+        default += "".join(f", {other} in `{bundle}`" for bundle, other in defaults.items() if other != default)
+        only = f" of `{next(iter(defaults))}`" if len(defaults) == 1 else ""
+        place = "both" if {"train", "inference"} <= set(places) else f"`{places[-1]}.json`"
+        rows.append(f"| `{knob}` | {default} | {place}{only} | {meaning} |")
+    return "\n".join(["| knob | default | in | meaning |", "|---|---|---|---|", *rows])
+
+
+def expected_files(folder: Path = BUNDLES) -> dict[Path, str]:
+    """Return the text that every file that is derived or laid out by this program should have.
+
+    Args:
+        folder: of the bundles, `bundles.json` and `knobs.json`.
+    """
+    entries, meanings = read_entries(folder), json.loads((folder / "knobs.json").read_text())
+    del meanings["_desc_"]
+    source = {path.relative_to(folder / SOURCE).as_posix(): path.read_text() for path in _files(folder / SOURCE)}
+    files: dict[Path, str] = {}
+    for bundle, entry in (entries["heads"] | entries["baselines"]).items():
+        edits = head_edits(entry) if bundle in entries["heads"] else entry
+        left_out = (*entry.get("leaves_out", ()), *entry.get("has_its_own", ()))
+        if bundle != SOURCE:
+            left_out += ONLY_IN_SOURCE
+        for name, text in source.items():
+            if name in left_out:
                 continue
-            text = path.read_text(encoding="utf-8")
-            for old, new in replacements.get(name, {}).items():
-                if text.count(old) != 1:
-                    raise ValueError(f"expected once in {SOURCE}/{name}, found {text.count(old)} times: {old!r}")
-                text = text.replace(old, new)
-            files[BUNDLES / bundle / name] = text.replace(SOURCE, bundle)
+            if name.endswith(".json"):
+                text = edited(text, **edits.get(Path(name).stem, {}))
+            elif name == "docs/README.md":
+                title, _, rest = text.partition("\n")
+                text = f"# {entry['name']}\n" + with_part(rest, "head", "\n".join(entry["about"]))
+            files[folder / bundle / name] = text.replace(SOURCE, bundle)
+    for path in sorted(folder.glob("*/configs/*.json")):
+        if path not in files:
+            files[path] = edited(path.read_text())
+    configs: dict[str, dict[str, Config]] = {}
+    for bundle in (*entries["heads"], *entries["baselines"], "sambox_acdc"):
+        of_bundle = {
+            name: folder / bundle / f"configs/{name}.json" for name in ("train", "inference", "evaluate", "small")
+        }
+        configs[bundle] = {name: json.loads(files[path]) for name, path in of_bundle.items() if path in files}
+        name = next(iter(configs[bundle]))
+        readme = folder / bundle / "docs/README.md"
+        table = readme_table(configs[bundle][name], name, meanings)
+        files[readme] = with_part(files.get(readme) or readme.read_text(), "knobs", table)
+    page = folder.parent / "docs/knobs.md"
+    files[page] = with_part(page.read_text(), "knobs", knobs_page_table(configs, meanings))
     return files
 
 
-def differing_files() -> list[Path]:
-    """Return the files of derived bundles that are missing, extra or other than expected."""
-    expected = expected_files()
+def differing_files(folder: Path = BUNDLES) -> list[Path]:
+    """Return the files that are missing, extra or other than expected."""
+    expected, entries = expected_files(folder), read_entries(folder)
     extra = [
         path
-        for bundle in DERIVED
-        for pattern in FILES
-        for path in (BUNDLES / bundle).glob(pattern)
-        if path not in expected and path.relative_to(BUNDLES / bundle).as_posix() not in OWN.get(bundle, ())
+        for bundle, entry in (entries["heads"] | entries["baselines"]).items()
+        for path in _files(folder / bundle)
+        if path not in expected and path.relative_to(folder / bundle).as_posix() not in entry.get("has_its_own", ())
     ]
-    return extra + [
-        path for path, text in expected.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+    return extra + [path for path, text in expected.items() if not path.is_file() or path.read_text() != text]
+
+
+def _files(bundle: Path) -> list[Path]:
+    """Return the files that make up a bundle; what else lies in its folder was made by running it."""
+    return sorted(path for pattern in FILES for path in bundle.glob(pattern))
 
 
 def main() -> None:
-    """Write the derived bundles, or with `--check` report what differs."""
+    """Write the bundles, or with `--check` report what differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail when a file would change")
     if parser.parse_args().check:
-        differing = differing_files()
-        if differing:
-            sys.exit(f"not derived from {SOURCE}, run `python bundles/derive.py`: {', '.join(map(str, differing))}")
+        if differing := differing_files():
+            sys.exit(f"not as derived, run `python bundles/derive.py`: {', '.join(map(str, differing))}")
         return
     for path, text in expected_files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text)
 
 
 if __name__ == "__main__":

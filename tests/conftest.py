@@ -51,7 +51,7 @@ def assert_readme_explains_knobs(bundle: Path, *configs: str, except_for: tuple[
         if not isinstance(value, dict) and not str(value).startswith("$"):
             assert default == (value if isinstance(value, str) else json.dumps(value)), name
     plain = {key for key, value in knobs.items() if isinstance(value, int | float | str) and not key.startswith("_")}
-    hidden = {"bundle_root", "device", "network", "run", "out_channels", "canvas_size", *except_for}
+    hidden = {"bundle_root", "device", "network", "run", "out_channels", "canvas_size", "is_silent", *except_for}
     assert plain - hidden <= explained.keys()
 
 
