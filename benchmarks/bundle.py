@@ -8,18 +8,27 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from benchmarks.settings import Settings
+from bundles.derive import read_entries
 from components.phantom.dataset import write_phantom_dataset
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 CONFIGS = Path(__file__).parents[1] / "bundles" / "autosam_acdc" / "configs"
 
-HEADS: dict[str, dict[str, Any]] = {
-    "linear head": {"_target_": "components.networks.LinearHead", "out_channels": "@out_channels"},
-    "ViT head": {"_target_": "components.networks.ViTHead", "out_channels": "@out_channels"},
-    "CNN head, k = 2": {"_target_": "components.networks.CNNHead", "out_channels": "@out_channels", "depth": 2},
-    "CNN head, k = 4": {"_target_": "components.networks.CNNHead", "out_channels": "@out_channels", "depth": 4},
-}
+
+def _heads() -> dict[str, dict[str, Any]]:
+    """List every head with its default knobs, and with those of the tiny overlay where they are others."""
+    heads = {}
+    for entry in read_entries()["heads"].values():
+        defaults = entry.get("knobs", {})
+        tiny = {name: value for name, value in entry.get("tiny", {}).get("knobs", {}).items() if name in defaults}
+        for knobs in (defaults, defaults | tiny):
+            name = ", ".join([entry["head"]["_target_"].split(".")[-1], *(f"{k} {v}" for k, v in knobs.items())])
+            heads[name] = {key: knobs.get(str(value).removeprefix("@"), value) for key, value in entry["head"].items()}
+    return heads
+
+
+HEADS = _heads()
 
 
 def write_patients(folder: str, settings: Settings) -> str:

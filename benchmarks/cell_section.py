@@ -15,7 +15,7 @@ from benchmarks.timing import Contender, measure, synchronizer
 from components.sam.encoder import SamEncoder
 
 BASELINE = "segment_anything, every step"
-CELL_HEADS = ("linear head", "ViT head")
+CELL_HEADS = ("LinearHead", "ViTHead")
 PLAN = Plan(slices=20, validation_slices=285, **training_knobs("epochs", "batch_size", "val_interval", "views"))
 
 NOTE = f"""

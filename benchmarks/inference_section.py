@@ -14,7 +14,7 @@ from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
 from components.sam.encoder import SamEncoder
 
-HEAD = "ViT head"
+HEAD = "ViTHead"
 BASELINE = "segment_anything"
 OUT_CHANNELS = 4
 FP32_BYTES = 4

@@ -26,7 +26,7 @@ Config = dict[str, Any]
 
 
 def read_entries(folder: Path = BUNDLES) -> dict[str, Any]:
-    """Read `bundles.json`: the entries of `heads` and `baselines` by bundle, and the names of `others`."""
+    """Read `bundles.json`: the entries of `heads`, `baselines` and `others`, each by bundle."""
     return json.loads((folder / "bundles.json").read_text())
 
 
@@ -176,7 +176,7 @@ def readme_table(config: Config, config_name: str, meanings: Mapping[str, list[s
 
 
 def knobs_page_table(configs: Mapping[str, Mapping[str, Config]], meanings: Mapping[str, list[str]]) -> str:
-    """Return the table of docs/knobs.md: all knobs, their configs, and the bundles with another default or alone with it.
+    """Return the table of docs/knobs.md: each knob with its configs, and the bundles with another default.
 
     Args:
         configs: by bundle and name of the config.
@@ -217,7 +217,7 @@ def expected_files(folder: Path = BUNDLES) -> dict[Path, str]:
             if name.endswith(".json"):
                 text = edited(text, **edits.get(Path(name).stem, {}))
             elif name == "docs/README.md":
-                title, _, rest = text.partition("\n")
+                _, _, rest = text.partition("\n")
                 text = f"# {entry['name']}\n" + with_part(rest, "head", "\n".join(entry["about"]))
             files[folder / bundle / name] = text.replace(SOURCE, bundle)
     for path in sorted(folder.glob("*/configs/*.json")):

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,21 @@ import yaml
 from monai.bundle import ConfigParser
 
 import components
+from bundles.derive import edited, read_entries
 from components.pretrained import pretrained_file
 from components.sam.checkpoint import CHECKPOINT_FILES
-from release.texts import replaced, with_defaults, with_knobs, with_section
+from release.texts import replaced, with_defaults, with_section
 
 REPOSITORY = Path(__file__).parents[1]
 BUNDLES = REPOSITORY / "bundles"
 TINY = "vit_tiny"
-HEADS = {"autosam_acdc": "vit_head", "cnnhead_acdc": "cnn_head", "linearhead_acdc": "linear_head"}
-WITHOUT_WEIGHTS = ("phantom_encoder", "unet_acdc")
+_ENTRIES = read_entries()
+# Each head's bundle, with the name of its head among the pretrained files, None for a head that has none there.
+HEADS = {bundle: head.get("tiny", {}).get("pretrained") for bundle, head in _ENTRIES["heads"].items()}
+WITHOUT_WEIGHTS = (
+    *(bundle for bundle, other in _ENTRIES["others"].items() if other["is_packed"]),
+    *_ENTRIES["baselines"],
+)
 
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 _CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
@@ -124,29 +130,33 @@ def assemble(
 
 
 def _complete(root: Path, bundle: str) -> None:
-    """Put the tiny encoder and a head that knows it into a bundle, and its overlay into the configs."""
-    start = f"{HEADS[bundle]}_from_phantoms.pt"  # longer than model.pt: MONAI Label takes the shortest for the model
+    """Put the tiny encoder and a head trained on it into a bundle, and its overlay into the configs."""
     _copy(Path(pretrained_file(_ENCODER)), root / "models" / _ENCODER)
-    for name in (start, "model.pt"):
-        _copy(Path(pretrained_file(f"{HEADS[bundle]}.pt")), root / "models" / name)
     record = Path(pretrained_file(_ENCODER)).with_name("record.json")
     _copy(record, root / "docs" / _RECORD)
+    files = {"sam_checkpoint": f"models/{_ENCODER}"}
+    performance = "## Performance\n\nThe archive comes without a trained head: train one first.\n"
+    pretrained = HEADS[bundle]
+    if pretrained is not None:
+        name = Path(pretrained).stem
+        start = f"{name}_from_phantoms.pt"  # longer than model.pt: MONAI Label takes the shortest name for the model
+        for file in (start, "model.pt"):
+            _copy(Path(pretrained_file(pretrained)), root / "models" / file)
+        files["head_checkpoint"] = f"models/{start}"
+        dice = json.loads(record.read_text())["dice"][name.removesuffix("_head")]
+        performance = _TINY_PERFORMANCE.format(**dice)
 
     knobs = json.loads((BUNDLES / bundle / "configs/tiny.json").read_text())
     del knobs["_desc_"]
-    knobs["sam_checkpoint"] = f"$@bundle_root + '/models/{_ENCODER}'"
-    knobs["head_checkpoint"] = f"$@bundle_root + '/models/{start}'"
-    _rewrite(root / "configs/train.json", lambda text: with_knobs(text, knobs))
-    ckpt_path = {"ckpt_path": "$@bundle_root + '/models/model.pt'"}
-    _rewrite(root / "configs/inference.json", lambda text: with_knobs(text, knobs | ckpt_path))
+    knobs |= {name: f"$@bundle_root + '/{file}'" for name, file in files.items()}
+    _set_knobs(root / "configs/train.json", knobs)
+    _set_knobs(root / "configs/inference.json", knobs | {"ckpt_path": "$@bundle_root + '/models/model.pt'"})
     _rename(root, "tiny encoder", "; here a tiny one, trained on synthetic slices only, which comes with the bundle")
 
-    files = {"sam_checkpoint": f"models/{_ENCODER}", "head_checkpoint": f"models/{start}"}
-    dice = json.loads(record.read_text())["dice"][HEADS[bundle].removesuffix("_head")]
     readme = (root / "docs/README.md").read_text()
     readme = with_defaults(readme, {name: str(files.get(name, _as_json(value))) for name, value in knobs.items()})
     readme = with_section(readme, "The tiny encoder", _TINY_SECTION)
-    readme = with_section(readme, "Performance", _TINY_PERFORMANCE.format(**dice))
+    readme = with_section(readme, "Performance", performance)
     readme = replaced(readme, r"^# SAM's checkpoint, once\n.*?\n\n", "")
     readme = replaced(readme, r"\[2,3,256,256\]", "[2,3,{0},{0}]".format(knobs["crop_size"]))
     (root / "docs/README.md").write_text(readme)
@@ -162,7 +172,7 @@ def _leave_sam_to_be_downloaded(root: Path, model_type: str) -> None:
     }
     (root / "large_files.yml").write_text(yaml.safe_dump({"large_files": [entry]}, sort_keys=False))
     for name in ("train", "inference"):
-        _rewrite(root / f"configs/{name}.json", lambda text: with_knobs(text, {"model_type": model_type}))
+        _set_knobs(root / f"configs/{name}.json", {"model_type": model_type})
     _rename(root, f"SAM {model_type}", f", {model_type}")
 
     defaults = {"model_type": model_type, "sam_checkpoint": entry["path"]}
@@ -186,16 +196,18 @@ def _put_in(root: Path, head: str, *, sam_checkpoint: str | Path) -> None:
 
 def _rename(root: Path, addition: str, description: str) -> None:
     """Say in name, description and README on what encoder an archive stands."""
-    path = root / "configs/metadata.json"
-    metadata = json.loads(path.read_text())
+    metadata = json.loads((root / "configs/metadata.json").read_text())
     name = {"name": f"{metadata['name']}, {addition}", "description": f"{metadata['description']}{description}"}
-    _rewrite(path, lambda text: with_knobs(text, name))
-    title = (root / "docs/README.md").read_text().partition("\n")[0]
-    _rewrite(root / "docs/README.md", lambda text: text.replace(title, f"{title}, {addition}", 1))
+    _set_knobs(root / "configs/metadata.json", name)
+    title, _, rest = (root / "docs/README.md").read_text().partition("\n")
+    (root / "docs/README.md").write_text(f"{title}, {addition}\n{rest}")
 
 
-def _rewrite(path: Path, edit: Callable[[str], str]) -> None:
-    path.write_text(edit(path.read_text()))
+def _set_knobs(path: Path, knobs: Mapping[str, Any]) -> None:
+    """Set those of the knobs that a config has."""
+    text = path.read_text()
+    present = json.loads(text)
+    path.write_text(edited(text, replace={name: value for name, value in knobs.items() if name in present}))
 
 
 def _copy(source: Path, target: Path) -> None:

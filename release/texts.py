@@ -1,36 +1,9 @@
-"""Edits of a bundle's texts that keep the rest of them, layout included, as it is."""
+"""Edits of a bundle's README that leave the rest of it as it is."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from typing import Any
-
-
-def with_knobs(config: str, knobs: dict[str, Any]) -> str:
-    """Set top-level keys of a JSON config.
-
-    Args:
-        config: the config's text, top-level keys indented by four blanks.
-        knobs: new values by key; all keys stand in the config.
-
-    Returns:
-        the text with these values.
-
-    Raises:
-        ValueError: when the result would not be the config with these values, as for an unknown key.
-    """
-    text = config
-    misfit = f"expected a config with the keys {', '.join(knobs)}, each beginning a line of its own"
-    for name, value in knobs.items():
-        entry = re.search(rf'^    "{re.escape(name)}": .*?(?=,\n\n?    "|\n\}})', text, flags=re.MULTILINE | re.DOTALL)
-        if entry is None:
-            raise ValueError(misfit)
-        text = f'{text[: entry.start()]}    "{name}": {json.dumps(value)}{text[entry.end() :]}'
-    if json.loads(text) != json.loads(config) | knobs:
-        raise ValueError(misfit)
-    return text
 
 
 def with_defaults(readme: str, defaults: Mapping[str, str]) -> str:
