@@ -1,0 +1,244 @@
+"""The documentation: its commands, options, configs, code, links and pictures, checked without running any of it."""
+
+import ast
+import configparser
+import csv
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import pytest
+from conftest import REPOSITORY, succeeds
+from test_architecture import COMPONENTS, SUB_PACKAGES, imported_sub_packages
+from torch.distributed.run import get_args_parser
+
+from benchmarks.__main__ import parse_arguments
+from components.training.command_line import parse_options, refuse_unknown_knobs
+from release.__main__ import build
+from serving.__main__ import serve
+from study.__main__ import report, run
+
+README = REPOSITORY / "README.md"
+ARCHITECTURE = REPOSITORY / "docs/architecture.md"
+PAGES = [
+    README,
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted(REPOSITORY.glob("docs/*.md")),
+    *sorted(REPOSITORY.glob("bundles/*/docs/README.md")),
+]
+LANGUAGES = {"bash", "json", "python", "text"}
+FIRE_COMMANDS = {("release",): build, ("serving",): serve, ("study", "run"): run, ("study", "report"): report}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+
+
+def blocks_of(page, language):
+    return [text for found, text in BLOCK.findall(page.read_text()) if found == language]
+
+
+def anchors_of(page):
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands_of(block):
+    """The words of every command in a block, without comments."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            yield words[: words.index("&&")]
+            words = words[words.index("&&") + 1 :]
+        if words:
+            yield words
+
+
+def check_command(words, folder):
+    """Check a command that is typed in a folder, and return the folder where the next one is typed."""
+    match words:
+        case ["cd", target]:
+            folder = (folder / target).resolve()
+            assert folder.is_dir(), folder
+        case [".", script]:
+            assert script.endswith("/bin/activate")
+        case ["pip", "install", *arguments]:
+            check_installation(arguments, folder)
+        case ["python", "-m", "monai.bundle", command, *arguments]:
+            check_bundle_command(command, arguments, folder)
+        case ["torchrun", *arguments]:
+            options = get_args_parser().parse_args(arguments)
+            assert options.module
+            check_command(["python", "-m", options.training_script, *options.training_script_args], folder)
+        case ["python", "-m", "benchmarks", *arguments]:
+            assert folder == REPOSITORY
+            parse_arguments(arguments)
+        case ["python", "-m", "study", name, *arguments]:
+            check_fire_command(("study", name), arguments, folder)
+        case ["python", "-m", "release" | "serving" as package, *arguments]:
+            check_fire_command((package,), arguments, folder)
+        case ["python", "-m", "pytest", *arguments]:
+            assert all(argument in ("-m", "slow") or (folder / argument).exists() for argument in arguments)
+        case ["python", script]:
+            assert (folder / script).is_file()
+        case ["python", "-m", "venv", _] | ["mlflow", "ui", *_] | ["git" | "tensorboard", *_]:
+            pass
+        case _:
+            pytest.fail(f"no check for the command: {shlex.join(words)}")
+    return folder
+
+
+def check_installation(arguments, folder):
+    extras = configparser.ConfigParser()
+    extras.read(REPOSITORY / "setup.cfg")
+    match arguments:
+        case ["-c", constraints, "-e", target]:
+            assert (folder / constraints).is_file()
+            assert folder == REPOSITORY
+            found = re.fullmatch(r"\.(?:\[(\w+)\])?", target)
+            assert found is not None
+            assert found[1] is None or found[1] in extras["options.extras_require"]
+        case _:
+            pytest.fail(f"no check for the installation: {shlex.join(arguments)}")
+
+
+def check_fire_command(name, arguments, folder):
+    assert folder == REPOSITORY
+    options, positionals = parse_options(arguments)
+    inspect.signature(FIRE_COMMANDS[name]).bind(*positionals, **options)
+    assert "config" not in options or (folder / options["config"][1]).is_file()
+
+
+def check_bundle_command(command, arguments, folder):
+    """Check that a bundle's folder has all that a command of MONAI's names."""
+    assert folder.parent == REPOSITORY / "bundles", "a command for a bundle, outside of its folder"
+    options, positionals = parse_options(arguments)
+    values = {name: value for name, (_, value) in options.items()}
+    files = values.get("config_file", "[]")
+    files = ast.literal_eval(files) if files.startswith("[") else [files]
+    missing = [path for path in (*files, *filter(None, [values.get("meta_file")])) if not (folder / path).is_file()]
+    assert missing == []
+    config = monai.bundle.ConfigParser.load_config_files(files) if files else {}
+    if command == "run":
+        refuse_unknown_knobs(["monai.bundle", command, *arguments])
+        assert isinstance(config.get(*positionals or ["run"]), list | str), "no run_id of the configs"
+    else:
+        inspect.signature(getattr(monai.bundle, command)).bind(*positionals, **values)
+        assert "net_id" not in values or values["net_id"] in config
+        assert command != "download_large_files" or list(folder.glob("large_files.*"))
+
+
+@each_page
+def test_every_command_is_one_that_its_tool_accepts(page, monkeypatch):
+    start = page.parents[1] if page.name == "README.md" and page != README else REPOSITORY
+    for block in blocks_of(page, "bash"):
+        folder = start
+        for words in commands_of(block):
+            monkeypatch.chdir(folder)
+            folder = check_command(words, folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m monai.bundle run training --config_file configs/train.json --labeled_patients 5",
+        "python -m monai.bundle run train --config_file configs/train.json",
+        "python -m monai.bundle run training --config_file configs/missing.json",
+        "python -m monai.bundle ckpt_export --net_id net --config_file configs/inference.json",
+        "torchrun --nproc_per_node=2 -m monai.bundle run training --config_file configs/train.json --epoch 5",
+        "cd ../.. && python -m study run --config study/quick.json --out DIR",
+        "cd ../.. && python -m study run --config study/missing.json --output_dir DIR",
+        "cd ../.. && python -m release",
+        "cd ../.. && python -m serving --study DIR",
+        "cd ../.. && python -m benchmarks --output DIR --rounds no",
+        "cd ../.. && pip install -c constraints.txt -e '.[missing]'",
+        "cd ../.. && pip install -c missing.txt -e .",
+        "cd missing",
+        "curl https://example.org",
+    ],
+)
+def test_a_wrong_command_is_found(line, monkeypatch):
+    folder = REPOSITORY / "bundles/autosam_acdc"
+    with pytest.raises((AssertionError, ValueError, TypeError, SystemExit, pytest.fail.Exception)):
+        for words in commands_of(line):
+            monkeypatch.chdir(folder)
+            folder = check_command(words, folder)
+
+
+@each_page
+def test_every_option_that_the_text_names_exists(page, tmp_path):
+    spans = re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text()))
+    named = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)}
+    others = {name for function in FIRE_COMMANDS.values() for name in inspect.signature(function).parameters}
+    others |= {"nthreads", "resources"}  # of Dask's workers
+    configs = [json.loads(path.read_text()) for path in REPOSITORY.glob("bundles/*/configs/*.json")]
+    (tmp_path / "all.json").write_text(json.dumps({key.split("#")[0]: None for config in configs for key in config}))
+    options = [f"--{name}=1" for name in sorted(named - others)]
+    files = ["--config_file", str(tmp_path / "all.json"), "--tracking", "mlflow"]  # whatever value the text gives them
+    refuse_unknown_knobs(["", "run", *options, *files])
+
+
+@each_page
+def test_code_is_of_a_known_language_and_reads_well(page):
+    assert {language for language, _ in BLOCK.findall(page.read_text())} <= LANGUAGES
+    assert len(re.findall("^```", page.read_text(), flags=re.MULTILINE)) == 2 * len(BLOCK.findall(page.read_text()))
+    for text in blocks_of(page, "json"):
+        json.loads(text)
+    for text in blocks_of(page, "python"):
+        compile(text, str(page), "exec")
+
+
+@each_page
+def test_every_relative_link_and_picture_is_there(page):
+    for link in LINK.findall(BLOCK.sub("", page.read_text())):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_the_front_page_is_short_and_leads_to_every_page():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 120
+    pages = {str(page.relative_to(REPOSITORY)) for page in PAGES if page != README}
+    assert pages - {"docs/knobs_intro.md"} <= set(LINK.findall(text))
+
+
+def test_the_architecture_page_shows_the_imports_that_there_are():
+    (diagram,) = blocks_of(ARCHITECTURE, "text")
+    shown = {line.split()[0]: set(re.findall(r"\w+", line.partition("<-")[2])) for line in diagram.splitlines()}
+    assert list(shown) == SUB_PACKAGES
+    for name, imports in shown.items():
+        modules = (COMPONENTS / name).glob("*.py")
+        assert set().union(*map(imported_sub_packages, modules)) - {name} == imports, name
+
+
+def test_every_module_that_the_architecture_page_names_is_there():
+    named = set(re.findall(r"`(\w+/\w+\.py)`", ARCHITECTURE.read_text()))
+    assert len(named) > 20
+    assert [name for name in named if not (COMPONENTS / name).is_file() and not (REPOSITORY / name).is_file()] == []
+
+
+@pytest.mark.slow
+def test_the_demo_of_the_front_page_segments_patients_it_has_not_seen(tmp_path):
+    line = next(line for line in README.read_text().splitlines() if "configs/demo.json" in line)
+    demo = line[line.index("cd bundles") :]  # the set-up before it is what .ci/run does
+    source, target = REPOSITORY / "bundles/autosam_acdc", tmp_path / "bundles/autosam_acdc"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("demo", "eval", "models"))
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    command = ["bash", "-c", demo]
+    succeeds(subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, check=False))
+    with (target / "demo/eval/summary.csv").open() as file:
+        scores = {row["class"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
+    assert scores["mean"] > 0.7, scores
+    assert len(list((target / "demo/eval").glob("*_overlay.png"))) == 6
