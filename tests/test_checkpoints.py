@@ -1,4 +1,4 @@
-"""What a training run writes, keeps and resumes from: tiny trainers, scores given by hand."""
+"""What a training run writes, keeps and resumes from: tiny trainers with given scores."""
 
 import logging
 import os
@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.base.atomic_write import save_atomically
 from components.evaluation.model_loader import ModelCheckpointLoader
-from components.training import checkpoints
 from components.training.checkpoints import TrainingCheckpoints
 from components.training.epoch_handlers import LastEpochValidationHandler
 
@@ -62,9 +61,9 @@ def build(
     wrap=None,
     batches=BATCHES,
 ):
-    """Return a run whose validation at epoch N scores `scores[N - 1]`; no scores, no validation data.
+    """Return a run whose validation at epoch N scores `scores[N - 1]`; without scores it has no validation data.
 
-    With `start` the network that it begins with competes, and scores that.
+    With `start` the initial network is validated too, with that score.
     """
     network = torch.nn.Linear(3, 1)
     network = network if wrap is None else wrap(network)
@@ -155,19 +154,32 @@ def test_fresh_run_keeps_the_best_model_and_the_last_two_checkpoints(tmp_path):
     assert not same(load(folder / "model.pt"), last["model"])
 
 
-def test_model_is_written_before_the_checkpoint_that_records_its_score(tmp_path, monkeypatch):
-    written = []
-    replace = Path.replace
+def fail_at_writing(run, path, epoch):
+    """Train until the epoch, whose file cannot be written since a folder has taken its name."""
 
-    def remember(partial, target):
-        written.append(target.name)
-        return replace(partial, target)
+    def take_its_name(_):
+        path.unlink(missing_ok=True)
+        path.mkdir()
 
-    monkeypatch.setattr(Path, "replace", remember)
-    train(tmp_path, scores=[0.1, 0.0, 0.2])
-    assert written == [
-        "model.pt", "checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt", "model.pt", "checkpoint_epoch=3.pt",
-    ]  # fmt: skip
+    run.trainer.add_event_handler(Events.EPOCH_STARTED(once=epoch), take_its_name)
+    with pytest.raises(IsADirectoryError):
+        run.trainer.run()
+    path.rmdir()
+
+
+def test_no_checkpoint_records_the_score_of_a_model_that_was_not_written(tmp_path):
+    fail_at_writing(build(tmp_path, scores=[0.1, 0.9, 0.2]), tmp_path / "model.pt", epoch=2)
+    assert names(tmp_path) == ["checkpoint_epoch=1.pt"]
+
+
+def test_run_that_ends_between_its_model_and_its_checkpoint_leaves_a_usable_folder(tmp_path):
+    run = build(tmp_path, scores=[0.1, 0.9, 0.2])
+    fail_at_writing(run, tmp_path / "checkpoint_epoch=2.pt", epoch=2)
+    assert names(tmp_path) == ["checkpoint_epoch=1.pt", "model.pt"]
+    assert same(load(tmp_path / "model.pt"), weights(run.network))
+    resumed = train(tmp_path, scores=[0.1, 0.9, 0.2], resume=True)
+    assert [epoch for epoch, _ in resumed.seen] == [2, 3]
+    assert (resumed.handler.best_score, resumed.handler.best_epoch) == (0.9, 2)
 
 
 def test_resumed_run_ends_like_an_unbroken_one(tmp_path):
@@ -431,17 +443,16 @@ def test_trainer_that_runs_on_in_code_keeps_its_folder(tmp_path):
     assert load(tmp_path / "checkpoint_epoch=3.pt")["best_score"] == 0.3
 
 
-def test_failed_write_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save_atomically({"a": 1}, path)
-
-    def fail(_, file):
-        file.write_bytes(b"half")
+class FailsToBeSaved:
+    def __reduce__(self):
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", fail)
+
+def test_failed_write_leaves_the_older_file_and_nothing_else(tmp_path):
+    path = tmp_path / "model.pt"
+    save_atomically({"a": 1}, path)
     with pytest.raises(OSError, match="disk full"):
-        save_atomically({"a": 2}, path)
+        save_atomically({"a": 2, "b": FailsToBeSaved()}, path)
     assert names(tmp_path) == ["model.pt"]
     assert load(path) == {"a": 1}
 
@@ -508,7 +519,7 @@ def test_wrapped_network_is_saved_and_resumed_bare(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.idist, "get_rank", lambda: 1)
+    monkeypatch.setattr(idist, "get_rank", lambda: 1)
     train(tmp_path, scores=[0.1] * 3)
     assert names(tmp_path) == []
 

@@ -127,17 +127,14 @@ def test_transform_writes_a_picture_and_passes_the_data_on(tmp_path, image_chann
     assert all(result[key] is data[key] and torch.equal(result[key], copies[key]) for key in data)
 
 
-def test_transform_takes_the_spacing_from_the_image(tmp_path, monkeypatch):
-    seen = {}
-
-    def remember(*args, **kwargs):
-        seen.update(kwargs)
-        return draw_overlay(*args, **kwargs)
-
-    monkeypatch.setattr("components.evaluation.draw_overlay", remember)
-    SaveOverlayd(tmp_path)(case())
-    assert seen["spacing_mm"] == (1.5, 1.5, 10.0)
-    assert seen["title"] == "patient001_frame01"
+def test_transform_takes_spacing_and_title_from_the_image(tmp_path):
+    data = case()
+    SaveOverlayd(tmp_path)(data)
+    image, label, pred = (data[key][0].numpy() for key in ("image", "label", "pred"))
+    figure = draw_overlay(image, label, pred, spacing_mm=(1.5, 1.5, 10.0), title="patient001_frame01")
+    figure.savefig(tmp_path / "expected.png", dpi=150)
+    written, expected = (plt.imread(tmp_path / name) for name in ("patient001_frame01_overlay.png", "expected.png"))
+    assert np.array_equal(written, expected)
 
 
 @pytest.mark.parametrize("label_key", ["label", None])

@@ -4,15 +4,26 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.engines import default_prepare_batch
+from torch.overrides import TorchFunctionMode
 
-from components.phantom import mixing
+from components.phantom.slices import phantom_slices
 from components.training.phantom_mixing import PhantomMixing
 
 SIZE = 32
 
 
+class RandomTensors(TorchFunctionMode):
+    """Counts the random tensors drawn while it is active; no phantom can be drawn without any."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.rand, torch.randn)
+        return func(*args, **(kwargs or {}))
+
+
 def batch_of(count, *, size=SIZE, **types):
-    """Real slices, each of one grey value and one class of its own."""
+    """Real slices, each with one grey value and one class."""
     values = torch.arange(count, **types).view(-1, 1, 1, 1)
     return {"image": values.expand(-1, 3, size, size).clone(), "label": (values % 4).expand(-1, 1, size, size).clone()}
 
@@ -42,13 +53,15 @@ def test_phantoms_are_grey_slices_with_the_four_labels():
     assert set(labels.unique().tolist()) == {0, 1, 2, 3}
 
 
-def test_share_of_zero_is_monais_own_preparation_and_draws_nothing(monkeypatch):
-    monkeypatch.setattr(mixing, "phantom_slices", None)
+def test_share_of_zero_is_monais_own_preparation_and_draws_nothing():
     plain = batch_of(2, dtype=torch.float32)
     batches = [plain, {"image": plain["image"]}, plain["image"], (plain["image"], plain["label"])]
     batches.append({key: MetaTensor(value, meta={"name": key}) for key, value in plain.items()})
     for batch in batches:
-        given, expected = PhantomMixing(0)(batch, "cpu"), default_prepare_batch(batch, "cpu")
+        with RandomTensors() as drawn:
+            given = PhantomMixing(0)(batch, "cpu")
+        assert drawn.count == 0
+        expected = default_prepare_batch(batch, "cpu")
         for value, other in zip(given, expected, strict=True):
             assert type(value) is type(other)
             assert value is None or torch.equal(value, other)
@@ -85,17 +98,16 @@ def test_equal_seeds_mix_alike_and_others_do_not():
         assert not torch.equal(images, other(batch)[0])
 
 
-def test_each_phantom_is_drawn_once_when_its_turn_comes(monkeypatch):
-    asked = []
-    draw = mixing.phantom_slices
-    monkeypatch.setattr(mixing, "phantom_slices", lambda count, **rest: asked.append(count) or draw(count, **rest))
-    mix = PhantomMixing(0.5, pool_size=70)
-    counts = []
+def test_each_phantom_is_drawn_once_when_it_is_needed():
+    mix, batch = PhantomMixing(0.5, pool_size=70), batch_of(20, dtype=torch.float32)
+    images, draws = [], []
     for _ in range(5):
-        mix(batch_of(20, dtype=torch.float32))
-        counts.append(sum(asked))
-    assert counts == [32, 64, 64, 70, 70]
-    assert asked == [32, 32, 6]
+        with RandomTensors() as drawn:
+            images.append(phantoms_of(mix, batch)[0][:, :1])
+        draws.append(drawn.count > 0)
+    assert draws == [True, True, False, True, False]  # 32, 64 and 70 drawn for the first 20, 40 and 70 phantoms
+    drawn_here = [phantom_slices(count, seed=0, index=index, size=SIZE)[0] for index, count in enumerate((32, 32, 6))]
+    assert torch.equal(torch.cat(images)[:70], torch.cat(drawn_here))
 
 
 def test_batch_of_another_size_gets_phantoms_of_that_size():

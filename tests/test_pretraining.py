@@ -23,7 +23,7 @@ from components.pretraining import phantom_stream
 from components.pretraining.joint_head import JointHead
 from components.pretraining.optimization import parameter_groups
 from components.pretraining.phantom_stream import PhantomStream, phantom_stacks
-from components.pretraining.record import command
+from components.pretraining.record import command_without_folders
 from components.sam.checkpoint import read_sam_checkpoint
 from components.sam.encoder import SamEncoder
 
@@ -153,7 +153,7 @@ def test_stream_widens_batch_by_batch_whatever_it_resumes_from():
 def test_stacks_hold_the_slices_of_another_stream_along_the_last_axis():
     first, second = phantom_stacks(2, 3, seed=5, size=64)
     assert first["image"].shape == second["label"].shape == (1, 64, 64, 3)
-    images, _ = phantom_stream.phantom_slices(3, seed=5, index=1, size=64)
+    images, _ = phantom_slices(3, seed=5, index=1, size=64)
     assert torch.equal(second["image"][..., 2], images[2])
 
 
@@ -203,7 +203,7 @@ def test_process_killed_at_any_moment_resumes_to_the_same_weights(delay, tmp_pat
     assert is_same(last_weights(broken), last_weights(whole))
 
 
-def test_training_notes_what_it_took(trained):
+def test_training_records_what_it_took(trained):
     note = json.loads((trained / "training.json").read_text())
     assert (note["epochs"], note["steps"], note["images_seen"]) == (2, 4, 12)
     assert note["settings"]["seed"] == 0
@@ -211,19 +211,9 @@ def test_training_notes_what_it_took(trained):
     assert 0 < note["hours"] < 0.1
 
 
-def test_commands_are_noted_without_folders():
-    given = [
-        "run",
-        "training",
-        "--ckpt_dir",
-        "/somewhere",
-        "--epochs",
-        "3",
-        "--output_dir=/elsewhere",
-        "--resume",
-        "True",
-    ]
-    assert command(given) == "python -m monai.bundle run training --epochs 3 --resume True"
+def test_commands_are_recorded_without_folders():
+    given = "run training --ckpt_dir /somewhere --epochs 3 --output_dir=/elsewhere --resume True"
+    assert command_without_folders(given.split()) == "python -m monai.bundle run training --epochs 3 --resume True"
 
 
 def test_hours_go_on_in_a_resumed_run_only(trained, tmp_path):

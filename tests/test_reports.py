@@ -19,7 +19,7 @@ DIAGONAL_MM = math.hypot(4 * 2, 4, 10)
 
 
 class CopyImage(torch.nn.Module):
-    """Network whose logits say at every voxel the class that the image holds."""
+    """Network that predicts at every voxel the class that is the image's value."""
 
     def forward(self, x):
         return torch.cat([(x == c).float() for c in range(4)], dim=1)

@@ -1,4 +1,4 @@
-"""Averaging over turned and mirrored views: networks of one pixel, means countable by hand."""
+"""Averaging over turned and mirrored views: toy networks whose means are derived by hand."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from components.evaluation.slice_inferer import TurnedSliceInferer
 SETTINGS = {"roi_size": (4, 4), "sw_batch_size": 2, "spatial_dim": 2}
 VOLUME = torch.arange(4 * 4 * 3).view(1, 1, 4, 4, 3).float()
 
-# Where the pixel (0, 1) of a 4x4 slice is seen, by number of views.
+# Where the pixel (0, 1) of each view of a 4x4 slice lies in the slice, by number of views.
 SEEN = {
     2: [(0, 1), (3, 2)],
     4: [(0, 1), (1, 3), (2, 0), (3, 2)],
@@ -18,7 +18,7 @@ SEEN = {
 
 
 def sure_of_one_pixel(slices):
-    """Say class 1 at (0, 1) whatever is there, and class 0 elsewhere."""
+    """Predict class 1 at (0, 1) and class 0 elsewhere, whatever the input."""
     logits = torch.zeros(len(slices), 2, *slices.shape[2:])
     logits[:, 0] = 1000
     logits[:, 1, 0, 1] = 2000
@@ -26,12 +26,12 @@ def sure_of_one_pixel(slices):
 
 
 def pixelwise(slices):
-    """A network that sees each pixel alone, so that turning changes nothing."""
+    """A network that treats each pixel independently, so that it is equivariant to turns."""
     return torch.cat([slices, -slices, slices / 7], dim=1) / 10
 
 
 def uneven(slices):
-    """A network that sees where a pixel is."""
+    """A network whose output depends on where a pixel is."""
     ramp = torch.arange(16).view(4, 4) / 16
     return torch.cat([slices * ramp, slices * ramp.T, slices], dim=1) / 10
 

@@ -24,7 +24,7 @@ def dice_per_class(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         y: one-hot truth of the same shape.
 
     Returns:
-        `(B,C-1)` float64 in 0..1, background left out: 0 where only one of both masks is empty, nan where both are.
+        `(B,C-1)` float64 in 0..1, background left out: 0 where only one of the two masks is empty, nan where both are.
 
     Raises:
         ValueError: if shapes differ, there are fewer than 2 channels, or values are not one-hot.
@@ -38,11 +38,12 @@ def dice_per_class(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def assd_per_class_mm(y_pred: torch.Tensor, y: torch.Tensor, spacing_mm: Sequence[float]) -> torch.Tensor:
     """Compute the average symmetric surface distance of every volume and foreground class.
 
-    The mean is pooled: both directions' distances in one list. In a volume one slice deep, every voxel of a mask is
-    surface, because the grid ends above and below it.
+    The mean is taken over the distances of both directions together. In a volume one slice deep, every voxel of a mask
+    is surface, because the grid ends above and below it.
 
     Source: MONAI's `compute_average_surface_distance(symmetric=True)` for masks that both hold voxels.
-    Differs: one mask empty gives the volume's diagonal, not inf, so that a miss costs much but a mean survives it.
+    Differs: where only one mask is empty, the distance is the volume's diagonal, not inf: a miss is penalised, and the
+    mean over volumes stays finite.
 
     Args:
         y_pred: one-hot prediction `(B,C,spatial...)`, channel 0 the background.
@@ -63,7 +64,7 @@ def assd_per_class_mm(y_pred: torch.Tensor, y: torch.Tensor, spacing_mm: Sequenc
     scores = torch.full(in_pred.shape, torch.nan, dtype=torch.float64, device=pred.device)
     scores[in_pred ^ in_truth] = diagonal_mm
     for b, c in (in_pred & in_truth).nonzero().tolist():
-        # On the CPU always: MONAI takes another algorithm on CUDA, and a score should not depend on the device.
+        # always on the CPU: on CUDA MONAI uses another algorithm, and a score should not depend on the device
         one_pred, one_truth = (mask[b, c].cpu()[None, None] for mask in (pred, truth))
         distance_mm = compute_average_surface_distance(
             one_pred, one_truth, include_background=True, symmetric=True, spacing=spacing
@@ -86,8 +87,8 @@ class VolumeMetric(CumulativeIterationMetric):
     """Base of metrics that keep one score per volume and class, and which masks held any voxel.
 
     Calls take one-hot `y_pred` and `y` as batch-first tensors `(B,C,spatial...)` or lists of channel-first ones, and
-    return the scores `(B,C-1)`. The presence of masks is kept beside the scores because a score can't tell a miss
-    from a false alarm.
+    return the scores `(B,C-1)`. The presence of masks is kept beside the scores because a score does not distinguish a
+    miss from a false alarm.
     """
 
     def __call__(self, y_pred: Any, y: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -136,24 +137,17 @@ class VolumeDice(VolumeMetric):
 
 
 class VolumeAssd(VolumeMetric):
-    """Average symmetric surface distance in mm per volume and class, see `assd_per_class_mm`.
+    """Average symmetric surface distance per volume and class, see `assd_per_class_mm`, by each volume's own spacing.
 
-    Args:
-        spacing_mm: voxel spacing in array order for all volumes; None reads each volume's own from the affine of `y`.
+    The spacing is read from the affine of `y`.
 
     Raises:
-        ValueError: when called without `spacing_mm` on a `y` that carries no header's affine.
+        ValueError: when called on a `y` without a header's affine.
     """
-
-    def __init__(self, spacing_mm: Sequence[float] | None = None) -> None:
-        super().__init__()
-        self.spacing_mm = spacing_mm
 
     def score(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Score a batch-first batch: `(B,C,spatial...)` twice to `(B,C-1)` in mm."""
-        if self.spacing_mm is not None:
-            return assd_per_class_mm(y_pred, y, self.spacing_mm)
-        _foreground_masks(y_pred, y)  # a wrong shape should be told before a missing spacing
+        _foreground_masks(y_pred, y)  # report a wrong shape rather than the missing spacing that it leads to
         volumes = range(len(y))
         return torch.cat([assd_per_class_mm(y_pred[i : i + 1], y[i : i + 1], header_spacing_mm(y[i])) for i in volumes])
 
@@ -165,23 +159,21 @@ class VolumeMetricHandler(IgniteMetricHandler):
     under `<name>_in_pred` and `<name>_in_truth`, each `(N,C-1)`.
 
     Args:
-        metric_fn: metric to run on every iteration's volumes.
         output_transform: extracts `(y_pred, y)` from `engine.state.output`, one-hot, see `VolumeMetric`.
         save_details: whether to keep the scores of every volume in `engine.state.metric_details`.
         class_names: names of the foreground classes, in channel order.
     """
 
+    metric_class: type[VolumeMetric]
     metric_fn: VolumeMetric
 
     def __init__(
         self,
-        *,
-        metric_fn: VolumeMetric,
-        output_transform: Callable,
-        save_details: bool,
-        class_names: Sequence[str],
+        output_transform: Callable = lambda x: x,
+        save_details: bool = True,
+        class_names: Sequence[str] = CLASS_NAMES,
     ) -> None:
-        super().__init__(metric_fn=metric_fn, output_transform=output_transform, save_details=save_details)
+        super().__init__(metric_fn=self.metric_class(), output_transform=output_transform, save_details=save_details)
         self.class_names = tuple(class_names)
 
     def completed(self, engine: Engine, name: str) -> None:
@@ -208,40 +200,17 @@ class VolumeMetricHandler(IgniteMetricHandler):
 class VolumeDiceHandler(VolumeMetricHandler):
     """Ignite handler of `VolumeDice`; arguments as in `VolumeMetricHandler`."""
 
-    def __init__(
-        self,
-        output_transform: Callable = lambda x: x,
-        save_details: bool = True,
-        class_names: Sequence[str] = CLASS_NAMES,
-    ) -> None:
-        super().__init__(
-            metric_fn=VolumeDice(),
-            output_transform=output_transform,
-            save_details=save_details,
-            class_names=class_names,
-        )
+    metric_class = VolumeDice
 
 
 class VolumeAssdHandler(VolumeMetricHandler):
-    """Ignite handler of `VolumeAssd`; `spacing_mm` as there, the other arguments as in `VolumeMetricHandler`."""
+    """Ignite handler of `VolumeAssd`; arguments as in `VolumeMetricHandler`."""
 
-    def __init__(
-        self,
-        output_transform: Callable = lambda x: x,
-        save_details: bool = True,
-        class_names: Sequence[str] = CLASS_NAMES,
-        spacing_mm: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__(
-            metric_fn=VolumeAssd(spacing_mm),
-            output_transform=output_transform,
-            save_details=save_details,
-            class_names=class_names,
-        )
+    metric_class = VolumeAssd
 
 
 def _foreground_masks(y_pred: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check both one-hot tensors `(B,C,spatial...)` and return them as bool masks `(B,C-1,spatial...)`, one device."""
+    """Check two one-hot tensors `(B,C,spatial...)`; return bool masks `(B,C-1,spatial...)` on `y_pred`'s device."""
     if y_pred.shape != y.shape:
         raise ValueError(
             f"Expected y_pred and y of one shape, received {tuple(y_pred.shape)} and {tuple(y.shape)}: "

@@ -10,9 +10,9 @@ from monai.handlers import CheckpointLoader
 
 
 class ModelCheckpointLoader(CheckpointLoader):
-    """MONAI's ``CheckpointLoader`` whose errors name the file and say how to come by it.
+    """MONAI's ``CheckpointLoader`` with errors that name the file and say how to obtain it.
 
-    The class name keeps ``CheckpointLoader``: MONAI's federated client finds the loaders that it disables by that word.
+    The class name must contain ``CheckpointLoader``: by it MONAI's federated client finds the loaders to disable.
 
     Args: as ``monai.handlers.CheckpointLoader``; ``load_path`` is a bare state dict such as ``model.pt``.
 
@@ -36,7 +36,7 @@ class ModelCheckpointLoader(CheckpointLoader):
         try:
             super().__call__(engine)
         except Exception as error:
-            try:  # a file that reads well does not fit this network: the first error says why
+            try:  # if the file is readable, it does not fit this network, and the first error says why
                 torch.load(self.load_path, map_location="cpu", weights_only=True)
             except Exception as reading_error:
                 raise RuntimeError(

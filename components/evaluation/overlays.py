@@ -20,7 +20,7 @@ from components.base.atomic_write import write_atomically
 from components.data.acdc import CLASS_NAMES
 from components.data.volume_metadata import case_name_of, checked_spacing_mm, header_spacing_mm
 
-# The colours of Okabe and Ito's colour-blind-safe palette, those that stand out on grey first; they repeat after all.
+# Okabe and Ito's colour-blind-safe palette, starting with the colours that stand out on grey; reused beyond 7 classes.
 CLASS_COLOURS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
 TRUTH_STYLE: dict[str, Any] = {"linestyles": "solid", "linewidths": 1.1}
 PREDICTION_STYLE: dict[str, Any] = {"linestyles": [(0, (2.5, 1.2))], "linewidths": 1.1}
@@ -45,8 +45,8 @@ def draw_overlay(
 ) -> Figure:
     """Draw one panel per slice, the image grey, the truth's contours solid and the prediction's dashed.
 
-    Convention: array axis 0 runs to the right, axis 1 down, slices in the order of axis 2. ACDC volumes then stand with
-    the patient's head up, the RV left of the LV, from base to apex.
+    Convention: array axis 0 runs to the right, axis 1 down, slices in the order of axis 2. ACDC volumes are then drawn
+    from base to apex, with the patient's head up and the RV left of the LV.
 
     Args:
         image: grey values `(H,W,D)`, any range.
@@ -57,7 +57,7 @@ def draw_overlay(
         class_names: names of labels 1, 2, ...
 
     Returns:
-        A figure that belongs to no global state, to be saved with `savefig`.
+        A figure independent of pyplot's global state, to be saved with `savefig`.
 
     Raises:
         ValueError: if the arrays are not volumes on one grid, or `spacing_mm` is not three positive numbers.
@@ -91,8 +91,8 @@ class SaveOverlayd(MapTransform):
     Args:
         output_dir: folder of the pictures, made if missing.
         image_key: key of the image, a MetaTensor `(C,H,W,D)` on its native grid; channel 0 is shown.
-        label_key: key of the true label map `(1,H,W,D)` on the same grid; None, or a key the data lack, draws the
-            prediction alone.
+        label_key: key of the true label map `(1,H,W,D)` on the same grid; if None or missing from the data, only the
+            prediction is drawn.
         pred_key: key of the predicted label map `(1,H,W,D)` on the same grid.
         class_names: names of labels 1, 2, ...
         dpi: dots per inch of the picture.
@@ -120,7 +120,8 @@ class SaveOverlayd(MapTransform):
         """Draw and write one case.
 
         Raises:
-            ValueError: if a label map has not one channel, the grids differ, or the image lacks a file name or spacing.
+            ValueError: if a label map has more than one channel, the grids differ, or the image has no file name or no
+                spacing.
         """
         image = data[self.image_key]
         label = data.get(self.label_key)
@@ -154,7 +155,7 @@ def _as_array(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def _check(image: np.ndarray, label_maps: Sequence[np.ndarray], spacing_mm: Sequence[float]) -> None:
-    """Raise if the volumes do not share one grid or the spacing is no spacing."""
+    """Raise if the volumes do not share one grid or the spacing is invalid."""
     if image.ndim != 3 or any(labels.shape != image.shape for labels in label_maps):
         raise ValueError(
             f"Expected image, label and pred (H,W,D) on one grid, received {[v.shape for v in (image, *label_maps)]}: "
@@ -164,7 +165,7 @@ def _check(image: np.ndarray, label_maps: Sequence[np.ndarray], spacing_mm: Sequ
 
 
 def foreground_extent(label_maps: Sequence[np.ndarray], spacing_mm: Sequence[float]) -> Extent:
-    """Return start and stop on axes 0 and 1 of all slices' foreground plus a margin; everything without foreground.
+    """Return start and stop on axes 0 and 1 of all foreground plus a margin; the whole grid if there is none.
 
     Args:
         label_maps: labels `(H,W,D)` on one grid.
@@ -183,7 +184,7 @@ def foreground_extent(label_maps: Sequence[np.ndarray], spacing_mm: Sequence[flo
 
 
 def _panel_grid(n_slices: int, extent: Extent, spacing_mm: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, row by row, in as few and as equal rows as fit."""
+    """Return a figure and its panels, row by row, in as few rows as possible and of equal length."""
     rows = math.ceil(n_slices / PANELS_PER_ROW)
     columns = math.ceil(n_slices / rows)
     right_mm, down_mm = ((stop - start) * mm for (start, stop), mm in zip(extent, spacing_mm[:2], strict=True))
@@ -201,7 +202,7 @@ def _colour(label: int) -> str:
 
 
 def draw_class_contours(axes: Axes, labels: np.ndarray, count: int, style: Mapping[str, Any]) -> None:
-    """Draw each class's outline on one slice; nothing for a class the slice lacks.
+    """Draw the outline of each class that is present in one slice.
 
     Args:
         axes: where the slice's image is drawn, array axis 0 to the right.
@@ -212,7 +213,7 @@ def draw_class_contours(axes: Axes, labels: np.ndarray, count: int, style: Mappi
     for value in range(1, count + 1):
         mask = labels == value
         if mask.any():
-            # A rim of background closes the outline of a mask that touches the slice's border.
+            # a margin of background closes the outline of a mask that touches the slice's border
             x, y = (np.arange(-1, size + 1) for size in mask.shape)
             axes.contour(x, y, np.pad(mask, 1).T.astype(float), levels=[0.5], colors=_colour(value), **style)
 

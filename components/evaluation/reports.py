@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,11 +40,11 @@ Row = dict[str, str | int | float]
 def summarise(
     *, dice: np.ndarray, assd_mm: np.ndarray, in_pred: np.ndarray, in_truth: np.ndarray, class_names: Sequence[str]
 ) -> list[Row]:
-    """Summarise the scores of N volumes per class, and once over classes.
+    """Summarise the scores of N volumes per class, and over all classes.
 
-    Undefined scores (nan: class absent from both masks) are counted and left out of means and deviations. Deviations
-    are over volumes, with ddof 1, so nan for fewer than two. A miss is a class of the truth of which nothing was
-    predicted; a false alarm is predicted but not in the truth; detected means present in both.
+    Undefined scores (nan: the class is absent from both masks) are counted and left out of means and standard
+    deviations. Standard deviations are over volumes, with ddof 1, hence nan for fewer than two volumes. A miss is a
+    class present in the truth only, a false alarm one present in the prediction only; detected means present in both.
 
     Args:
         dice: `(N,K)` Dice in 0..1.
@@ -55,8 +54,8 @@ def summarise(
         class_names: K names of the foreground classes.
 
     Returns:
-        K rows and one named `mean`, with `SUMMARY_COLUMNS` as keys. In the row `mean`, means and deviations are the
-        mean of the classes' values, ignoring nan; misses, false alarms and undefined scores are totals.
+        K rows and one named `mean`, with `SUMMARY_COLUMNS` as keys. In the row `mean`, means and standard deviations
+        are the mean of the classes' values, ignoring nan; misses, false alarms and undefined scores are totals.
     """
     rows: list[Row] = []
     for k, class_name in enumerate(class_names):
@@ -78,8 +77,9 @@ def summarise(
 class EvaluationReport:
     """Ignite handler that writes `metrics.csv` and `summary.csv` when the evaluation is completed.
 
-    `metrics.csv` has one row per case and class, in order of name; `summary.csv` is `summarise`. Undefined values
-    read `nan`. Both metrics must be `VolumeMetricHandler`s with `save_details`. In a distributed run, rank 0 writes.
+    `metrics.csv` has one row per case and class, sorted by case; `summary.csv` holds the rows of `summarise`. Undefined
+    values are written as `nan`. Both metrics must be `VolumeMetricHandler`s with `save_details`. In a distributed run
+    rank 0 writes the files.
 
     Args:
         output_dir: folder of both files, made if missing.
@@ -112,43 +112,36 @@ class EvaluationReport:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Write both files and log where they are.
+        """Write both files and log their paths and the summary.
 
         Raises:
             ValueError: if a metric's details are missing or do not match the cases or class names.
         """
-        # Every rank takes part in the gathering; its order is that of the metrics' own buffers.
+        # every rank takes part in the gathering, which has the order of the metrics' own buffers
         cases = string_list_all_gather(self._cases) if idist.get_world_size() > 1 else self._cases
         if idist.get_rank() != 0:
             return
-        dice, assd_mm = (self._details(engine, name, len(cases)) for name in (self.dice, self.assd))
-        in_pred, in_truth = (
-            self._details(engine, f"{self.assd}_{kind}", len(cases)) for kind in ("in_pred", "in_truth")
-        )
-        order = sorted(range(len(cases)), key=cases.__getitem__)  # however the processes shared the cases
-        dice, assd_mm, in_pred, in_truth = (values[order] for values in (dice, assd_mm, in_pred, in_truth))
+        order = sorted(range(len(cases)), key=cases.__getitem__)  # independent of how the ranks share the cases
+        names = (self.dice, self.assd, f"{self.assd}_in_pred", f"{self.assd}_in_truth")
+        dice, assd_mm, in_pred, in_truth = (self._details(engine, name, len(cases))[order] for name in names)
         scores: list[Row] = [
             dict(zip(METRICS_COLUMNS, (cases[index], class_name, float(dice[n, k]), float(assd_mm[n, k])), strict=True))
             for n, index in enumerate(order)
             for k, class_name in enumerate(self.class_names)
         ]
         summary = summarise(
-            dice=dice,
-            assd_mm=assd_mm,
-            in_pred=in_pred.astype(bool),
-            in_truth=in_truth.astype(bool),
-            class_names=self.class_names,
+            dice=dice, assd_mm=assd_mm, in_pred=in_pred, in_truth=in_truth, class_names=self.class_names
         )
         metrics_path = _write_csv(self.output_dir / "metrics.csv", METRICS_COLUMNS, scores)
         summary_path = _write_csv(self.output_dir / "summary.csv", SUMMARY_COLUMNS, summary)
-        _log(engine, f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{_as_table(summary)}")
+        engine.logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{_as_table(summary)}")
 
     def _forget_cases(self, _: Engine) -> None:
         self._cases = []
 
     def _collect_cases(self, engine: Engine) -> None:
         batch: Any = engine.state.batch
-        # MONAI's engines decollate the batch after the model, unless told not to.
+        # MONAI's engines decollate the batch after the network's forward pass, unless `decollate=False`
         images = (
             decollate_batch(batch[self.image_key]) if isinstance(batch, Mapping) else [b[self.image_key] for b in batch]
         )
@@ -172,7 +165,7 @@ class EvaluationReport:
 
 
 def _statistics(name: str, scores: np.ndarray) -> Row:
-    """Return mean, deviation (ddof 1) and the count of undefined ones of `(N)` scores, keyed by columns."""
+    """Return mean, standard deviation (ddof 1) and number of undefined ones of scores `(N)`, keyed by column."""
     defined = scores[~np.isnan(scores)]
     return {
         f"{name}_mean": _mean(defined),
@@ -182,7 +175,7 @@ def _statistics(name: str, scores: np.ndarray) -> Row:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the mean, nan for none (and without NumPy's warning)."""
+    """Return the mean, or nan for no values (without NumPy's warning)."""
     return float(values.mean()) if values.size else float("nan")
 
 
@@ -221,8 +214,3 @@ def _as_table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
     return "\n".join([f"{rows[0]['n_volumes']} volumes, mean +- standard deviation over volumes (ddof 1)", *lines])
-
-
-def _log(engine: Engine, message: str) -> None:
-    logger = getattr(engine, "logger", None) or logging.getLogger(__name__)
-    logger.info(message)

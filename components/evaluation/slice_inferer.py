@@ -1,4 +1,4 @@
-"""Inference on volumes slice by slice, each slice seen from several sides."""
+"""Inference on volumes slice by slice, with test-time augmentation by turns and mirroring."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _QUARTER_TURNS = (0, 2, 1, 3)
 class TurnedSliceInferer(SliceInferer):
     """MONAI's `SliceInferer` that averages class probabilities over turned and mirrored views of each slice.
 
-    The views are the symmetries of a square, in this order: as it is, turned by 180, 90 and 270 degrees, then the
-    mirror image turned likewise. So 2 views are the half turn, 4 all turns without a mirror, 8 all there are: each
-    time a group, so that turning the input turns the prediction and changes nothing else.
+    The views are the symmetries of a square, in this order: the slice itself, the slice turned by 180, 90 and 270
+    degrees, then its mirror image turned likewise. With 2 views these are the identity and the half turn, with 4 all
+    turns, with 8 all symmetries. Each of these sets is a group, so the prediction is equivariant to its members.
 
     Args:
         args: as `SliceInferer`.
-        test_time_views: how many of the views, 1, 2, 4 or 8. With 1 this is `SliceInferer`, logits and all.
+        test_time_views: number of views: 1, 2, 4 or 8. With 1 this is `SliceInferer`, which returns logits.
         kwargs: as `SliceInferer`.
 
     Raises:
@@ -45,9 +45,9 @@ class TurnedSliceInferer(SliceInferer):
         """Run the network on windows of slices.
 
         Args:
-            network: from slices BxNxHxW (and `condition`, if given) to logits BxCxHxW.
+            network: maps slices BxNxHxW (and `condition`, if given) to logits BxCxHxW.
             x: windows BxNxHxWx1, the axis of size 1 being `spatial_dim`.
-            condition: of the same shape, for networks that take one; with one view only.
+            condition: for networks that take one, of the same shape; allowed with one view only.
             args: passed on to the network.
             kwargs: passed on to the network.
 
@@ -55,7 +55,7 @@ class TurnedSliceInferer(SliceInferer):
             with one view what `SliceInferer` returns, else probabilities BxCxHxWx1.
 
         Raises:
-            ValueError: for a condition beside several views.
+            ValueError: for a condition together with several views.
         """
         if self.test_time_views > 1:
             if condition is not None:
@@ -67,12 +67,12 @@ class TurnedSliceInferer(SliceInferer):
 def _mean_probabilities(
     network: Callable[..., Tensor], views: int, slices: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Average a network's probabilities BxCxHxW over the first views of slices BxNxHxW, turned back."""
+    """Average the class probabilities BxCxHxW over the first `views` of slices BxNxHxW, each turned back."""
     probabilities = []
     for view in range(views):
         turns = _QUARTER_TURNS[view % 4]
-        seen = slices.flip(3) if view >= 4 else slices
-        logits = network(seen.rot90(turns, (2, 3)), *args, **kwargs)
-        back = logits.softmax(dim=1).rot90(-turns, (2, 3))
-        probabilities.append(back.flip(3) if view >= 4 else back)
+        mirrored = slices.flip(3) if view >= 4 else slices
+        logits = network(mirrored.rot90(turns, (2, 3)), *args, **kwargs)
+        turned_back = logits.softmax(dim=1).rot90(-turns, (2, 3))
+        probabilities.append(turned_back.flip(3) if view >= 4 else turned_back)
     return torch.stack(probabilities).mean(dim=0)

@@ -1,13 +1,13 @@
 """Synthetic short-axis cardiac cine MR slices: anatomy and appearance as two pure, batched functions.
 
-Convention: pictures are (B, H, W), rows run down (y) and columns right (x); millimetres are measured from the picture's
-centre. With no rotation the chest's front is on the left, the right ventricle to the left of the left one, and the
-abdomen below. `level` is 0 at the base and 1 at the apex, `phase` 0 at end-diastole (ED) and 1 at end-systole (ES).
+Convention: images are (B, H, W), rows run down (y) and columns right (x); millimetres are measured from the centre of
+the image. Without rotation the chest's front is on the left, the right ventricle to the left of the left ventricle, and
+the abdomen below. `level` is 0 at the base and 1 at the apex, `phase` 0 at end-diastole (ED) and 1 at end-systole (ES).
 
-A *draw* is what subjects keep: a dictionary of tensors whose first axis is the subject. `select` picks and repeats
-subjects, so that all slices of a volume and both its phases share one anatomy and one contrast.
+A *draw* holds the random parameters of subjects: a dictionary of tensors whose first axis is the subject. `select`
+picks and repeats subjects, so that all slices of a volume and both its phases share one anatomy and one contrast.
 
-Plain numbers in the painting functions are proportions and places, in mm, judged by eye on real slices.
+Numbers without a name in the painting functions are proportions and positions, in mm, chosen by eye from real slices.
 """
 
 import importlib
@@ -19,6 +19,6 @@ _offered, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"dataset
 
 
 def __getattr__(name: str) -> Any:
-    if name == "mixing":  # its name in version 0.1, which configs of users may still have
+    if name == "mixing":  # the module's name in version 0.1, which users' configs may still contain
         return importlib.import_module("components.training.phantom_mixing")
     return _offered(name)

@@ -1,4 +1,4 @@
-"""Anatomy: from a draw of subjects to tissue maps and labels. Conventions are the package's."""
+"""Anatomy: from a draw of subjects to tissue maps and labels, in the conventions of the package."""
 
 from dataclasses import dataclass
 
@@ -12,25 +12,25 @@ from components.phantom.tissues import TISSUE_LABELS
 
 @dataclass(frozen=True)
 class AnatomyRanges:
-    """Ranges (low, high) a subject's anatomy is drawn from, uniformly; the default is one orientation of normal hearts.
+    """Ranges (low, high) of a uniformly drawn anatomy; by default normal hearts in one orientation.
 
-    A `_chance` is drawn like the rest and is then the probability that the subject has the thing.
+    A `_chance` is drawn like every other field and is then the probability that the subject has the feature.
     """
 
-    # the whole picture
+    # the whole image
     rotation_deg: Range = (-10, 10)  # clockwise
-    scale: Range = (0.95, 1.05)  # everything's size
+    scale: Range = (0.95, 1.05)  # of the whole anatomy
     mirror_chance: Range = (0, 0)  # left and right swapped
     warp_mm: Range = (2, 4)  # smooth deformation, standard deviation
     heart_x_mm: Range = (-16, 8)  # centre of the left ventricle at mid level
     heart_y_mm: Range = (-22, 8)
-    drift_x_mm: Range = (-6, 10)  # that centre's way from base to apex
+    drift_x_mm: Range = (-6, 10)  # displacement of that centre from base to apex
     drift_y_mm: Range = (-8, 4)
     # left ventricle
     lv_radius_mm: Range = (22, 30)  # of the cavity at the base at ED
-    lv_aspect: Range = (0.93, 1.07)  # square root of the cavity's extent towards the RV over that across
-    lv_taper: Range = (2.3, 3.6)  # exponent of the narrowing; higher stays wide for longer
-    lv_end_level: Range = (0.92, 0.985)  # where the cavity ends; the Myo goes on to level 1
+    lv_aspect: Range = (0.93, 1.07)  # square root of the ratio of the cavity's extent towards the RV to that across
+    lv_taper: Range = (2.3, 3.6)  # exponent of the narrowing; the higher, the longer the cavity stays wide
+    lv_end_level: Range = (0.92, 0.985)  # where the cavity ends; the Myo continues to level 1
     lv_contraction: Range = (0.24, 0.42)  # loss of cavity radius from ED to ES, fraction
     wall_mm: Range = (7, 10.5)  # Myo thickness at the base at ED
     wall_asymmetry: Range = (-0.2, 0.2)  # fraction by which the septum is thicker than the free wall
@@ -38,15 +38,15 @@ class AnatomyRanges:
     wall_roughness_mm: Range = (0.4, 1.0)  # irregularity of the contours, standard deviation
     papillary_size: Range = (0.15, 0.28)  # papillary radius over cavity radius at ED
     trabeculation: Range = (0.2, 0.9)  # 0 smooth pools, 1 many trabeculae
-    basal_gap_deg: Range = (0, 0)  # arc in which the Myo is open at the base; below 0 nowhere
-    basal_gap_towards_deg: Range = (180, 180)  # where it opens, clockwise from the septum
-    basal_gap_level: Range = (0.2, 0.2)  # where the opening has closed
-    atrium_radius_mm: Range = (15, 15)  # of the pool behind the opening
+    basal_gap_deg: Range = (0, 0)  # arc in which the Myo is open at the base; below 0 there is none
+    basal_gap_towards_deg: Range = (180, 180)  # direction of the opening, clockwise from the septum
+    basal_gap_level: Range = (0.2, 0.2)  # level at which the opening has closed
+    atrium_radius_mm: Range = (15, 15)  # of the blood pool behind the opening
     # right ventricle
     rv_chance: Range = (1, 1)
     rv_angle_deg: Range = (132, 172)  # direction from the LV, clockwise from the right: 180 left, 90 below
     rv_width_mm: Range = (33, 48)  # septum to free wall at the base at ED
-    rv_breadth: Range = (1.15, 1.15)  # its extent along the septum over the septum's own
+    rv_breadth: Range = (1.15, 1.15)  # its extent along the septum over the septum's length
     rv_span_deg: Range = (60, 80)  # half the arc of the septum
     rv_skew: Range = (-0.45, 0.25)  # slant of the crescent; positive leans clockwise, to the outflow tract
     rv_egg: Range = (0.0, 0.3)  # narrowing towards the free wall: 0 ellipse, 0.5 nearly a triangle
@@ -58,11 +58,11 @@ class AnatomyRanges:
     pericardial_fat_mm: Range = (0, 3.5)
     chest_gap_mm: Range = (2, 12)  # RV to chest wall
     chest_width_mm: Range = (190, 250)  # inner width
-    chest_lean: Range = (0.0, 0.25)  # how far the chest leans, mm right for each mm up
+    chest_lean: Range = (0.0, 0.25)  # slant of the chest, mm to the right per mm upwards
     lung_above_mm: Range = (50, 85)  # heart to the top of the lung at the base
     fat_mm: Range = (6, 22)  # subcutaneous
     muscle_mm: Range = (8, 14)  # chest wall
-    shoulder: Range = (0.6, 2.0)  # how much thicker both are above the lung, fraction
+    shoulder: Range = (0.6, 2.0)  # by how much both are thicker above the lung, fraction
     diaphragm_gap_mm: Range = (1, 6)  # below the heart
     diaphragm_drop_mm: Range = (15, 50)  # behind the heart at the base
     liver_edge_mm: Range = (5, 40)  # right edge of the liver from the heart's centre
@@ -72,16 +72,16 @@ class AnatomyRanges:
     spine_radius_mm: Range = (14, 20)
     vessel_density: Range = (0.4, 1.0)  # in lung and liver: 0 none, 1 many
     arm_chance: Range = (0.6, 0.6)
-    # round things that are no heart, anywhere in the trunk: discs, some in a ring
-    round_thing_chance: Range = (0, 0)  # of each of them
+    # round structures other than the heart, anywhere in the trunk: discs, some of them inside a ring
+    round_thing_chance: Range = (0, 0)  # of each structure
     round_thing_radius_mm: Range = (4, 32)
-    round_thing_wall_mm: Range = (-4, 9)  # of the ring; below 0 none
+    round_thing_wall_mm: Range = (-4, 9)  # of the ring; below 0 there is none
 
 
-_KNOTS = 4  # levels at which an organ field is drawn; between them it is interpolated
-_ORGAN_FIELDS = {"contour": 18, "organs": 25, "vessels": 75}  # coefficients along a side: one every 32, 22 and 7 mm
+_KNOTS = 4  # levels at which a field for the organs is drawn; between them it is interpolated
+_ORGAN_FIELDS = {"contour": 18, "organs": 25, "vessels": 75}  # coefficients per side: one every 32, 22 and 7 mm
 _ROUND_THINGS = 4
-_FIELD_MM = 480.0  # side of the square that the smooth fields cover; they are constant outside
+_FIELD_MM = 480.0  # side of the square covered by the smooth fields; they are constant outside
 
 
 def draw_anatomy(count: int, ranges: AnatomyRanges, generator: torch.Generator) -> Draw:
@@ -89,8 +89,8 @@ def draw_anatomy(count: int, ranges: AnatomyRanges, generator: torch.Generator) 
 
     Args:
         count: number of subjects.
-        ranges: what to draw from.
-        generator: source of every draw; its device is the result's.
+        ranges: ranges to draw from.
+        generator: source of all random numbers; the draw is on its device.
 
     Returns:
         A tensor (count,) for each field of `ranges`, and coefficients of smooth fields (count, ...).
@@ -105,7 +105,7 @@ def draw_anatomy(count: int, ranges: AnatomyRanges, generator: torch.Generator) 
 
 
 def _draw_round_things(count: int, ranges: AnatomyRanges, generator: torch.Generator) -> Tensor:
-    """Draw where each is from the heart (x, y), its radii along both axes and its wall in mm, (count, things, 5)."""
+    """Draw each one's position from the heart (x, y), radii along both axes and wall in mm, (count, things, 5)."""
     place = torch.rand(count, _ROUND_THINGS, 2, generator=generator, device=generator.device) * 300 - 150
     names = ("round_thing_chance", "round_thing_radius_mm", "round_thing_wall_mm")
     unit = torch.rand(count, _ROUND_THINGS, 5, generator=generator, device=generator.device)
@@ -126,8 +126,8 @@ def anatomy(
     """Cut one slice through each subject.
 
     Args:
-        draw: subjects of `draw_anatomy`, one a slice.
-        level: 0 base to 1 apex, (B,) or one for all; outside it the slice has organs (and atria, below 0) but no label.
+        draw: subjects of `draw_anatomy`, one per slice.
+        level: 0 base to 1 apex, (B,) or one for all; beyond these a slice has organs, and atria below 0, but no label.
         phase: 0 ED to 1 ES, (B,) or one for all.
         size_hw: rows and columns.
         spacing_mm: side of a pixel.
@@ -156,21 +156,21 @@ def _extent(size_hw: tuple[int, int], spacing_mm: float) -> tuple[float, float]:
 
 
 def _field_at(coefficients: Tensor, level: Tensor, size_hw: tuple[int, int], spacing_mm: float) -> Tensor:
-    """Interpolate an organ field (B, knots, n, n) at each slice's level: (B, H, W)."""
+    """Interpolate a field for the organs (B, knots, n, n) at each slice's level: (B, H, W)."""
     position = ((level + 0.3) / 1.6).clamp(0, 1) * (_KNOTS - 1)
     weight = (1 - (position[:, None] - torch.arange(_KNOTS, device=level.device)).abs()).clamp_min(0)
-    weight = weight / weight.norm(dim=1, keepdim=True)  # keeps the variance between knots
+    weight = weight / weight.norm(dim=1, keepdim=True)  # the variance is then the same between knots as at knots
     return smooth_field(torch.einsum("bk,bkij->bij", weight, coefficients), size_hw, _extent(size_hw, spacing_mm))
 
 
 def _heart_shape(shape: Draw, level: Tensor, phase: Tensor) -> Draw:
-    """Sizes of the heart at a level and phase, each (B, 1, 1): lengths in mm, angles in radians."""
+    """Return the sizes of the heart at a level and phase, each (B, 1, 1): lengths in mm, angles in radians."""
     inside = level.clamp(0, 1)
     narrowing = (1 - (inside / shape["lv_end_level"].clamp_min(1e-3)).clamp_max(1) ** shape["lv_taper"]).sqrt()
     endo_ed = shape["lv_radius_mm"] * narrowing
     epi_ed = (shape["lv_radius_mm"] + shape["wall_mm"]) * (1 - inside ** shape["lv_taper"]).sqrt()
     endo = endo_ed * (1 - shape["lv_contraction"] * phase * (1 + 0.5 * inside)).clamp_min(0)
-    muscle = (epi_ed**2 - endo_ed**2) * (1 + 0.1 * phase)  # Myo keeps its volume and gets shorter, so its area grows
+    muscle = (epi_ed**2 - endo_ed**2) * (1 + 0.1 * phase)  # the Myo shortens at a constant volume, so its area grows
     epi = (endo**2 + muscle).clamp_min(0).sqrt()
     in_atria = level < 0
     epi = torch.where(in_atria, endo * 0.9 + 2.5, epi)  # atria are thin-walled
@@ -192,12 +192,12 @@ def _heart_shape(shape: Draw, level: Tensor, phase: Tensor) -> Draw:
         "rv_along": epi * (1 - span.cos()) + width,
         "rv_across": shape["rv_breadth"] * epi * span.sin(),
         "rv_chord": epi * span.cos(),
-        "outflow": torch.where(tract > 0, shape["outflow_radius_mm"] * tract.sqrt(), -99.0),  # -99: nothing is near
+        "outflow": torch.where(tract > 0, shape["outflow_radius_mm"] * tract.sqrt(), -99.0),  # -99: nowhere
     }
 
 
 def _heart_coordinates(draw: Draw, shape: Draw, size_hw: tuple[int, int], spacing_mm: float) -> tuple[Tensor, Tensor]:
-    """Millimetres right of and below the slice's LV centre in the subject's own frame, each (B, H, W)."""
+    """Return coordinates in mm right of and below the slice's LV centre in the subject's frame, (B, H, W) each."""
     device = shape["scale"].device
     down, right = ((torch.arange(size, device=device) + 0.5 - size / 2) * spacing_mm for size in size_hw)
     turn = torch.deg2rad(shape["rotation_deg"])

@@ -1,4 +1,4 @@
-"""Appearance: from tissue maps to images as cine MR shows them. Conventions are the package's."""
+"""Appearance: from tissue maps to cine MR images, in the conventions of the package."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from components.phantom.tissues import Tissue
 
 @dataclass(frozen=True)
 class AppearanceRanges:
-    """Ranges (low, high) a subject's appearance is drawn from, uniformly; the default is cine bSSFP.
+    """Ranges (low, high) of a uniformly drawn appearance; by default that of cine bSSFP.
 
-    A tissue's value is its signal over the LV blood's.
+    A tissue's value is its signal relative to that of the blood in the LV.
     """
 
-    arbitrary_chance: Range = (0, 0)  # every tissue's signal drawn from 0..1 instead
-    arbitrary_trunk_chance: Range = (0, 0)  # the same, but for the heart
-    opposed_phase_chance: Range = (0.8, 0.8)  # water and fat cancel: dark lines between them
+    arbitrary_chance: Range = (0, 0)  # of all signals drawn from 0..1 instead
+    arbitrary_trunk_chance: Range = (0, 0)  # the same for all tissues but the heart's
+    opposed_phase_chance: Range = (0.8, 0.8)  # of water and fat cancelling: dark lines between them
     rv_pool: Range = (0.6, 0.95)
     great_vessel: Range = (0.75, 1.3)
     myo: Range = (0.28, 0.42)
@@ -34,27 +34,27 @@ class AppearanceRanges:
     bone: Range = (0.3, 0.6)
     fat: Range = (0.8, 1.4)  # subcutaneous
     inner_fat: Range = (0.75, 1.25)  # around the heart and in the abdomen
-    round_disc: Range = (0.2, 1.2)  # round things that are no heart
+    round_disc: Range = (0.2, 1.2)  # round structures other than the heart
     round_ring: Range = (0.1, 0.6)
     air: Range = (0.0, 0.01)
-    texture: Range = (0.04, 0.1)  # unevenness within a tissue, fraction
-    patchiness: Range = (0, 0)  # the same on the scale of an organ
-    flow_void: Range = (0, 0)  # loss of signal in swirls within the pools, fraction
+    texture: Range = (0.04, 0.1)  # variation of the signal within a tissue, fraction
+    patchiness: Range = (0, 0)  # the same at the scale of an organ
+    flow_void: Range = (0, 0)  # loss of signal in patches of the blood pools, fraction
     blur_px: Range = (0.5, 0.95)  # partial volume, standard deviation
-    coil_log: Range = (0.5, 1.2)  # the coils' fall-off across the picture, natural logarithm
+    coil_log: Range = (0.5, 1.2)  # fall-off of the coils' sensitivity across the image, natural logarithm
     coil_angle_deg: Range = (170, 250)  # where the coils are, clockwise from the right
-    bias_log: Range = (0.05, 0.15)  # smooth unevenness, natural logarithm, standard deviation
-    ghost: Range = (0, 0)  # a faint second picture, shifted, fraction
-    ghost_shift: Range = (0.2, 0.5)  # by this fraction of a side
-    banding: Range = (0, 0)  # depth of bSSFP's dark bands, fraction
-    banding_turns: Range = (0.5, 8)  # how many of them
-    noise: Range = (0.008, 0.03)  # Rician, over the LV blood's signal
+    bias_log: Range = (0.05, 0.15)  # smooth variation of the sensitivity, natural logarithm, standard deviation
+    ghost: Range = (0, 0)  # intensity of a shifted copy of the image, fraction
+    ghost_shift: Range = (0.2, 0.5)  # its shift, fraction of a side
+    banding: Range = (0, 0)  # depth of the dark bands of bSSFP, fraction
+    banding_turns: Range = (0.5, 8)  # number of bands
+    noise: Range = (0.008, 0.03)  # Rician, relative to the signal of the blood in the LV
     gamma: Range = (0.9, 1.15)
     black_percentile: Range = (0.2, 0.8)
     white_percentile: Range = (98.8, 99.7)
 
 
-_NO_SIGNAL_OF_THEIR_OWN = {
+_SIGNAL_OF_TISSUE = {  # where it is not that of the tissue's own name
     Tissue.ABDOMINAL_FAT: "inner_fat",
     Tissue.PERICARDIAL_FAT: "inner_fat",
     Tissue.STOMACH_WALL: "wall",
@@ -70,24 +70,31 @@ _NO_SIGNAL_OF_THEIR_OWN = {
 _HEART = (Tissue.RV_WALL, Tissue.RV_POOL, Tissue.RV_TRABECULA, Tissue.MYO, Tissue.LV_POOL, Tissue.LV_PAPILLARY)
 _POOLS = (Tissue.RV_POOL, Tissue.LV_POOL, Tissue.GREAT_VESSEL)
 _FATS = (Tissue.FAT, Tissue.ABDOMINAL_FAT, Tissue.PERICARDIAL_FAT)
-_UNEVENNESS = {"LUNG": 4.0, "ORGAN": 2.0, "BOWEL": 4.0, "STOMACH": 2.0, "FAT": 0.3, "AIR": 0.0}  # times the texture
+_UNEVENNESS = {
+    "LUNG": 4.0,
+    "ORGAN": 2.0,
+    "BOWEL": 4.0,
+    "STOMACH": 2.0,
+    "FAT": 0.3,
+    "AIR": 0.0,
+}  # factors of the texture
 
 
 def draw_appearance(count: int, ranges: AppearanceRanges, generator: torch.Generator) -> Draw:
-    """Draw the contrast, coil and noise of subjects.
+    """Draw the contrast, coil sensitivity and noise of subjects.
 
     Args:
         count: number of subjects.
-        ranges: what to draw from.
-        generator: source of every draw; its device is the result's.
+        ranges: ranges to draw from.
+        generator: source of all random numbers; the draw is on its device.
 
     Returns:
-        A tensor (count,) for each field of `ranges`, and more (count, ...) for `signal`.
+        A tensor (count,) for each field of `ranges`, and further ones (count, ...) for `signal`.
     """
     draw = draw_uniform(count, ranges, generator)
     device = generator.device
     signals = draw | {"lv_pool": torch.ones(count, device=device)}
-    table = torch.stack([signals[_NO_SIGNAL_OF_THEIR_OWN.get(tissue, tissue.name.lower())] for tissue in Tissue], dim=1)
+    table = torch.stack([signals[_SIGNAL_OF_TISSUE.get(tissue, tissue.name.lower())] for tissue in Tissue], dim=1)
     arbitrary = torch.rand(table.shape, generator=generator, device=device)
     in_trunk = torch.ones(len(Tissue), dtype=torch.bool, device=device)
     in_trunk[[*_HEART, Tissue.AIR]] = False
@@ -99,15 +106,15 @@ def draw_appearance(count: int, ranges: AppearanceRanges, generator: torch.Gener
 
 
 def signal(tissues: Tensor, draw: Draw, generator: torch.Generator) -> Tensor:
-    """Give each tissue its signal, texture, blur, coil bias and noise, as a scanner would.
+    """Turn tissue maps into signals with texture, blur, coil sensitivity, artefacts and noise.
 
     Args:
         tissues: codes (B, H, W).
-        draw: subjects of `draw_appearance`, one a slice.
-        generator: source of texture and noise, on the tissues' device.
+        draw: subjects of `draw_appearance`, one per slice.
+        generator: source of all random numbers, on the tissues' device.
 
     Returns:
-        Signals (B, H, W), float, from 0; the LV's blood is near 1 before the coils.
+        Signals (B, H, W), float, 0 or more; about 1 for the blood in the LV before the coils' sensitivity.
     """
     size_hw = (tissues.shape[1], tissues.shape[2])
     device = tissues.device
@@ -139,14 +146,14 @@ def appearance(tissues: Tensor, draw: Draw, generator: torch.Generator) -> Tenso
 
     Args:
         tissues: codes (B, H, W).
-        draw: subjects of `draw_appearance`, one a slice.
-        generator: source of texture and noise, on the tissues' device.
+        draw: subjects of `draw_appearance`, one per slice.
+        generator: source of all random numbers, on the tissues' device.
 
     Returns:
         Images (B, H, W), float, whole numbers 0..255.
     """
     image = signal(tissues, draw, generator)
-    sample = image[:, 1::4, 1::4].flatten(1).sort(dim=1).values  # a sixteenth of the pixels settles a percentile
+    sample = image[:, 1::4, 1::4].flatten(1).sort(dim=1).values  # a sixteenth of the pixels suffices for percentiles
     limits = []
     for name in ("black_percentile", "white_percentile"):
         position = (draw[name] / 100 * (sample.shape[1] - 1)).round().long()
@@ -157,7 +164,7 @@ def appearance(tissues: Tensor, draw: Draw, generator: torch.Generator) -> Tenso
 
 
 def _blur(image: Tensor, sigma_px: Tensor, reach: int = 3) -> Tensor:
-    """Blur each image (B, H, W) by a Gaussian of its own width (B,), cut off after `reach` pixels."""
+    """Blur each image (B, H, W) by a Gaussian of its own standard deviation (B,), truncated at `reach` pixels."""
     offsets = torch.arange(-reach, reach + 1, device=image.device)
     weights = torch.exp(-0.5 * (offsets / sigma_px.clamp_min(0.05)[:, None]) ** 2)
     weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None]
@@ -172,7 +179,7 @@ def _blur(image: Tensor, sigma_px: Tensor, reach: int = 3) -> Tensor:
 
 
 def _artefacts(image: Tensor, draw: Draw) -> Tensor:
-    """Add a ghost along the rows and bSSFP's dark bands, which crowd towards the picture's edges."""
+    """Add a ghost, shifted along the rows' axis, and the dark bands of bSSFP, denser towards the image's edges."""
     ghost, depth = (draw[name].view(-1, 1, 1) for name in ("ghost", "banding"))
     if (ghost > 0).any():
         height, width = image.shape[1:]
@@ -189,7 +196,7 @@ def _artefacts(image: Tensor, draw: Draw) -> Tensor:
 
 
 def _coil_bias(draw: Draw, size_hw: tuple[int, int]) -> Tensor:
-    """Sensitivity of the surface coils (B, H, W), about 1 in the centre."""
+    """Return the sensitivity of the surface coils (B, H, W), about 1 in the centre."""
     angle = torch.deg2rad(draw["coil_angle_deg"]).view(-1, 1, 1)
     coarse = torch.linspace(-0.5, 0.5, 24, device=angle.device)
     towards = coarse * angle.cos() + coarse[:, None] * angle.sin()

@@ -1,4 +1,4 @@
-"""Synthetic patients on disk, in the layout of ACDC's release."""
+"""Synthetic patients on disk, in the layout of the ACDC release."""
 
 import json
 import shutil
@@ -17,19 +17,20 @@ from components.phantom.appearance import AppearanceRanges, draw_appearance, sig
 from components.phantom.draws import select
 
 MANIFEST = "phantom.json"
-_FORMAT = 2  # raise it whenever the same arguments give other voxels
+_FORMAT = 2  # increment it whenever the same arguments give other voxels
 
 _SIZES_HW = ((216, 256), (154, 224), (232, 256), (184, 288), (256, 216), (174, 224), (208, 256), (264, 288))
 _SPACING_MM = (1.37, 1.68)
-_USUAL_SIDE = 256  # the spacings above are for about this many pixels; other sizes keep the field of view
-_DESCENT = 0.06  # of the heart's length, by which the base moves towards the apex from ED to ES
-# Columns: where the arrays' axes x (right), y (down), z (base to apex) point; rows: to the patient's right, front, head
+_USUAL_SIDE = 256  # pixels for which the spacings above are meant; other sizes keep the field of view
+_DESCENT = 0.06  # movement of the base towards the apex from ED to ES, fraction of the heart's length
+# columns: directions of the array axes x (right), y (down), z (base to apex); rows: towards the patient's right,
+# front and head
 _SHORT_AXIS = np.array([[-0.707, 0.354, -0.612], [-0.707, -0.354, 0.612], [0.0, -0.866, -0.5]])
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What one synthetic patient's files share."""
+    """Properties shared by the files of one synthetic patient."""
 
     name: str
     size_hw_d: tuple[int, int, int]
@@ -38,7 +39,7 @@ class _Scan:
     ed_frame: int
     es_frame: int
     frames: int
-    gain: float  # grey values for the LV blood's signal
+    gain: float  # grey value of the blood in the LV
     height_cm: float
     weight_kg: float
     affine: np.ndarray
@@ -53,26 +54,26 @@ def write_phantom_dataset(
     zoom: float = 1.0,
     series: bool = False,
 ) -> str:
-    """Write synthetic patients in ACDC's layout, or reuse the folder if the same call has written it before.
+    """Write synthetic patients in the layout of ACDC, or reuse the folder if the same call has written it before.
 
     The folder holds `training/patientNNN/` with `Info.cfg`, image and truth of the ED and ES frames, and a manifest.
-    It appears whole or not at all, so several processes may call at the same time. A patient depends on `seed`, on its
-    number and on the size only. The second of every five has its ED in frame 4; every third has empty end slices.
+    It is created in one step, so several processes may call at the same time. A patient depends only on `seed`, its
+    number and the size. The second of every five has its ED in frame 4; every third has empty end slices.
 
     Args:
         root: folder to write; its parents are created.
         patients: number of patients, at least 1.
         seed: 0 or more; the same seed gives the same voxels.
-        size_hw_d: the arrays' shape in the order of their axes (x, y, z), at least (16, 16, 2); it varies by default.
-        zoom: how far the pictures close in on the heart: the field of view is divided by it.
-        series: also write the whole heart beat, `patientNNN_4d.nii.gz` (some seconds a patient).
+        size_hw_d: shape of the arrays in the order of their axes (x, y, z), at least (16, 16, 2); it varies by default.
+        zoom: factor by which the field of view is divided.
+        series: whether to write the whole cardiac cycle, too, `patientNNN_4d.nii.gz` (some seconds per patient).
 
     Returns:
         `root`, as a string.
 
     Raises:
-        ValueError: an argument is out of range, or the folder was written with other arguments.
-        FileExistsError: the folder holds something else, or lacks files.
+        ValueError: when an argument is out of range, or the folder was written with other arguments.
+        FileExistsError: when the folder holds other files, or files are missing.
     """
     size = None if size_hw_d is None else [int(side) for side in size_hw_d]
     if patients < 1 or seed < 0:
@@ -97,7 +98,7 @@ def write_phantom_dataset(
         try:
             staging.rename(target)
         except OSError:
-            if not _is_written(target, arguments):  # else another process was faster, with the same content
+            if not _is_written(target, arguments):  # if it is, another process was faster, with the same content
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -105,7 +106,7 @@ def write_phantom_dataset(
 
 
 def _is_written(target: Path, arguments: dict) -> bool:
-    """Tell whether the folder is there and complete; raise if it is there and anything else."""
+    """Return whether the folder exists and is complete; raise if it holds anything else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     advice = "Name another folder, or remove this one."
@@ -123,7 +124,7 @@ def _is_written(target: Path, arguments: dict) -> bool:
 
 
 def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None, zoom: float) -> _Scan:
-    """Draw a patient's grid, slices, frames and position."""
+    """Draw the grid, the slices' levels, the frames and the position of a patient."""
     random = np.random.default_rng([seed, number])
     size_hw = _SIZES_HW[(number - 1 + int(random.integers(2))) % len(_SIZES_HW)]
     thickness = 10.0 if random.random() < 0.7 else 5.0
@@ -134,7 +135,7 @@ def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None, zoom: flo
         spacing *= _USUAL_SIDE / max(size_hw)
     spacing_mm = (round(spacing / zoom, 4), round(spacing / zoom, 4), thickness)
     first, last = random.uniform(0.0, 0.06), random.uniform(0.86, 0.97)
-    if number % 3 == 0:  # one slice beyond the base, the apex or both
+    if number % 3 == 0:  # one slice beyond the base, beyond the apex or both
         which = random.integers(1, 4)
         step = 1 / (depth + 1)
         first, last = (-0.6 * step if which & 1 else first), (1 + 0.6 * step if which & 2 else last)
@@ -184,8 +185,8 @@ def _write_patient(
         _save(image, scan, place / f"{scan.name}_frame{frame:02d}.nii.gz")
         _save(labels, scan, place / f"{scan.name}_frame{frame:02d}_gt.nii.gz")
     if series:
-        beat = [_render_frame(scan, frame, seed=seed, number=number)[0] for frame in range(1, scan.frames + 1)]
-        _save(np.stack(beat, axis=-1), scan, place / f"{scan.name}_4d.nii.gz")
+        cycle = [_render_frame(scan, frame, seed=seed, number=number)[0] for frame in range(1, scan.frames + 1)]
+        _save(np.stack(cycle, axis=-1), scan, place / f"{scan.name}_4d.nii.gz")
 
 
 def _generator(*entropy: int) -> torch.Generator:
@@ -195,7 +196,7 @@ def _generator(*entropy: int) -> torch.Generator:
 
 
 def _phase(scan: _Scan, frame: int) -> float:
-    """Contraction at a frame: 0 at ED, up to 1 at ES and down again to the beat's end."""
+    """Return the contraction at a frame: 0 at ED, rising to 1 at ES and falling to the end of the cycle."""
     systole = scan.es_frame - scan.ed_frame
     since = (frame - scan.ed_frame) % scan.frames
     progress = since / systole if since <= systole else (scan.frames - since) / (scan.frames - systole)
@@ -203,7 +204,7 @@ def _phase(scan: _Scan, frame: int) -> float:
 
 
 def _render_frame(scan: _Scan, frame: int, *, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render a frame's image (int16) and labels (uint8), each in the order (x, y, z)."""
+    """Render the image (int16) and labels (uint8) of a frame, each in axis order (x, y, z)."""
     subject = _generator(seed, number)
     body = draw_anatomy(1, AnatomyRanges(), subject)
     look = draw_appearance(1, AppearanceRanges(), subject)
@@ -220,7 +221,7 @@ def _render_frame(scan: _Scan, frame: int, *, seed: int, number: int) -> tuple[n
 
 
 def _save(voxels: np.ndarray, scan: _Scan, path: Path) -> None:
-    """Write voxels with the scan's affine in both forms of the header."""
+    """Write voxels with the scan's affine as both sform and qform."""
     image = nib.Nifti1Image(np.ascontiguousarray(voxels), scan.affine)
     image.set_sform(scan.affine, code="scanner")
     image.set_qform(scan.affine, code="scanner")

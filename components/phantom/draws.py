@@ -1,16 +1,16 @@
-"""What both phantom functions draw from: ranges, subjects, smooth random fields."""
+"""Random draws of both phantom functions: ranges, subjects, smooth random fields."""
 
 from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-Range = tuple[float | Tensor, float | Tensor]  # ends as numbers, or as tensors (count,): each subject's own
+Range = tuple[float | Tensor, float | Tensor]  # numbers, or tensors (count,) with one value per subject
 Draw = dict[str, Tensor]
 
 
 def between(ends: Range, fraction: Tensor) -> Tensor:
-    """Return what lies at `fraction` (..., count) of the way from the first end to the second."""
+    """Return the value at `fraction` (..., count) of the way from the first end to the second."""
     low, high = ends
     return low + (high - low) * fraction
 
@@ -35,7 +35,7 @@ def select(draw: Draw, index: Tensor) -> Draw:
 
 
 def _spline_basis(count: int, positions: Tensor) -> Tensor:
-    """Cubic B-splines (P, count) over 0..1 at positions (P,), held constant outside."""
+    """Return the values (P, count) of cubic B-splines over 0..1 at positions (P,); they are constant outside."""
     knots = torch.arange(count, device=positions.device) - 1.0
     distance = (positions.clamp(0, 1)[:, None] * (count - 3) - knots).abs()
     near = 2 / 3 - distance**2 + distance**3 / 2
@@ -44,12 +44,12 @@ def _spline_basis(count: int, positions: Tensor) -> Tensor:
 
 
 def smooth_field(coefficients: Tensor, size_hw: tuple[int, int], extent_hw: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Turn normal coefficients (..., n, n) into smooth fields (..., H, W) of about unit variance.
+    """Turn standard normal coefficients (..., n, n) into smooth fields (..., H, W) of about unit variance.
 
-    `extent_hw` is the fraction of the field that the picture covers, about its centre.
+    `extent_hw` is the fraction of the field, around its centre, that the image covers.
     """
     bases = []
     for size, extent in zip(size_hw, extent_hw, strict=True):
         positions = ((torch.arange(size, device=coefficients.device) + 0.5) / size - 0.5) * extent + 0.5
         bases.append(_spline_basis(coefficients.shape[-1], positions))
-    return 2 * (bases[0] @ coefficients @ bases[1].T)  # cubic B-splines halve the deviation
+    return 2 * (bases[0] @ coefficients @ bases[1].T)  # cubic B-splines halve the standard deviation

@@ -1,4 +1,4 @@
-"""Painting: from a subject's shape at a level to the tissues of a slice. Conventions are the package's."""
+"""Painting: from a subject's shape at a level to the tissues of a slice, in the conventions of the package."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,18 @@ from components.phantom.tissues import Tissue
 
 
 def _paint(tissues: Tensor, mask: Tensor, tissue: Tissue) -> None:
-    """Write a tissue where the mask is set; byte arithmetic is some ten times as fast as `masked_fill_` on a CPU."""
+    """Write a tissue where the mask is set; on a CPU byte arithmetic is about ten times as fast as `masked_fill_`."""
     tissues.mul_((~mask).view(torch.uint8)).add_(mask.view(torch.uint8) * int(tissue))
 
 
 def _ellipse(x: Tensor, y: Tensor, centre: tuple, radii: tuple) -> Tensor:
-    """Squared distance from a centre in units of the radii: below 1 inside."""
+    """Return the squared distance from a centre in units of the radii: below 1 inside."""
     along_x = (x - centre[0]).mul_(1 / radii[0]).square_()
     return along_x.add_((y - centre[1]).mul_(1 / radii[1]).square_())
 
 
 def paint_chest(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw) -> Tensor:
-    """Paint arm, fat, chest wall and lung (the trunk goes straight down from its widest place); return the cavity."""
+    """Paint arm, fat, chest wall and lung; return the cavity. Below its widest level the trunk keeps its width."""
     inside = shape["inside"]
     rv_side = -torch.deg2rad(shape["rv_angle_deg"]).cos().clamp_max(0)
     front = -(shape["epi_ed"] + rv_side * 0.8 * shape["rv_width_mm"] * (1 - inside) + shape["chest_gap_mm"] + 10)
@@ -29,7 +29,7 @@ def paint_chest(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw)
     leaning = x + shape["chest_lean"] * y
     up = (y - (top + half_height)).mul_(1 / half_height).clamp_max_(0)
     depth = _ellipse(leaning, up, (front + half_width, 0), (half_width, 1))
-    depth = depth.sqrt_().sub_(1).mul_(half_width)  # below 0 in the cavity, about mm
+    depth = depth.sqrt_().sub_(1).mul_(half_width)  # in about mm, below 0 in the cavity
 
     arm = _ellipse(leaning, y, (front + 2.3 * half_width, top - 40), (55, 40)) + 9 * (1 - shape["arm_chance"])
     _paint(tissues, arm < 1, Tissue.FAT)
@@ -82,7 +82,7 @@ def paint_abdomen(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Dra
 
 
 def paint_round_things(tissues: Tensor, x: Tensor, y: Tensor, things: Tensor, cavity: Tensor) -> None:
-    """Paint discs and rings (B, things, 5) that look like ventricles and are none."""
+    """Paint discs and rings (B, things, 5) that look like ventricles but carry no label."""
     kinds = ((Tissue.DISC_A, Tissue.RING_A), (Tissue.DISC_B, Tissue.RING_B))
     for number, thing in enumerate(things.unbind(1)):
         across, down, radius_x, radius_y, wall = (value.view(-1, 1, 1) for value in thing.unbind(1))
@@ -98,7 +98,7 @@ def paint_round_things(tissues: Tensor, x: Tensor, y: Tensor, things: Tensor, ca
 
 
 def paint_heart(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw) -> None:
-    """Paint pericardium and both ventricles with what is in them; above the base atria take their place."""
+    """Paint the pericardium and both ventricles with their contents; above the base, atria instead of ventricles."""
     angle = torch.deg2rad(shape["rv_angle_deg"])
     along = (x * angle.cos()).add_(y * angle.sin())  # towards the RV
     across = (y * angle.cos()).sub_(x * angle.sin())
@@ -111,7 +111,7 @@ def paint_heart(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw)
     outer = _ellipse(along, across, centre, (aspect, 1 / aspect)).sqrt_().sub_(epi)
     inner = _ellipse(along, across, (0, 0), (aspect, 1 / aspect)).sqrt_()
     right = _rv_distance(along, across, shape).add_(rough)
-    rough_inner = rough * (endo / 10).clamp_max(1)  # none at a point, else it would be drawn where there is no heart
+    rough_inner = rough * (endo / 10).clamp_max(1)  # 0 where the cavity has no radius, or it would be painted there
 
     fat = (shape["pericardial_fat_mm"] * (1 + 1.5 * noise["organs"])).clamp_min_(0)
     pericardium = torch.minimum(right, outer).sub_(fat).add_((epi <= 0) * 999.0)
@@ -142,7 +142,7 @@ def paint_heart(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw)
 
 
 def _paint_basal_gap(tissues: Tensor, along: Tensor, across: Tensor, inner: Tensor, myo: Tensor, shape: Draw) -> Tensor:
-    """Paint the atrium behind the open part of the Myo at the base; return that part."""
+    """Paint the atrium behind the opening of the Myo at the base; return the mask of the opening."""
     gap, towards = shape["gap"], torch.deg2rad(shape["basal_gap_towards_deg"])
     if not (gap > 0).any():
         return torch.zeros_like(myo)
@@ -159,7 +159,10 @@ def _paint_basal_gap(tissues: Tensor, along: Tensor, across: Tensor, inner: Tens
 
 
 def _rv_distance(along: Tensor, across: Tensor, shape: Draw) -> Tensor:
-    """Distance to the RV pool's outline in mm, below 0 inside: an egg on the septum's chord, and the outflow tract."""
+    """Return the distance to the outline of the RV pool (an egg on the septum's chord, and the outflow tract) in mm.
+
+    It is negative inside.
+    """
     epi, outflow = shape["epi"], shape["outflow"]
     reach = along - shape["rv_chord"]
     length = shape["rv_along"].clamp_min(1)

@@ -1,7 +1,7 @@
-"""Independent phantom slices, each of another subject: what an encoder is trained on and a head is reminded of.
+"""Independent phantom slices, each of another subject, for training an encoder and for mixing into batches.
 
-The draw is wide on purpose (domain randomisation, as in SynthSeg: Billot et al., Medical Image Analysis 2023): any
-orientation, hearts and trunks beyond what is normal, contrasts about cine MR's and now and then arbitrary.
+The ranges are deliberately wide (domain randomisation as in SynthSeg: Billot et al., Medical Image Analysis 2023): any
+orientation, hearts and trunks beyond the normal, contrasts similar to cine MR and sometimes arbitrary.
 """
 
 from dataclasses import fields, replace
@@ -123,8 +123,8 @@ FIELD_MM = 384.0  # side of the usual canvas
 _LEVELS = (-0.05, 1.03)
 _NO_HEART_CHANCE = 0.04
 _NO_HEART_LEVEL = 1.3
-_BAR_CHANCE = 0.6  # of black bars along two sides, as padding to a square leaves them
-_BAR_MM = 77.0  # of the usual canvas, at most; a smaller field cuts them off first
+_BAR_CHANCE = 0.6  # of black bars along two sides, as left by padding to a square
+_BAR_MM = 77.0  # largest width on the usual canvas; a smaller field of view crops the bars first
 
 
 def phantom_slices(
@@ -137,17 +137,17 @@ def phantom_slices(
     field_mm: float = FIELD_MM,
     width: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one batch of an endless stream; equal arguments give equal slices on one kind of device.
+    """Draw one batch of an endless stream; equal arguments give equal slices on the same type of device.
 
     Args:
-        count: slices in the batch.
-        seed: which stream, 0 or more.
-        index: which batch of it, 0 or more.
-        device: where the slices are drawn, and stay.
+        count: number of slices in the batch.
+        seed: seed of the stream, 0 or more.
+        index: number of the batch, 0 or more.
+        device: device on which the slices are drawn and returned.
         size: side of the square canvas in pixels.
-        field_mm: the same in mm.
-        width: how wide the draw is, from 0 (normal hearts under cine MR's contrast, in any orientation) to 1. Each
-            slice has ranges of its own: evenly anywhere from the narrow ones to this far towards the wide ones.
+        field_mm: side of the canvas in mm.
+        width: width of the ranges, from 0 (normal hearts with the contrast of cine MR, in any orientation) to 1 (wide).
+            Every slice has its own ranges, whose width is drawn uniformly from 0 to this value.
 
     Returns:
         Images (B, 1, `size`, `size`) float32, whole grey values 0..255, and labels (B, 1, `size`, `size`) uint8:
@@ -161,19 +161,19 @@ def phantom_slices(
     own = width * torch.rand(count, generator=generator, device=generator.device)
     body = draw_anatomy(count, _widened(NARROW_ANATOMY, WIDE_ANATOMY, own), generator)
     look = draw_appearance(count, _widened(NARROW_APPEARANCE, WIDE_APPEARANCE, own), generator)
-    for name in ("flow_void", "ghost", "banding"):  # ranges that begin below 0: absent from some slices
+    for name in ("flow_void", "ghost", "banding"):  # their ranges begin below 0, so that some slices have none
         look[name].clamp_min_(0)
     unit = torch.rand(4, count, generator=generator, device=generator.device)
     level = between(_LEVELS, unit[0])
     level = torch.where(unit[1] < _NO_HEART_CHANCE, _NO_HEART_LEVEL, level)
     tissues, labels = anatomy(body, level=level, phase=unit[2], size_hw=(size, size), spacing_mm=field_mm / size)
     images = appearance(tissues, look, generator)
-    seen = _between_bars(unit[3], size, field_mm)
-    return (images * seen)[:, None], (labels * seen)[:, None]
+    visible = _between_bars(unit[3], size, field_mm)
+    return (images * visible)[:, None], (labels * visible)[:, None]
 
 
 def _widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
-    """Return the ranges that lie between two, for each slice its own: at `width` 0 the first and at 1 the second."""
+    """Return the ranges of each slice, interpolated by its `width` from the narrow (0) to the wide ones (1)."""
     ends = {}
     for name in (field.name for field in fields(narrow)):
         low, high = zip(getattr(narrow, name), getattr(wide, name), strict=True)
@@ -182,7 +182,7 @@ def _widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
 
 
 def _between_bars(unit: Tensor, size: int, field_mm: float) -> Tensor:
-    """Return what black bars leave of each slice, (B, 1, size) or the same for all rows."""
+    """Return where each slice is not covered by black bars, (B, 1, size), the same for all rows."""
     width_mm = (unit / _BAR_CHANCE * _BAR_MM).where(unit < _BAR_CHANCE, 0) - (FIELD_MM - field_mm) / 2
     width = (width_mm * size / field_mm)[:, None, None]
     column = torch.arange(size, device=unit.device)

@@ -28,7 +28,7 @@ class Tissue(IntEnum):
     LV_POOL = 19
     LV_PAPILLARY = 20
     BOWEL = 21
-    DISC_A = 22  # round things of no name, and the rings around them
+    DISC_A = 22  # round structures other than organs, and the rings around them
     RING_A = 23
     DISC_B = 24
     RING_B = 25

@@ -1,4 +1,4 @@
-"""Weights that come with the package: an encoder trained on phantoms and a start for each head."""
+"""Weights that come with the package: an encoder trained on phantoms, and initial weights for each head."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def pretrained_file(name: str) -> str:
         its path.
 
     Raises:
-        FileNotFoundError: when there is no such file; names those that are there.
+        FileNotFoundError: when there is no such file; its message lists the existing ones.
     """
     folder = Path(__file__).parent
     present = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt"))

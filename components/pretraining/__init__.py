@@ -1,4 +1,4 @@
-"""Training of the tiny encoder and of heads on it, on phantom slices alone."""
+"""Training of the tiny encoder and of heads on it, on phantom slices only."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Export of a pre-trained encoder and its heads in the forms that other runs start from, and the record beside them."""
+"""Export of a pre-trained encoder and its heads as initial weights of other runs, with a record of their origin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from components.base.weights import fixed_random_weights
 from components.networks.heads import ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.pretraining.joint_head import JointHead
-from components.pretraining.record import RECORD_FILENAME, versions
+from components.pretraining.record import TRAINING_RECORD_FILENAME, package_versions
 from components.sam.decoder import build_decoder
 from components.sam.encoder import SamEncoder
 from components.sam.image_encoder import PATCH_SIZE
@@ -28,19 +28,20 @@ EXPORT_RECORD_FILENAME = "record.json"
 
 
 def export_network(network: PromptFreeSam, *, ckpt_dir: str, export_dir: str) -> PromptFreeSam:
-    """Write a trained network's parts in fp16 and build it anew from what was written.
+    """Write the parts of a trained network in fp16, and build the network anew from the written files.
 
-    `phantom_encoder.pth` is a SAM checkpoint, see `sam_state`. `<name>_head.pt` of each head is a `model.pt` of that
-    head on the frozen encoder as written. An older record is removed first, and `ExportRecord` writes the new one last:
+    `phantom_encoder.pth` is a SAM checkpoint, see `sam_state`. For each head `<name>_head.pt` is a `model.pt` of that
+    head on the frozen encoder in fp16. An older record is removed first, and `ExportRecord` writes the new one last, so
     a folder without `record.json` is unfinished.
 
     Args:
-        network: a trainable `SamEncoder` under a `JointHead` with a head named `vit`; filled from the checkpoint.
+        network: a trainable `SamEncoder` with a `JointHead`, one head of which is named `vit`; `model.pt` is loaded
+            into it.
         ckpt_dir: folder with the trained `model.pt`.
         export_dir: folder of the files, made if missing.
 
     Returns:
-        a network with the heads under the same names, its encoder frozen and every weight read from those files.
+        a network with the same heads and a frozen encoder, all weights read from the written files.
 
     Raises:
         FileNotFoundError: when there is no `model.pt`.
@@ -68,9 +69,9 @@ def export_network(network: PromptFreeSam, *, ckpt_dir: str, export_dir: str) ->
 def sam_state(encoder: SamEncoder, head: ViTHead) -> dict[str, torch.Tensor]:
     """Arrange an encoder and a ViT head as a SAM checkpoint, which `SamEncoder` and `ViTHead` load strictly.
 
-    SAM's one set of tokens is the mean over the classes, and each of its four hypernetworks the head's one. What the
-    head has no use for was never trained and is drawn from a constant seed: the IoU head, the embeddings of points, the
-    downscaling of masks. So the file segments nothing by SAM's prompts.
+    SAM's tokens are the mean of the head's tokens over the classes, and each of SAM's four hypernetworks is a copy of
+    the head's single one. Parts that the head does not use were not trained and are initialised with a constant seed:
+    the IoU head, the embeddings of points, the downscaling of masks. The file therefore cannot be used with prompts.
 
     Args:
         encoder: the trained encoder.
@@ -99,20 +100,20 @@ def sam_state(encoder: SamEncoder, head: ViTHead) -> dict[str, torch.Tensor]:
 
 
 class ExportRecord:
-    """Ignite handler that, once the exported files have been scored, writes `record.json` beside them.
+    """Ignite handler that writes `record.json` beside the exported files once they have been evaluated.
 
-    It holds each head's Dice by class on the validation phantoms, the SHA-256 of every file, and what
-    `components.pretraining.TrainingRecord` has noted of the training.
+    It holds each head's Dice by class on the validation phantoms, the SHA-256 of every file, and the record of the
+    training that `components.pretraining.TrainingRecord` wrote.
 
     Args:
-        ckpt_dir: folder with that note.
-        export_dir: folder of the files.
-        heads: names of the heads, whose scores the evaluator has under `val_<name>_dice`.
+        ckpt_dir: folder with the record of the training.
+        export_dir: folder of the exported files.
+        heads: names of the heads; the evaluator's metric of a head is `val_<name>_dice`.
         class_names: names of the foreground classes.
-        phantoms: what the validation phantoms were drawn from, by name.
+        phantoms: arguments by which the validation phantoms were drawn, by name.
 
     Raises:
-        FileNotFoundError: when there is no note of the training.
+        FileNotFoundError: when there is no record of the training.
     """
 
     def __init__(
@@ -124,10 +125,12 @@ class ExportRecord:
         class_names: Sequence[str],
         phantoms: Mapping[str, Any],
     ) -> None:
-        note = Path(ckpt_dir) / RECORD_FILENAME
-        if not note.is_file():
-            raise FileNotFoundError(f"no note of the training at {note}: give --ckpt_dir the folder that it trained in")
-        self.training = json.loads(note.read_text())
+        path = Path(ckpt_dir) / TRAINING_RECORD_FILENAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no record of the training at {path}: give its folder of checkpoints by --ckpt_dir"
+            )
+        self.training = json.loads(path.read_text())
         self.folder = Path(export_dir)
         self.heads = tuple(heads)
         self.class_names = tuple(class_names)
@@ -144,7 +147,7 @@ class ExportRecord:
             "dice": {name: self._scores(engine, name) for name in self.heads},
             "dice_on": self.phantoms,
             "sha256": {file: hashlib.sha256((self.folder / file).read_bytes()).hexdigest() for file in files},
-            "exported_with": versions(),
+            "exported_with": package_versions(),
             "training": self.training,
         }
         with write_atomically(self.folder / EXPORT_RECORD_FILENAME) as partial:
@@ -157,7 +160,10 @@ class ExportRecord:
 
 
 def _save_in_fp16(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Save a state dict so that the same weights always give the same bytes."""
+    """Save a state dict in fp16; equal weights give equal bytes."""
     halved = {key: value.cpu().half() if value.is_floating_point() else value.cpu() for key, value in state.items()}
-    with write_atomically(path) as partial, partial.open("wb") as file:  # of a path torch would write the name, too
+    with (
+        write_atomically(path) as partial,
+        partial.open("wb") as file,
+    ):  # given a path, torch writes its name into the file
         torch.save(halved, file)

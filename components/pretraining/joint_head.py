@@ -13,10 +13,10 @@ from torch import nn
 class JointHead(nn.Module):
     """Several heads on one encoder: in training each slice goes through one of them, in evaluation through all.
 
-    So every step trains the encoder on each slice and every head on its share, at the cost of one head a slice.
+    Every training step trains the encoder on all slices and each head on its share of them, at the cost of one head.
 
     Args:
-        heads: by name, each from embeddings Bx256xhxw to logits BxCx4hx4w, with the same C.
+        heads: heads by name, each from embeddings Bx256xhxw to logits BxCx4hx4w, with the same C.
     """
 
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
@@ -33,7 +33,7 @@ class JointHead(nn.Module):
             in training logits BxCx4hx4w, those of slice i from head i mod N; in evaluation Bx(N*C)x4hx4w, head by head.
 
         Raises:
-            ValueError: when a training batch is no such multiple.
+            ValueError: when the size of a training batch is not a multiple of the number of heads.
         """
         heads = list(self.heads.values())
         if not self.training:
@@ -43,19 +43,19 @@ class JointHead(nn.Module):
                 f"expected a batch of slices that the {len(heads)} heads can share evenly, received {len(embeddings)}: "
                 f"give --batch_size a multiple of {len(heads)}"
             )
-        logits = [head(embeddings[turn :: len(heads)]) for turn, head in enumerate(heads)]
+        logits = [head(embeddings[first :: len(heads)]) for first, head in enumerate(heads)]
         return torch.stack(logits, dim=1).flatten(0, 1)
 
 
 def predictions_of_all(output: Any, keys: Sequence[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """List the predictions of all heads, each beside its truth, as one metric takes them.
+    """Return the predictions of all heads with the truth of each, as the input of one metric.
 
     Args:
         output: an evaluator's decollated output, with `label` and the predictions, CxHxWxD each.
-        keys: of the predictions.
+        keys: keys of the predictions.
 
     Returns:
-        the predictions, and as many truths.
+        the predictions and equally many truths.
     """
     pairs = [from_engine([key, "label"])(output) for key in keys]
     return [pred for preds, _ in pairs for pred in preds], [truth for _, truths in pairs for truth in truths]

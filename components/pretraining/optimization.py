@@ -1,4 +1,4 @@
-"""How an encoder is optimized from scratch: which weights decay, and how long gradients may be."""
+"""Optimization of an encoder from scratch: parameter groups for weight decay, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch import nn
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split what trains into weights of products and convolutions, which decay, and all else, which does not.
+    """Split the trainable parameters into weights of linear layers and convolutions, which decay, and all others.
 
     Args:
-        network: the network; biases, norms, positions and tokens are those not called `weight` or with one axis only.
-        weight_decay: of the first group.
+        network: the network; biases, norms, positional embeddings and tokens are recognised by a name other than
+            `weight` or a single axis.
+        weight_decay: weight decay of the first group.
 
     Returns:
-        two parameter groups for an optimizer.
+        two parameter groups for an optimizer, the second with a weight decay of 0.
     """
     trained = [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
     decays = {name for name, weight in trained if name.endswith(".weight") and weight.ndim > 1}
@@ -28,7 +29,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 class GradientClipping:
-    """Ignite handler that limits the norm of all gradients together, before each step of MONAI's trainer.
+    """Ignite handler that clips the norm of all gradients together, before each optimizer step of MONAI's trainer.
 
     Args:
         network: the network in training.
@@ -44,5 +45,5 @@ class GradientClipping:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:  # noqa: ARG002 - ignite passes the engine
-        """Scale the gradients down where they are too long."""
+        """Scale the gradients down if their norm exceeds the largest one."""
         nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)

@@ -11,18 +11,18 @@ from components.phantom.slices import FIELD_MM, phantom_slices
 
 
 class PhantomStream:
-    """An endless stream of labelled phantom slices; a batch depends on seed and number only.
+    """An endless stream of labelled phantom slices; a batch depends on the seed and its number only.
 
-    It begins with normal hearts and grows as wide as phantoms are drawn: a transformer that starts from nothing learns
-    them several times sooner in this order (a curriculum: Bengio et al., ICML 2009).
+    The stream begins with normal hearts and widens to the full range of phantoms: a transformer trained from scratch
+    learns them several times faster in this order (curriculum learning: Bengio et al., ICML 2009).
 
     Args:
         batch_size: slices in a batch.
-        seed: which stream, 0 or more.
-        device: where the slices are drawn, and stay.
+        seed: seed of the stream, 0 or more.
+        device: device on which the slices are drawn and returned.
         size: side of the square canvas in pixels.
-        field_mm: the same in mm.
-        widening_batches: batches over which the draw widens; 0 for the full width from the first.
+        field_mm: side of the canvas in mm.
+        widening_batches: number of batches over which the range widens; with 0 it is full from the first batch.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PhantomStream:
         self.position = 0  # number of the next batch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield from `position` on images Bx3xHxW, grey values 0..255 on three channels, and labels Bx1xHxW, float."""
+        """Yield batches from `position` on: `image` Bx3xHxW, equal channels in 0..255, and `label` Bx1xHxW, float."""
         while True:
             index, self.position = self.position, self.position + 1
             width = 1.0 if index >= self.widening_batches else index / self.widening_batches
@@ -61,7 +61,7 @@ class PhantomStream:
 
 
 class StreamPosition:
-    """Ignite handler that has every epoch take the batches of its own iterations, whether or not the run was resumed.
+    """Ignite handler that sets the stream to the iteration at which an epoch starts, also in a resumed run.
 
     Args:
         stream: the training data.
@@ -75,25 +75,25 @@ class StreamPosition:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Go to the batch after the last iteration, which a checkpoint has restored by now."""
+        """Set the stream to the batch after the last iteration, which `TrainingCheckpoints` has restored."""
         self.stream.position = engine.state.iteration
 
 
 def phantom_stacks(
     stacks: int, slices: int, *, seed: int, size: int = 256, field_mm: float = FIELD_MM
 ) -> list[dict[str, torch.Tensor]]:
-    """Draw a fixed set of phantom slices for validation, in stacks that are scored as volumes are.
+    """Draw a fixed set of phantom slices for validation, in stacks that are scored like volumes.
 
     Args:
-        stacks: how many.
-        slices: slices of a stack D, each of another phantom.
-        seed: which stream they are drawn from; another than the training's.
+        stacks: number of stacks.
+        slices: number of slices D of a stack, each of another phantom.
+        seed: seed of the stream they are drawn from, different from the training's.
         size: side of the square canvas in pixels.
-        field_mm: the same in mm.
+        field_mm: side of the canvas in mm.
 
     Returns:
         for each stack `image` 1x`size`x`size`xD, grey values 0..255, and `label` of the same shape; drawn on the CPU,
-        so that they are the same beside any GPU.
+        so that they do not depend on the GPU.
     """
     drawn = [phantom_slices(slices, seed=seed, index=index, size=size, field_mm=field_mm) for index in range(stacks)]
     return [{"image": images.permute(1, 2, 3, 0), "label": labels.permute(1, 2, 3, 0)} for images, labels in drawn]

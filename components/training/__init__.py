@@ -1,4 +1,4 @@
-"""What a training run has beyond MONAI's trainer: checkpoints, seeded epochs, phantoms in its batches, records."""
+"""What a training run needs beyond MONAI's trainer: checkpoints, seeded epochs, phantoms in batches, records."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The folder of a training run's checkpoints: names, reading, keeping, setting aside."""
+"""The checkpoint folder of a training run: file names, reading, removing and moving checkpoints."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_path(ckpt_dir: Path, epoch: int) -> Path:
-    """Return where the checkpoint of an epoch is kept."""
+    """Return the path of an epoch's checkpoint."""
     return ckpt_dir / f"checkpoint_epoch={epoch}.pt"
 
 
 def checkpoint_epochs(ckpt_dir: Path) -> list[int]:
-    """Return the epochs in the names of the folder's checkpoints, newest first."""
+    """Return the epochs of the folder's checkpoints, by their file names, newest first."""
     matches = (_CHECKPOINT_NAME.fullmatch(path.name) for path in ckpt_dir.iterdir())
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def remove_superseded(ckpt_dir: Path, *, epoch: int) -> None:
     """Remove all but the last `CHECKPOINTS_KEPT` checkpoints up to an epoch."""
-    # newer names than the present epoch's are files that resuming skipped as unreadable: they must not count as kept
+    # checkpoints of later epochs are unreadable files that resuming skipped: they do not count among those kept
     for old in [e for e in checkpoint_epochs(ckpt_dir) if e <= epoch][CHECKPOINTS_KEPT:]:
         checkpoint_path(ckpt_dir, old).unlink()
 
 
 def set_aside(ckpt_dir: Path) -> None:
-    """Move checkpoints of an earlier run, with a copy of its model, into a new subfolder that can be resumed from."""
+    """Move an earlier run's checkpoints and copy its model to a new subfolder, from which that run can be resumed."""
     epochs = checkpoint_epochs(ckpt_dir)
     if not epochs:
         return
@@ -56,7 +56,7 @@ def set_aside(ckpt_dir: Path) -> None:
     folder = next(folder for folder in folders if not folder.exists())
     folder.mkdir()
     model = ckpt_dir / MODEL_FILENAME
-    if model.is_file():  # a copy: the folder keeps a usable model until this run has one
+    if model.is_file():  # copied, so that the folder keeps a usable model until this run writes its own
         shutil.copy2(model, folder / MODEL_FILENAME)
     for epoch in epochs:
         path = checkpoint_path(ckpt_dir, epoch)
@@ -74,7 +74,7 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         a dictionary with `CHECKPOINT_KEYS`.
 
     Raises:
-        ValueError: when the file holds something else; torch's own errors when it cannot be read at all.
+        ValueError: when the file holds something else. Errors of `torch.load` pass through.
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict) or CHECKPOINT_KEYS - saved.keys():
@@ -83,12 +83,12 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_readable(ckpt_dir: Path) -> dict[str, Any] | None:
-    """Return the newest checkpoint of a folder that can be read, warning of newer ones that cannot, or None."""
+    """Return the newest readable checkpoint of a folder, or None; warn of newer unreadable ones."""
     for epoch in checkpoint_epochs(ckpt_dir):
         path = checkpoint_path(ckpt_dir, epoch)
         try:
             saved = read_training_checkpoint(path)
-        except Exception as error:  # a damaged file can fail in many ways, none of which may stop the search
+        except Exception as error:  # torch.load raises many types of errors on damaged files
             logger.warning("skipping the unreadable checkpoint %s (%s: %s)", path, type(error).__name__, error)
             continue
         return {**saved, "epoch": epoch}
@@ -96,7 +96,7 @@ def newest_readable(ckpt_dir: Path) -> dict[str, Any] | None:
 
 
 def is_readable(path: Path) -> bool:
-    """Tell whether a file holds a state dict."""
+    """Return whether a file holds a state dict."""
     try:
         return isinstance(torch.load(path, map_location="cpu", weights_only=True), dict)
     except Exception:  # as above

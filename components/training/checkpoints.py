@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: what is written, kept and resumed from."""
+"""Writing of a training run's checkpoints, and resuming from them."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 class TrainingCheckpoints:
     """Write the best model and the last checkpoints of a training run, and resume from them.
 
-    After every epoch the folder gains ``checkpoint_epoch=N.pt`` (all that resuming needs; the last two are kept), and
-    after a validation that beats all before it ``model.pt`` (the network's bare state dict). Both replace the older
-    file in one step, ``model.pt`` before the checkpoint that records its score, so a killed run always leaves a usable
-    folder. If no validation gave a score, the last model becomes ``model.pt`` at the end.
+    After every epoch ``checkpoint_epoch=N.pt`` is written with everything that resuming needs; the last two are kept.
+    After every validation with the best score so far, ``model.pt`` is written, the network's bare state dict. Files are
+    replaced atomically, ``model.pt`` before the checkpoint that records its score, so a killed run always leaves a
+    usable folder. If no validation gave a score, the last model becomes ``model.pt`` at the end.
 
     With ``validate_start`` a fresh run validates the network before its first step, as epoch 0, so that ``model.pt`` is
-    never worse on the validation data than what the run began with.
+    never worse on the validation data than the initial network.
 
-    A resumed run follows its own configuration: the checkpoint gives the weights, the optimizer's moments, the epoch
-    and the best score; learning rate, schedule, number of epochs and iterations per epoch are those now configured.
-    The state of random number generators is not kept: `components.training.EpochSeeds` makes epochs independent of it.
+    A resumed run follows its own configuration: weights, the optimizer's moments, epoch and best score come from the
+    checkpoint; learning rate, schedule, number of epochs and iterations per epoch are those now configured. The state
+    of random number generators is not saved: `components.training.EpochSeeds` makes epochs independent of it.
 
     Handlers run in the order in which they are listed: list this one AFTER the validation handler, whose score it
     reads, and AFTER the learning rate handler, whose step belongs to the epoch that ends.
@@ -55,15 +55,15 @@ class TrainingCheckpoints:
         ckpt_dir: folder of ``model.pt`` and ``checkpoint_epoch=N.pt``, made if missing.
         network: the network in training; of a ``DistributedDataParallel`` the inner module is saved.
         optimizer: its optimizer.
-        lr_scheduler: schedule that depends on nothing but the number of its steps, or None.
+        lr_scheduler: schedule that depends on the number of its steps only, or None.
         evaluator: the engine that the validation handler runs, or None; its key metric is the score.
-        resume: continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints are moved into
-            a subfolder ``previous_run_<n>`` beside a copy of their ``model.pt``.
-        validate_start: whether the network that a fresh run begins with competes for ``model.pt``.
+        resume: whether to continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints
+            and a copy of their ``model.pt`` are moved to a subfolder ``previous_run_<n>``.
+        validate_start: whether ``model.pt`` may be the initial network of a fresh run.
 
     Raises:
         TypeError: when ``resume`` is not a bool, or ``lr_scheduler`` follows a metric.
-        ValueError: when the run starts and the checkpoint is beyond the trainer's ``max_epochs``.
+        ValueError: when the run starts and the checkpoint's epoch is beyond the trainer's ``max_epochs``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TrainingCheckpoints:
         resume: bool = False,
         validate_start: bool = False,
     ) -> None:
-        if not isinstance(resume, bool):  # on the command line `--resume false` is the (true) string "false"
+        if not isinstance(resume, bool):  # on the command line `--resume false` gives the string "false", which is true
             raise TypeError(f"resume must be True or False, got {resume!r}: write `--resume True` or `--resume False`.")
         if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise TypeError(
@@ -105,12 +105,12 @@ class TrainingCheckpoints:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
-        """Resume, or clear the folder for a fresh run and let what it begins with compete.
+        """Resume, or prepare the folder for a fresh run and validate its initial network.
 
         Args:
             engine: the trainer.
         """
-        if engine.state.epoch > 0:  # the same trainer runs on, as in the rounds of federated learning
+        if engine.state.epoch > 0:  # the trainer has run before, as in the rounds of federated learning
             return
         self.best_score = self.best_epoch = None
         if _is_writer():
@@ -120,7 +120,7 @@ class TrainingCheckpoints:
         resumed = self.resume and self._resume(engine)
         if not resumed and _is_writer():
             set_aside(self.ckpt_dir)
-        self._tell_evaluator()
+        self._copy_best_to_evaluator()
         idist.barrier()
         if not resumed and self.validate_start and self.evaluator is not None:
             self.evaluator.run(engine.state.epoch)
@@ -138,12 +138,12 @@ class TrainingCheckpoints:
             return
         with write_atomically(checkpoint_path(self.ckpt_dir, epoch)) as partial:
             torch.save(self._checkpoint(engine), partial)
-            if is_best:  # only now, so that next to no time lies between the model and the record of its score
+            if is_best:  # not earlier, so that the replacement of the checkpoint follows at once
                 self._save_model(engine)
         remove_superseded(self.ckpt_dir, epoch=epoch)
 
     def finish(self, engine: Engine) -> None:
-        """Keep the last model if no validation has chosen one.
+        """Write the last model if no validation gave a score.
 
         Args:
             engine: the trainer.
@@ -160,7 +160,7 @@ class TrainingCheckpoints:
         is_best = score is not None and self._is_best(score)
         if is_best:
             self.best_score, self.best_epoch = score, engine.state.epoch
-        self._tell_evaluator()
+        self._copy_best_to_evaluator()
         return is_best
 
     def _save_model(self, engine: Engine) -> None:
@@ -181,8 +181,8 @@ class TrainingCheckpoints:
         }
 
     def _validated_score(self, engine: Engine) -> float | None:
-        """Return the score of this epoch's validation, None if there was none or it is nan."""
-        # an evaluator without data stops short of the epoch that it is asked for, so equality means "validated now"
+        """Return the score of this epoch's validation, or None if there was none or it is nan."""
+        # an evaluator without data does not reach the epoch it is run for, so equal epochs mean "validated now"
         if self.evaluator is None or self.evaluator.state.epoch != engine.state.epoch:
             return None
         score = self.evaluator.state.metrics.get(self.evaluator.state.key_metric_name)
@@ -194,20 +194,20 @@ class TrainingCheckpoints:
         return float(score)
 
     def _is_best(self, score: float) -> bool:
-        # own comparison: MONAI's takes a first nan for the best, which no later score can beat
+        # MONAI's own comparison would take a first nan for the best score, which no later one exceeds
         assert self.evaluator is not None
         return self.best_score is None or bool(self.evaluator.metric_cmp_fn(score, self.best_score))
 
-    def _tell_evaluator(self) -> None:
+    def _copy_best_to_evaluator(self) -> None:
         if self.evaluator is not None:  # -1, -1 is MONAI's "none so far"
             self.evaluator.state.best_metric = -1 if self.best_score is None else self.best_score
             self.evaluator.state.best_metric_epoch = -1 if self.best_epoch is None else self.best_epoch
 
     def _resume(self, engine: Engine) -> bool:
         """Restore the newest readable checkpoint and return whether there is one."""
-        # one process chooses, so that all continue from the same epoch
+        # one process chooses the checkpoint, so that all continue from the same epoch
         saved = newest_readable(self.ckpt_dir) if _is_writer() else None
-        epoch = _agree(0 if saved is None else saved["epoch"])
+        epoch = _broadcast(0 if saved is None else saved["epoch"])
         if epoch == 0:
             logger.warning("no checkpoint to resume from in %s: starting a fresh run", self.ckpt_dir)
             return False
@@ -224,19 +224,19 @@ class TrainingCheckpoints:
 
     def _restore(self, engine: Engine, *, path: Path, saved: dict[str, Any]) -> None:
         configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        with _naming(path):
+        with _explaining_mismatch(path):
             self.network.load_state_dict(saved["model"], strict=True)
             self.optimizer.load_state_dict(saved["optimizer"])
         for group, options in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(options)
         if self.lr_scheduler is not None and saved["schedule_position"] is not None:
-            _advance(self.lr_scheduler, saved["schedule_position"])
+            _step_to(self.lr_scheduler, saved["schedule_position"])
         scaler = getattr(engine, "scaler", None)
         if scaler is not None and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         engine.state.epoch = saved["epoch"]
-        # ignite reads the place inside an epoch off the iteration: with another epoch length the old count would cut
-        # the first epoch short or end the run early
+        # ignite derives the position within an epoch from the iteration: with another epoch length the old count would
+        # cut the first epoch short or end the run early
         length = engine.state.epoch_length
         engine.state.iteration = saved["iteration"] if length is None else saved["epoch"] * length
         self._restore_best(saved)
@@ -245,7 +245,7 @@ class TrainingCheckpoints:
         if saved["best_score"] is None:
             return
         path = self.ckpt_dir / MODEL_FILENAME
-        if _agree(int(_is_writer() and is_readable(path))):
+        if _broadcast(int(_is_writer() and is_readable(path))):
             self.best_score, self.best_epoch = saved["best_score"], saved["best_epoch"]
         else:
             logger.warning("the best model, %s, is missing or unreadable: the next validated model replaces it", path)
@@ -255,22 +255,22 @@ def _is_writer() -> bool:
     return idist.get_rank() == 0
 
 
-def _agree(value: int) -> int:
-    """Return the writer's value in every process."""
+def _broadcast(value: int) -> int:
+    """Return the value of the writing process in every process."""
     return int(cast(float, idist.broadcast(value, src=0)))
 
 
-def _advance(lr_scheduler: LRScheduler, position: int) -> None:
-    """Step a fresh schedule to its place, which gives the learning rate of the present configuration there."""
-    with warnings.catch_warnings():  # torch warns of steps before the optimizer's first, which here are meant
+def _step_to(lr_scheduler: LRScheduler, position: int) -> None:
+    """Step a new schedule to a position, so that its learning rate is that of the present configuration."""
+    with warnings.catch_warnings():  # torch warns of steps before the optimizer's first, which are intended here
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         for _ in range(position - lr_scheduler.last_epoch):
             lr_scheduler.step()
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Note the file and the way out on an error of the network or the optimizer, which know neither."""
+def _explaining_mismatch(path: Path) -> Iterator[None]:
+    """Add to an error of the network or the optimizer which file caused it and what to do."""
     try:
         yield
     except Exception as error:

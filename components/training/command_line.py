@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import inspect
+import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import fire
 from monai.bundle import DEFAULT_EXP_MGMT_SETTINGS, ConfigParser, ConfigWorkflow, create_workflow, run, run_workflow
 from monai.bundle import update_kwargs as read_args
 
 _COMMANDS: dict[str, Callable[..., Any]] = {"run": run, "run_workflow": run_workflow}
-_FLAG = re.compile(r"--|-[a-zA-Z]")  # python-fire's: "-1" and "-.5" are values, "-inf" is not
 _ID_SEPARATOR = re.compile("#|::")
 
 
 def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
     """Raise an error on a command-line option that is neither a key of the configs nor an argument of the runner.
 
-    MONAI adds an option of unknown name to the config as a new key, so a misspelt one would change nothing and say
-    nothing. Only the top-level part of a nested option is judged: ``--network_def#new_argument 1`` is legitimate.
+    MONAI adds an option of unknown name to the config as a new key, so a misspelt option would be ignored silently.
+    Only the top-level part of a nested option is judged: ``--network_def#new_argument 1`` is legitimate.
     Overrides made in code are never judged.
 
     Args:
@@ -38,60 +41,43 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
     command = _COMMANDS.get(argv[1].replace("-", "_")) if len(argv) > 1 else None
     if command is None:
         return
-    options, positionals = parse_options(argv[2:])
-    knobs = _knobs(command, options=options, positionals=positionals)
+    arguments, _ = fire.parser.SeparateFlagArgs(list(argv[2:]))  # what follows the last `--` are flags of fire itself
+    options = _bound_arguments(command, arguments)
+    knobs = _knobs(options)
     known = knobs | _runner_arguments()
-    for name, (argument, _) in options.items():
-        top = _ID_SEPARATOR.split(name.removeprefix("+"))[0]
-        if top in known:
+    for name in options:
+        key = _ID_SEPARATOR.split(name.removeprefix("+"))[0]
+        if key in known:
             continue
+        argument = _as_typed(name, arguments)
         read_as = "" if argument.lstrip("-").split("=")[0] == name else f" (read as '{name}' by python-fire)"
-        nearest = difflib.get_close_matches(top, sorted(known), n=1)
+        nearest = difflib.get_close_matches(key, sorted(known), n=1)
         hint = f" Did you mean '--{nearest[0]}'?" if nearest else ""
         raise ValueError(
-            f"expected options that the configs define, got '{argument}'{read_as}: no config has the key '{top}'."
+            f"expected options that the configs define, got '{argument}'{read_as}: no config has the key '{key}'."
             f"{hint} The keys are: {', '.join(sorted(knob for knob in knobs if not knob.startswith('_')))}."
         )
 
 
-def parse_options(arguments: Sequence[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Split arguments into options and positional ones, as python-fire does for a function with ``**kwargs``.
+def _bound_arguments(command: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Return by name the values that python-fire passes to a command for these arguments, without running it."""
+    bound: dict[str, Any] = {}
 
-    Convention: ``-`` in a name becomes ``_``; an option followed by another option or by nothing is a switch, true
-    unless its name begins with "no"; a value that begins with ``--`` needs the form ``--name=value``.
+    @functools.wraps(command)  # fire binds arguments by the signature of the wrapped function
+    def record(*values: Any, **options: Any) -> None:
+        bound.update(zip(inspect.signature(command).parameters, values, strict=False), **options)
 
-    Args:
-        arguments: what follows the command.
-
-    Returns:
-        for every option's name the argument as typed and its value as text; and the positional arguments.
-    """
-    options: dict[str, tuple[str, str]] = {}
-    positionals = []
-    remaining = _until_separator(arguments)
-    while remaining:
-        argument, remaining = remaining[0], remaining[1:]
-        if not _FLAG.match(argument):
-            positionals.append(argument)
-            continue
-        name, has_value, value = argument.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        if not has_value and remaining and not _FLAG.match(remaining[0]):
-            value, remaining = remaining[0], remaining[1:]
-        elif not has_value:
-            value = "True"
-            if name.startswith("no"):
-                name, value = name.removeprefix("no"), "False"
-        options[name] = (argument, value)
-    return options, positionals
+    # fire reports superfluous arguments only after the call: the fire that runs the command will do so
+    with contextlib.suppress(fire.core.FireExit), contextlib.redirect_stderr(io.StringIO()):
+        fire.Fire(record, command=[*arguments, "--"])  # `--`: no flags of fire itself
+    return bound
 
 
-def _until_separator(arguments: Sequence[str]) -> list[str]:
-    """Drop fire's own flags, which follow the last ``--``, and what an isolated ``-`` keeps from the command."""
-    own = list(arguments)
-    if "--" in own:
-        own = own[: len(own) - 1 - own[::-1].index("--")]
-    return own[: own.index("-")] if "-" in own else own
+def _as_typed(name: str, arguments: Sequence[str]) -> str:
+    """Return the argument that python-fire read as an option of this name; it reads `--nox` as `x` switched off."""
+    options = [argument for argument in arguments if argument.startswith("-")]
+    typed = {option.lstrip("-").split("=")[0].replace("-", "_"): option for option in options}
+    return typed.get(name) or typed[f"no{name}"]
 
 
 def _is_bundle_command() -> bool:
@@ -115,22 +101,15 @@ def _tracking_keys(settings: dict[str, Any]) -> set[str]:
     return set(settings.get("configs", {})) - set(settings.get("handlers_id", {}))
 
 
-def _knobs(command: Callable[..., Any], *, options: dict[str, tuple[str, str]], positionals: Sequence[str]) -> set[str]:
-    """Return the top-level keys of every file that the command line gives: configs, arguments, tracking settings."""
-    from fire.parser import DefaultParseValue  # here, since only a process that fire started comes so far
-
-    given = {name: value for name, (_, value) in options.items()}
-    free = (name for name in inspect.signature(command).parameters if name not in given)
-    given |= dict(zip(free, positionals, strict=False))
-    parsed = {name: DefaultParseValue(value) for name, value in given.items()}
-
-    arguments = dict(read_args(parsed.get("args_file")))
-    own = _runner_arguments()
-    knobs = {_ID_SEPARATOR.split(name)[0] for name in arguments if name not in own}
-    config_file = parsed.get("config_file") or arguments.get("config_file")
+def _knobs(options: Mapping[str, Any]) -> set[str]:
+    """Return the top-level keys of every file that the command line names: configs, arguments, tracking settings."""
+    arguments = read_args(options.get("args_file"))
+    runner_arguments = _runner_arguments()
+    knobs = {_ID_SEPARATOR.split(name)[0] for name in arguments if name not in runner_arguments}
+    config_file = options.get("config_file") or arguments.get("config_file")
     if config_file:
         knobs |= set(ConfigParser.load_config_files(config_file))
-    tracking = parsed.get("tracking") or arguments.get("tracking")
+    tracking = options.get("tracking") or arguments.get("tracking")
     if tracking and not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
         knobs |= _tracking_keys(ConfigParser.load_config_files(tracking))
     return knobs - {ConfigParser.meta_key}

@@ -1,7 +1,8 @@
-"""Phantom slices mixed into the batches of a training on real ones, so that a head forgets nothing it knew of them."""
+"""Phantom slices mixed into batches of real ones, so that a head pre-trained on phantoms does not forget them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ignite.distributed as idist
@@ -17,20 +18,20 @@ _DRAWN_AT_A_TIME = 32
 class PhantomMixing:
     """A trainer's `prepare_batch` that adds phantom slices to every batch of real ones.
 
-    The phantoms come from a finite pool, so that a frozen encoder's embeddings of them can be looked up, and are not
-    augmented, being all different as it is. All come once before any comes again: first as they are drawn, each when
-    its turn comes, then in shuffled orders; the same in every run with the same seed, resumed ones too if
-    `components.training.EpochSeeds` knows of it. In a distributed run the processes share each step's phantoms out
-    between them.
+    The phantoms come from a finite pool, so that a frozen encoder's embeddings of them are cache hits after the first
+    pass. They are not augmented, since all of them differ already. The first pass takes them in the order in which they
+    are drawn, and draws them only as they are needed; every later pass takes the whole pool in a new random order.
+    Runs with the same seed take the same phantoms, and so does a resumed run if `components.training.EpochSeeds` is
+    given this object. In a distributed run each step's phantoms are divided among the processes.
 
     Their labels are 0 background, 1 RV, 2 Myo, 3 LV: mix them with a data set of these classes only.
 
     Args:
-        share: fraction of the resulting batch that is phantom, from 0 up to below 1. All real slices stay; to B of
-            them B * share / (1 - share), rounded, are added. With 0 this is MONAI's `default_prepare_batch`.
-        pool_size: phantoms in the pool.
-        seed: of pool and order, 0 or more.
-        canvas_share: side of the slices over that of the canvas they were cropped from.
+        share: fraction of phantoms in the resulting batch, from 0 up to below 1. All real slices are kept; to B of them
+            B * share / (1 - share) phantoms, rounded, are added. With 0 this is MONAI's `default_prepare_batch`.
+        pool_size: number of phantoms in the pool.
+        seed: of the pool and its orders, 0 or more.
+        canvas_share: side of the real slices over the side of the canvas they were cropped from.
 
     Raises:
         ValueError: when `share` or `pool_size` is out of range.
@@ -48,8 +49,8 @@ class PhantomMixing:
         self.pool_size = pool_size
         self.seed = seed
         self.field_mm = canvas_share * FIELD_MM
-        self._images = self._labels = torch.empty(0)  # what is drawn so far, uint8
-        self._position = 0  # in the endless order of all phantoms to come
+        self._images = self._labels = torch.empty(0)  # the phantoms drawn so far, uint8
+        self._position = 0  # number of phantoms taken before the next step, by all processes together
 
     def __call__(
         self, batchdata: Any, device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
@@ -60,15 +61,15 @@ class PhantomMixing:
             batchdata: what `default_prepare_batch` takes; with a share above 0 it must hold images BxCxSxS in 0..255
                 and labels Bx1xSxS.
             device: where the batch goes.
-            non_blocking: whether copies to it may overlap with the host's work.
+            non_blocking: whether copies to it may overlap with work on the CPU.
             kwargs: further arguments of `Tensor.to`.
 
         Returns:
-            images (B+P)xCxSxS and labels (B+P)x1xSxS, the P phantoms last, of the real ones' types and without
-            metadata; with a share of 0 what `default_prepare_batch` returns.
+            images (B+P)xCxSxS and labels (B+P)x1xSxS, the P phantoms last, with the data types of the real slices and
+            without metadata; with a share of 0 what `default_prepare_batch` returns.
 
         Raises:
-            ValueError: when images to be mixed are not square or have no labels.
+            ValueError: when the share is above 0 and the images are not square or have no labels.
         """
         batch = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
         if self.share == 0:
@@ -80,34 +81,34 @@ class PhantomMixing:
                 f"{tuple(images.shape)} {'without' if labels is None else 'with'} labels; give --phantom_share 0"
             )
         count = round(len(images) * self.share / (1 - self.share))
-        phantoms, truths = self._next(count, size=images.shape[2])
+        phantoms, phantom_labels = self._next(count, size=images.shape[2])
         phantoms = phantoms.expand(-1, images.shape[1], -1, -1)
-        return _joined(images, phantoms), _joined(labels, truths)
+        return _concatenate(images, phantoms), _concatenate(labels, phantom_labels)
 
     def go_to(self, real_slices: int) -> None:
-        """Go on as after that many real slices, of all processes together."""
+        """Continue as if this many real slices had been processed, by all processes together."""
         self._position = round(real_slices * self.share / (1 - self.share))
 
     def _next(self, count: int, *, size: int) -> tuple[Tensor, Tensor]:
-        """Take the next phantoms off the order, images and labels `count`x1x`size`x`size` as uint8."""
+        """Return images and labels of the next phantoms, each `count`x1x`size`x`size` uint8."""
         start = self._position + count * idist.get_rank()
         self._position += count * idist.get_world_size()
-        chosen = [self._order(place // self.pool_size)[place % self.pool_size] for place in range(start, start + count)]
+        chosen = [self._order(n // self.pool_size)[n % self.pool_size] for n in range(start, start + count)]
         if self._images.shape[-1] != size:
             self._images = self._labels = torch.empty(0, 1, size, size, dtype=torch.uint8)
         while len(self._images) <= max(chosen, default=-1):
             self._draw(size)
         return self._images[chosen], self._labels[chosen]
 
-    def _order(self, turn: int) -> list[int]:
-        """Return the order of the pool the first time (turn 0), the second, and so on."""
-        if turn == 0:
-            return list(range(self.pool_size))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+    def _order(self, pass_number: int) -> Sequence[int]:
+        """Return the order in which a pass takes the pool's phantoms, the first pass being number 0."""
+        if pass_number == 0:
+            return range(self.pool_size)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + pass_number)
         return torch.randperm(self.pool_size, generator=generator).tolist()
 
     def _draw(self, size: int) -> None:
-        """Add some phantoms to the pool."""
+        """Draw the next phantoms of the pool."""
         start = len(self._images)
         count = min(_DRAWN_AT_A_TIME, self.pool_size - start)
         index = start // _DRAWN_AT_A_TIME
@@ -116,6 +117,6 @@ class PhantomMixing:
         self._labels = torch.cat([self._labels, labels])
 
 
-def _joined(real: Tensor, phantoms: Tensor) -> Tensor:
-    plain = real.as_subclass(torch.Tensor)  # MONAI's tensors carry metadata, of which phantoms have none
+def _concatenate(real: Tensor, phantoms: Tensor) -> Tensor:
+    plain = real.as_subclass(torch.Tensor)  # without the metadata of MONAI's tensors, which phantoms do not have
     return torch.cat([plain, phantoms.to(plain)])

@@ -1,4 +1,4 @@
-"""What an experiment tracked by MLflow (`--tracking mlflow`) holds beyond what MONAI's handler puts into it."""
+"""What is logged to MLflow (`--tracking mlflow`) in addition to what MONAI's handler logs."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ OUTPUTS = ("metrics.csv", "summary.csv", "*_overlay.png")
 
 
 def finish_mlflow_runs(handlers: Iterable[object], output_dir: str | os.PathLike[str]) -> None:
-    """Add knobs and outputs to the MLflow runs of a workflow that has come to its end, and mark them finished.
+    """Log knobs and output files to the MLflow runs of a finished workflow, and mark these runs finished.
 
-    The runner itself adds an `MLFlowHandler` to the handlers of each engine. An evaluation's leaves its run open, so
-    that the next one would write into it, and neither knows the knobs nor the files of this project.
+    MONAI's runner adds an `MLFlowHandler` to the handlers of each engine. That of an evaluation leaves its run open, so
+    the next one would log to the same run, and none of them logs this project's knobs and output files.
 
-    Differs: the runner also announces the executed config as an artifact, by an expression that holds only where
-    `output_dir` is an expression itself; here the file is taken from where it was written.
+    Differs: the runner also gives its handler the executed config as an artifact, but by an expression that is valid
+    only where `output_dir` is an expression itself; here the file is read from where the runner wrote it.
 
     Args:
-        handlers: of an engine that has run; without an `MLFlowHandler` among them nothing is done.
-        output_dir: folder of tables, overlays and executed configs, `config_<time>.json`; the newest gives the knobs.
+        handlers: handlers of an engine that has run; without an `MLFlowHandler` among them nothing is done.
+        output_dir: folder of tables, overlays and executed configs, `config_<time>.json`; knobs are read from the
+            newest config.
     """
     folder = Path(output_dir)
     for handler in handlers:
         if not isinstance(handler, MLFlowHandler) or handler.cur_run is None:
             continue
         run = handler.cur_run.info
-        config = max(folder.glob("config_*.json"))  # the time in its name sorts
+        config = max(folder.glob("config_*.json"))  # the newest: the names sort by time
         for name, value in json.loads(config.read_text()).items():
             if isinstance(value, bool | int | float | str) and not name.startswith("_"):
                 handler.client.log_param(run.run_id, name, value)
         outputs = sorted(path for pattern in OUTPUTS for path in folder.glob(pattern))
-        # an earlier run's are not this one's; the runner wrote the config before it started to record
+        # leave out outputs of earlier runs; the config is older than the MLflow run, too, but belongs to it
         for path in (config, *(path for path in outputs if path.stat().st_mtime * 1000 >= run.start_time)):
             handler.client.log_artifact(run.run_id, str(path))
         handler.close()
