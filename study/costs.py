@@ -16,8 +16,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from components.base.precision import autocast_to
-from study.cells import Stage, has_failed, is_finished, read_record, stages_of
-from study.engines import Task
+from study.cells import Stage, has_failed, is_finished, list_stages, read_record
+from study.execution import Task
 
 _PER_RUN_S = 10.0  # to start Python, import MONAI and load volumes
 _WEIGHTS = ("sam_checkpoint", "head_checkpoint", "start_checkpoint")  # a network computes as fast without them
@@ -97,7 +97,7 @@ class _Estimate:
 
     def seconds(self, task: Task) -> float:
         """Estimate a task."""
-        stages = stages_of(task, dataset_dir=self._dataset_dir, output_dir=self._output_dir)
+        stages = list_stages(task, dataset_dir=self._dataset_dir, output_dir=self._output_dir)
         return sum(_PER_RUN_S + self._stage_seconds(stage, task) for stage in stages)
 
     def _stage_seconds(self, stage: Stage, task: Task) -> float:

@@ -16,7 +16,7 @@ from sklearn.manifold import TSNE
 from components.data.acdc import patient_of
 from components.data.volume_metadata import case_name_of
 from components.phantom.slices import FIELD_MM, phantom_slices
-from study.cells import stages_of
+from study.cells import list_stages
 from study.grid import Cell, Method
 from study.report.figures import COLOURS
 
@@ -114,7 +114,7 @@ def _is_frozen(cell: Cell) -> bool:
 
 def _evaluating_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None) -> ConfigParser:
     """Read the configs that evaluate a cell, for what needs nothing of the study's folder."""
-    stage = stages_of(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1]
+    stage = list_stages(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1]
     parser = stage.parser()
     parser["bundle_root"] = str(cell.method.config("evaluate").parents[1])  # the runner starts in this folder
     return parser

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure as Picture
 
 from components.base.atomic_write import write_atomically
-from study.cells import error_of, read_record
+from study.cells import last_error, read_record
 from study.grid import Cell, Grid
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
 from study.report.contours import draw_contours
@@ -185,7 +185,7 @@ def _state(grid: Grid, cells: Sequence[Cell], output_dir: Path) -> Section:
         {", ".join(f"{name} {version}" for name, version in each["versions"].items()) for each in records}
     )
     text = f"{len(cells)} of {len(grid.cells)} cells are finished."
-    table = pd.DataFrame({"cell": missing, "state": [error_of(output_dir / name) or "not run" for name in missing]})
+    table = pd.DataFrame({"cell": missing, "state": [last_error(output_dir / name) or "not run" for name in missing]})
     return Section(
         "State",
         text="\n\n".join([text, *versions]),
