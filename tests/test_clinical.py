@@ -1,6 +1,8 @@
 """Volumes, ejection fractions and mass from label maps, and how predicted ones agree with true ones."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -11,7 +13,7 @@ from conftest import labels_of, mark_finished
 
 from components.data.acdc import list_cases
 from components.data.volume_metadata import case_name
-from study.grid import Cell, Method
+from study.grid import BUNDLES, Cell, Method
 from study.report.clinical import (
     agreement,
     agreement_table,
@@ -130,10 +132,15 @@ def test_every_test_patient_is_measured_on_truth_and_prediction(tmp_path):
         assert rows.loc["myocardial mass, ES (g)", ["truth", "predicted"]].tolist() == pytest.approx([52.5, 63])
 
 
-def test_patients_of_the_testing_folder_are_measured_where_they_take_part(tmp_path):
+@pytest.mark.parametrize("by", ["knob", "overlay"])
+def test_patients_of_the_testing_folder_are_measured_if_they_take_part(tmp_path, monkeypatch, by):
     data = write_patients(tmp_path / "data", count=10)
     write_patients(tmp_path / "data", count=10, folder="testing", first=101)
-    cell = Cell(replace(CNN, knobs={"include_testing": True}), None, 0)
+    everyone = {"include_testing": True}
+    shutil.copytree(BUNDLES / CNN.bundle / "configs", tmp_path / CNN.bundle / "configs")
+    (tmp_path / CNN.bundle / "configs/everyone.json").write_text(json.dumps(everyone))
+    monkeypatch.setattr("study.grid.BUNDLES", tmp_path)
+    cell = Cell(replace(CNN, **{"knob": {"knobs": everyone}, "overlay": {"overlays": ("everyone",)}}[by]), None, 0)
     cases = list_cases(data, "test", split_seed=0, include_testing=True)
     patients = {case_name(case["image"])[:10] for case in cases}
     assert any(patient > "patient100" for patient in patients)

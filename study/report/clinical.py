@@ -15,7 +15,7 @@ from components.data.acdc import CLASS_NAMES, Case, patient_of
 from components.data.volume_metadata import case_name
 from components.data.volumes import PREDICTION_POSTFIX
 from study.grid import Cell
-from study.report.scores import cases_of, cell_labels
+from study.report.scores import cell_labels, list_test_cases
 
 CLINICAL_CAPTION = (
     "Clinical read-out of the predicted masks against that of the true ones. Bias: mean of predicted minus true over "
@@ -84,7 +84,7 @@ def read_measurements(
     rows: list[dict[str, Any]] = []
     truths: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for cell in cells:
-        cases = cases_of(cell, dataset_dir)
+        cases = list_test_cases(cell, dataset_dir)
         labels = tuple(case["label"] for case in cases)
         if labels not in truths:
             truths[labels] = _measure_all(labels)

@@ -28,7 +28,7 @@ from components.evaluation.overlays import (
 from study.grid import Cell
 from study.report.clinical import prediction_file
 from study.report.figures import TITLE_WIDTH, in_bands
-from study.report.scores import cases_of, finished_cells, read_scores
+from study.report.scores import finished_cells, list_test_cases, read_scores
 
 _PANEL_INCH = 1.5
 _ROW_LABEL_INCH = 0.5
@@ -127,7 +127,7 @@ def _read_examples(shown: Sequence[Cell], output_dir: Path, dataset_dir: str) ->
     dice = 100 * scores.groupby(["case", "method"])["dice"].mean().unstack("method")
     ranked = list(dice.mean(axis=1).dropna().sort_values(kind="stable").index)
     places = {(len(ranked) - 1) // 2: "median", 0: "worst", len(ranked) - 1: "best"}  # of two cases none is the median
-    cases = {case_name(case["image"]): case for case in cases_of(shown[0], dataset_dir)}
+    cases = {case_name(case["image"]): case for case in list_test_cases(shown[0], dataset_dir)}
     return [
         _read_example(
             f"{places[place]}\n{ranked[place]}",
