@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cell import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from benchmarks.contenders import hugging_face_name
 from benchmarks.flops import encoder_flops
 from benchmarks.memory import CLEAR_REFS, MIB, peak_mib
 from benchmarks.report import Row, Table, to_markdown, write_report
 from benchmarks.settings import SECTIONS
 from benchmarks.timing import Contender, Ratio, measure, ratio_of
+from benchmarks.training_costs import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from components.sam.image_encoder import Architecture
 
 REPOSITORY = Path(__file__).parents[1]

@@ -85,7 +85,7 @@ def draw_embeddings(vectors: np.ndarray, groups: list[str]) -> Figure:
         groups: the group of each; if there are more than 12, the smallest are drawn as one group, `others`.
 
     Returns:
-        the figure, which pyplot does not know.
+        the figure, which is not registered with pyplot.
     """
     perplexity = min(_LARGEST_PERPLEXITY, (len(vectors) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=_SEED).fit_transform(vectors)
