@@ -1,4 +1,4 @@
-"""Runs one cell: MONAI's runner on an unchanged bundle, in a folder that records which stages are done."""
+"""Runs one cell: MONAI's runner on an unchanged bundle, in a folder with a record of the stages that are done."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RECORD = "cell.json"
 _LOG = "log.txt"
 _LOCK = "lock"
 _PACKAGES = ("autosam-bundles", "monai", "torch", "numpy")
-_POLL_S = 0.2
+_POLL_S = 0.2  # between checks of a sub-process or a lock
 _EXCEPTION = re.compile(r"^[\w.]+(Error|Exception): .*$", re.MULTILINE)
 
 
@@ -77,7 +77,7 @@ def list_stages(
     Args:
         cell: the cell or preparation.
         dataset_dir: folder of ACDC, or of a data set in its layout.
-        output_dir: of the study.
+        output_dir: folder of the study.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
     """
     folder, method = output_dir / cell.name, cell.method
@@ -124,7 +124,7 @@ def run_cell(
     Args:
         cell: the cell or preparation.
         dataset_dir: folder of ACDC, or of a data set in its layout.
-        output_dir: of the study; embeddings are shared between its cells.
+        output_dir: folder of the study, whose cells share their embeddings.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
         environment: environment variables to set for the runner's sub-process.
         interrupt: once set, from another thread, the sub-process is ended.
@@ -133,7 +133,7 @@ def run_cell(
         whether anything was run: a finished cell is left as it is.
 
     Raises:
-        CellError: when a stage fails. Its results are kept; the message and `cell.json` hold the end of the log.
+        CellError: when a stage fails. Its results are kept; the message and `cell.json` hold the error from the log.
         KeyboardInterrupt: when `interrupt` or Ctrl-C has ended a stage, which is not recorded as a failure.
         ValueError: when the folder holds the cell with other settings.
     """
@@ -208,7 +208,7 @@ def _encoder_knobs(method: Method, output_dir: Path, sam_dir: str | None) -> dic
     config = ConfigParser.load_config_files([str(method.config(name)) for name in names])
     knobs: dict[str, Any] = {}
     if "cache_dir" in config:
-        frozen = not method.knobs.get("trainable_encoder")
+        frozen = not {**config, **method.knobs}.get("trainable_encoder")
         knobs["cache_dir"] = str(output_dir / "embeddings") if frozen else None
     if sam_dir is not None and "models_dir" in (config.get("sam_checkpoint") or {}):
         knobs["sam_checkpoint#models_dir"] = sam_dir

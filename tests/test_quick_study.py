@@ -1,4 +1,4 @@
-"""The quick study from its command to its report, run on local workers, and killed and continued."""
+"""The quick study as a command, up to its report: run on local workers, and killed and continued."""
 
 import json
 import os
@@ -35,14 +35,14 @@ def finish(output, *options):
 
 
 def report_of(output):
-    """All that a report consists of, by file."""
+    """The content of all files of a report, by file name."""
     files = sorted(path for path in output.iterdir() if path.is_file())
     return {path.name: path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A quick study after its command, on two local workers."""
+    """A finished quick study, run on two local workers."""
     output = tmp_path_factory.mktemp("quick")
     finish(output, "--workers", "2")
     return output

@@ -66,7 +66,7 @@ def write_record(folder, seconds, *, commands=("training",), interrupted=False, 
     (folder / "cell.json").write_text(json.dumps(record | others))
 
 
-def test_a_grid_lists_every_method_and_count_split_by_split(tmp_path):
+def test_a_grid_lists_every_method_and_number_of_patients_by_split(tmp_path):
     first = ["as_it_comes/patients_0/split_0", "adapted/patients_1/split_0", "adapted/patients_2/split_0"]
     expected = [*first, *(name.replace("split_0", "split_3") for name in first)]
     assert names_of(read_grid(write_grid(tmp_path / "grid.json"))) == expected
@@ -108,7 +108,7 @@ def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path
         ),
     ],
 )
-def test_a_grid_that_makes_no_sense_is_refused(tmp_path, changes, message):
+def test_an_invalid_grid_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read_grid(write_grid(tmp_path / "grid.json", **changes))
 
@@ -123,7 +123,7 @@ def test_every_run_of_a_shipped_grid_has_configs_that_know_its_knobs(path, tmp_p
             assert stage.name in config
 
 
-def test_stages_say_all_that_makes_a_cell(tmp_path):
+def test_stages_set_data_split_and_folders_of_a_cell(tmp_path):
     training, evaluating = list_stages(Cell(LINEAR, 5, 2), dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights")
     folder = tmp_path / "m/patients_5/split_2"
     assert training.knobs == {
@@ -154,7 +154,7 @@ def test_a_cell_starts_from_its_preparation(tmp_path):
     assert as_it_comes.knobs["validate#handlers#0#load_path"] == training.knobs["start_checkpoint"]
 
 
-def test_a_preparation_comes_once_and_before_what_starts_from_it():
+def test_a_preparation_is_listed_once_before_the_cells_that_start_from_it():
     everywhere = Method("e", "e", "unet_acdc", start=Start(("phantoms",), once=True))
     cells = [Cell(method, count, split) for split in (0, 1) for method in (STARTED, everywhere) for count in (1, 5)]
     names = [task.name for task in with_preparations(cells)]
@@ -162,7 +162,7 @@ def test_a_preparation_comes_once_and_before_what_starts_from_it():
     assert [name for name in names if "start" in name] == ["s/start/split_0", "e/start", "s/start/split_1"]
 
 
-def test_a_cell_with_other_settings_is_not_taken_for_this_one(tmp_path):
+def test_a_folder_with_other_settings_is_refused(tmp_path):
     cell = Cell(LINEAR, 1, 0)
     write_record(tmp_path / cell.name, {"training": 1.0})
     with pytest.raises(ValueError, match="other settings"):
@@ -199,7 +199,7 @@ def test_a_broken_cell_is_left_and_reported_until_it_is_tried_again(tmp_path, ph
     assert not has_failed(folder)
 
 
-def test_what_starts_from_a_failed_preparation_is_not_run():
+def test_a_cell_whose_preparation_failed_is_not_run():
     def fail(task, **_):
         if isinstance(task, Preparation):
             raise CellError("no data")
@@ -210,7 +210,7 @@ def test_what_starts_from_a_failed_preparation_is_not_run():
     assert second == "not run, since it starts from s/start/split_0, which failed"
 
 
-def test_a_folder_is_held_as_long_as_the_runner_of_a_killed_study_lives(tmp_path, monkeypatch, caplog):
+def test_a_folder_is_locked_as_long_as_the_runner_of_a_killed_study_lives(tmp_path, monkeypatch, caplog):
     cell = Cell(LINEAR, 1, 0)
     runs = []
 
@@ -229,7 +229,7 @@ def test_a_folder_is_held_as_long_as_the_runner_of_a_killed_study_lives(tmp_path
     with caplog.at_level(logging.INFO):
         assert run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
     assert "is run by another process: waiting for it" in caplog.text
-    assert runs[1:] == [0, 0]  # training and evaluation, both after the other's end
+    assert runs[1:] == [0, 0]  # training and evaluation start after the other runner's end
     assert is_finished(tmp_path / cell.name)
 
 
@@ -347,7 +347,7 @@ def test_local_workers_have_a_gpu_each_and_share_the_cores(monkeypatch):
         worker_environments(3)
 
 
-def test_cost_of_what_was_never_run_comes_from_a_step_and_else_from_finished_cells(phantoms, tmp_path):
+def test_costs_come_from_finished_cells_and_else_from_a_step(phantoms, tmp_path):
     cells = [
         Cell(Method("m", "m", "linearhead_acdc", ("tiny",), SMALL), count, split)
         for split in (0, 1)
@@ -372,7 +372,7 @@ def test_remaining_time_leaves_interrupted_cells_out(tmp_path):
     assert remaining_seconds(cells, tmp_path) == 60 + 3 * 60
 
 
-def test_a_study_without_data_asks_for_them(tmp_path):
+def test_a_study_without_data_asks_for_dataset_dir(tmp_path):
     with pytest.raises(ValueError, match="give --dataset_dir PATH"):
         run(str(write_grid(tmp_path / "grid.json")), str(tmp_path))
     assert not Path(tmp_path / "phantoms").exists()
