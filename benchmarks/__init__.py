@@ -1,1 +1,1 @@
-"""Side-by-side timings: this project's encoder, training and inference against `segment_anything`'s and others'."""
+"""Benchmarks: speed and memory of this project's encoder, training and inference compared with other projects'."""

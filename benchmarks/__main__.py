@@ -1,4 +1,4 @@
-"""Measure this project's speed and memory beside others', and write tables and a plot.
+"""Compare this project's speed and memory with other projects', and write tables and a plot.
 
 Run from the repository root: `python -m benchmarks --output_dir DIR`.
 """
@@ -30,8 +30,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for benchmarks.md, .csv and .png")
     parser.add_argument("--model_type", choices=list(ARCHITECTURES), default="vit_b", help="encoder (%(default)s)")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated list (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (%(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's own choice)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of timings of each contender (%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--quick", action="store_true", help="smoke test: vit_tiny, tiny images, 1 round")
     options = parser.parse_args(arguments)
     unknown = set(options.sections.split(",")) - set(SECTIONS)
@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
 
 
 def main() -> None:
-    """Run the sections asked for; the report grows with each, so that a run cut short leaves what it measured."""
+    """Run the requested sections; the report is rewritten after each, so that an aborted run keeps its results."""
     settings = parse_arguments()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("benchmarks").setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Training and inference as the bundle's own configs define them, on a synthetic patient."""
+"""Training and inference as defined by the bundle's configs, on a synthetic patient."""
 
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ HEADS = _heads()
 
 
 def write_patients(folder: str, settings: Settings) -> str:
-    """Write a phantom dataset whose one labelled frame has a timed epoch's slices; return its folder."""
+    """Write a phantom dataset whose labelled frame has as many slices as a timed epoch; return its folder."""
     size = (settings.canvas_size, settings.canvas_size, settings.epoch_slices)
     return write_phantom_dataset(f"{folder}/phantoms", patients=3, size_hw_d=size)
 
 
 def training_knobs(*names: str) -> dict[str, int]:
-    """Read numbers that stand in `train.json`."""
+    """Read top-level numbers from `train.json`."""
     config = ConfigParser.load_config_file(str(CONFIGS / "train.json"))
     return {name: config[name] for name in names}
 
@@ -46,18 +46,18 @@ def training_knobs(*names: str) -> dict[str, int]:
 def training(
     settings: Settings, encoder: nn.Module, *, head: str, precision: str, dataset_dir: str, views: int
 ) -> ConfigParser:
-    """Parse `train.json` with one encoder and head, for one epoch at a time and without handlers.
+    """Parse `train.json` with a given encoder and head, for one epoch at a time and without handlers.
 
     Args:
         settings: sizes of the run.
-        encoder: in place of the config's own.
+        encoder: replaces the config's encoder.
         head: a key of `HEADS`.
         precision: `fp32` or `bf16`.
-        dataset_dir: of `write_patients`; one frame of one patient is labelled.
-        views: of the dataset; 0 augments afresh.
+        dataset_dir: as `write_patients` returns it; one frame of one patient is labelled.
+        views: number of augmented views of each slice; 0 augments anew in every epoch.
 
     Returns:
-        the parser; `train#trainer`, `network`, `loss`, `optimizer` and the rest are made when asked for.
+        the parser, which instantiates `train#trainer`, `network`, `loss`, `optimizer` and the rest on request.
     """
     parser = _parser("train.json", settings, encoder, head=head, precision=precision)
     parser.update({"dataset_dir": dataset_dir, "label_unit": "frames", "views": views, "epochs": 1})
@@ -68,7 +68,7 @@ def training(
 
 
 def inference(settings: Settings, encoder: nn.Module, *, head: str, precision: str) -> ConfigParser:
-    """Parse `inference.json` with one encoder and head; see `training`."""
+    """Parse `inference.json` with a given encoder and head; see `training`."""
     parser = _parser("inference.json", settings, encoder, head=head, precision=precision)
     parser.parse()
     return parser
@@ -83,25 +83,25 @@ def _parser(file: str, settings: Settings, encoder: nn.Module, *, head: str, pre
 
 
 class StoredEmbeddings(nn.Module):
-    """In an encoder's place: gives embeddings from memory, whatever the images."""
+    """Replaces an encoder: returns stored embeddings, whatever the images."""
 
     def __init__(self) -> None:
         super().__init__()
         self.current = torch.empty(0)
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of the batch at hand."""
+        """Return the embeddings of the current batch."""
         return self.current
 
 
 class HeadAlone:
-    """A head's own training step on embeddings in memory: forward, loss, backward and the optimizer's step.
+    """Trains a head on embeddings in memory: forward, loss, backward and the optimizer's step.
 
-    Network (so precision and the logits' size), loss and optimizer are the config's.
+    The network (and with it the precision and the size of the logits), loss and optimizer are the config's.
 
     Args:
         settings: sizes of the run.
-        batches: of each, embeddings Bx256xhxw, images Bx3xHxW and labels Bx1xHxW.
+        batches: embeddings Bx256xhxw, images Bx3xHxW and labels Bx1xHxW of each batch.
         head: a key of `HEADS`.
         precision: `fp32` or `bf16`.
     """
@@ -122,7 +122,7 @@ class HeadAlone:
         self.optimizer = parser.get_parsed_content("optimizer")
 
     def train(self) -> None:
-        """Take a step on every batch."""
+        """Take a training step on every batch."""
         self.network.train()
         for embeddings, images, labels in self.batches:
             self.encoder.current = embeddings

@@ -1,4 +1,4 @@
-"""The paper's main cell, extrapolated from measured parts."""
+"""Section `cell`: duration of a training of the paper, extrapolated from measured parts."""
 
 import tempfile
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from functools import partial
 import torch
 
 from benchmarks.bundle import HeadAlone, training, training_knobs, write_patients
-from benchmarks.cell import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from benchmarks.contenders import Encode, ReferenceEncoder, precisions
 from benchmarks.report import Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
+from benchmarks.training_costs import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from components.sam.encoder import SamEncoder
 
 BASELINE = "segment_anything, every step"
@@ -20,15 +20,16 @@ PLAN = Plan(slices=20, validation_slices=285, **training_knobs("epochs", "batch_
 
 NOTE = f"""
 EXTRAPOLATED, not run: one labelled patient ({PLAN.slices} slices), {PLAN.epochs} epochs at batch {PLAN.batch_size},
-validated on {PLAN.validation_slices} slices every {PLAN.val_interval} epochs, {PLAN.views} views a slice. The parts are
-measured in the same rounds: augmenting a slice, encoding an image by each encoder, looking an embedding up, the head's
-training step and its forward pass. Reading files, metrics and the way back to the volumes' own grids, alike on all
-sides, are left out. The baseline computes in fp32; `head alone` is what remains if encoding cost nothing.
+validated on {PLAN.validation_slices} slices every {PLAN.val_interval} epochs, {PLAN.views} views per slice. The parts
+are measured in the same rounds: augmenting a slice, encoding an image with each encoder, reading an embedding from the
+cache, the head's training step and its forward pass. Reading files, metrics and resampling to the volumes' own grids
+take the same time for all contenders and are left out. The baseline computes in fp32; `head alone` is the time without
+any encoding.
 """
 
 
 def run(settings: Settings) -> Table:
-    """Measure the parts and add them up, for the linear and the ViT head."""
+    """Measure the parts and sum them, for the heads of `CELL_HEADS`."""
     table = Table("cell", BASELINE, NOTE, "the cell, extrapolated")
     names = precisions(settings.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +53,7 @@ def run(settings: Settings) -> Table:
 
 
 def _costs(times: dict[str, list[float]], head: str, encode: str, precision: str) -> list[Costs]:
-    """Gather the parts' costs of each round."""
+    """Collect the costs of the parts in each round."""
     parts: Sequence[list[float]] = (
         times["augment"],
         times[f"{encode} {precision}"],
@@ -64,7 +65,7 @@ def _costs(times: dict[str, list[float]], head: str, encode: str, precision: str
 
 
 def _parts(settings: Settings, folder: str, names: Sequence[str]) -> dict[str, Contender]:
-    """Prepare all parts to be timed."""
+    """Build a contender for each part."""
     encoder = SamEncoder(settings.model_type, image_size=settings.image_size, cache_dir=f"{folder}/embeddings")
     encoder.to(settings.device)
     reference = ReferenceEncoder(encoder).to(settings.device)
@@ -90,7 +91,7 @@ def _parts(settings: Settings, folder: str, names: Sequence[str]) -> dict[str, C
 
 
 def _encode(encoder: SamEncoder, precision: str, images: torch.Tensor) -> torch.Tensor:
-    """Encode or look up as the network does, which sets the precision."""
+    """Encode images or read them from the cache, in the precision that the network would set."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return encoder(images)
 
@@ -100,6 +101,6 @@ def _encode_new(encode: Encode, settings: Settings) -> torch.Tensor:
 
 
 def _new_images(settings: Settings, count: int) -> torch.Tensor:
-    """Draw images in 0..255 that no cache has seen."""
+    """Draw random images in 0..255, which no cache holds."""
     size = (count, 3, settings.canvas_size, settings.canvas_size)
     return torch.randint(0, 256, size, device=settings.device).float()

@@ -1,4 +1,4 @@
-"""Image encoders of several projects with the same weights."""
+"""The image encoders to compare: those of several projects, with the same weights."""
 
 import importlib.util
 import logging
@@ -22,7 +22,7 @@ HUGGING_FACE = {"transformers eager": "eager", "transformers sdpa": "sdpa"}
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
-# From SAM's parameter names, which are ours, to those of `transformers.SamVisionModel`; others are the same in both.
+# From SAM's parameter names, which this project uses, to those of `transformers.SamVisionModel`, where they differ.
 HUGGING_FACE_NAMES = {
     "patch_embed.proj.": "patch_embed.projection.",
     "blocks.": "layers.",
@@ -36,7 +36,7 @@ HUGGING_FACE_NAMES = {
 
 
 def encoder_names(device: torch.device) -> list[str]:
-    """List the encoders that can be built here, the baseline first."""
+    """List the encoders that can be built on this machine, the baseline first."""
     names = [REFERENCE, OURS]
     if has_native_bf16(device.type):
         names.append(OURS_BF16)
@@ -46,20 +46,20 @@ def encoder_names(device: torch.device) -> list[str]:
 
 
 def precisions(device: torch.device) -> list[str]:
-    """List the precisions in which this project's networks are measured: bf16 only where the device computes it."""
+    """List the precisions to measure this project's networks in: bf16 only if the device supports it natively."""
     return ["fp32", "bf16"] if has_native_bf16(device.type) else ["fp32"]
 
 
 def silence_random_weights() -> None:
-    """Leave out the warning about random weights, which is for those who would use them."""
-    logging.getLogger("components.encoder").setLevel(logging.ERROR)
+    """Suppress the warning about random weights, which do not matter for timings."""
+    logging.getLogger("components.sam.encoder").setLevel(logging.ERROR)
 
 
 def random_state_dict(model_type: str) -> dict[str, torch.Tensor]:
-    """Draw an image encoder's weights, always the same ones.
+    """Draw random weights of an image encoder, the same in every call.
 
-    Speed does not depend on them. Positional embeddings, which start from zero, are drawn too: else two encoders could
-    agree that treat them differently.
+    Positional embeddings, which are initialised with zeros, are drawn too, so that encoders that treat them differently
+    do not agree.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -78,10 +78,10 @@ def build_encoder(
     Args:
         name: one of `encoder_names`.
         model_type: the architecture.
-        weights: its state dict, in SAM's names and at the native size.
-        image_size: side in pixels of the images to come, to which absolute positions are interpolated. All
-            contenders interpolate relative positions themselves.
-        device: where it runs.
+        weights: its state dict with SAM's parameter names, at the native size.
+        image_size: side in pixels of the images, for which absolute positions are interpolated here. All contenders
+            interpolate relative positions themselves.
+        device: the device to run on.
 
     Returns:
         a function from normalised images Bx3xHxW to embeddings Bx256x(H/16)x(W/16), without gradients.
@@ -120,7 +120,7 @@ def segment_anything_encoder(model_type: str, weights: Mapping[str, torch.Tensor
         global_attn_indexes=architecture.global_attn_indexes,
     )
     module.load_state_dict(weights)
-    # Relative positions stay at the native size: it interpolates them on the way.
+    # Relative positions keep their native size: the encoder interpolates them in its forward pass.
     module.pos_embed = nn.Parameter(_resized_positions(weights["pos_embed"], image_size))
     return module
 
@@ -132,9 +132,9 @@ def hugging_face_encoder(
 
     Args:
         model_type: the architecture.
-        weights: an encoder's state dict in SAM's names.
+        weights: an encoder's state dict with SAM's parameter names.
         image_size: side in pixels.
-        attention: its `attn_implementation`, `eager` or `sdpa`.
+        attention: the `attn_implementation`, `eager` or `sdpa`.
     """
     from transformers import SamVisionConfig, SamVisionModel
 
@@ -159,17 +159,17 @@ def hugging_face_encoder(
 
 
 def hugging_face_name(key: str) -> str:
-    """Translate a parameter's name from SAM's to that of `transformers`' vision encoder."""
+    """Translate a parameter name of SAM to that of the vision encoder of `transformers`."""
     for ours, theirs in HUGGING_FACE_NAMES.items():
         key = key.replace(ours, theirs)
     return key
 
 
 class ReferenceEncoder(nn.Module):
-    """`segment_anything`'s encoder from pixels to embeddings, every image anew.
+    """`segment_anything`'s encoder with preprocessing and without a cache.
 
     Args:
-        encoder: this project's, whose weights and preprocessing it shares.
+        encoder: this project's encoder, whose weights and preprocessing it uses.
     """
 
     def __init__(self, encoder: SamEncoder) -> None:
@@ -186,7 +186,7 @@ class ReferenceEncoder(nn.Module):
 
 
 def _resized_positions(positions: torch.Tensor, image_size: int) -> torch.Tensor:
-    """Interpolate absolute positions 1xHxWxC as `components.encoder.ImageEncoder` does."""
+    """Interpolate absolute positions 1xHxWxC as `components.sam.image_encoder.ImageEncoder` does."""
     side = image_size // PATCH_SIZE
     if positions.shape[1] == side:
         return positions.clone()

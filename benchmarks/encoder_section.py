@@ -1,4 +1,4 @@
-"""Encoders of several projects, at several image sizes and batches."""
+"""Section `encoder`: encoders of several projects, at several image and batch sizes."""
 
 import statistics
 from collections.abc import Mapping
@@ -22,22 +22,22 @@ from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
 from components.sam.image_encoder import ARCHITECTURES
 
-TOLERANCE = 1e-4  # of the output's range
+TOLERANCE = 1e-4  # as a fraction of the output's range
 GEMM = "fp32 GEMM"
 
 NOTE = """
-All encoders hold the same weights; `error` is the largest difference from ours as a share of our output's range, at
+All encoders have the same weights; `error` is the largest difference from ours as a fraction of our output's range, at
 batch 1. `of peak` is the useful work (linear layers on real tokens, attention products, patch embedding, neck; no
-padding) per second, as a share of what a square fp32 matrix product reaches in the same rounds. `peak MiB` is what the
-first forward pass adds to a fresh process.
+padding) per second, as a fraction of what a square fp32 matrix product reaches in the same rounds. `peak MiB` is the
+memory that the first forward pass adds to a fresh process.
 """
 
 
 def run(settings: Settings) -> Table:
-    """Measure all encoders that can be built here.
+    """Measure all encoders that can be built on this machine.
 
     Raises:
-        RuntimeError: when two encoders disagree, and so do different work.
+        RuntimeError: when an encoder's output differs from ours, so that the times cannot be compared.
     """
     table = Table("encoder", REFERENCE, NOTE, "a batch")
     names = encoder_names(settings.device)
@@ -67,7 +67,7 @@ def _prepare_forward(settings: Settings, name: str, case: tuple[int, int]) -> Wo
 
 
 def _check_agreement(encoders: Mapping[str, Encode], images: torch.Tensor) -> dict[str, float]:
-    """Return each encoder's largest difference from ours, as a share of our output's range."""
+    """Return each encoder's largest difference from ours, as a fraction of our output's range."""
     expected = encoders[OURS](images)
     span = float(expected.max() - expected.min())
     errors = {name: float((encode(images) - expected).abs().max()) / span for name, encode in encoders.items()}
@@ -89,7 +89,7 @@ def _compare(
     errors: Mapping[str, float],
     peaks: Mapping[str, float | None],
 ) -> None:
-    """Time all encoders, and a matrix product among them, in one case."""
+    """Time all encoders and a matrix product, in turns, for one image and batch size."""
     size, batch = case
     images = torch.randn(batch, 3, size, size, device=settings.device)
     matrix = torch.randn(settings.gemm_size, settings.gemm_size, device=settings.device)

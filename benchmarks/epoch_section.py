@@ -1,4 +1,4 @@
-"""A training epoch with embeddings looked up, beside one that encodes every step and beside the head's own work."""
+"""Section `epoch`: an epoch with cached embeddings, one that encodes in every step, and the head's steps alone."""
 
 import itertools
 import tempfile
@@ -20,20 +20,20 @@ BASELINE = "the head's own steps"
 EVERY_STEP = "segment_anything, every step"
 FIRST = "ours, first epoch"
 LATER = "ours, later epochs"
-ENDLESS_VIEWS = 10**6  # so that a new epoch is always one never seen
+ENDLESS_VIEWS = 10**6  # so that the views of a new epoch are never cached
 
 NOTE = """
 One epoch at batch 4 of the trainer, dataset, loader, loss and optimizer of `train.json`. The first epoch augments,
-encodes and stores; later ones look up. The baseline trains the same head on embeddings in memory: forward, loss at the
-logits' full size, backward, optimizer's step. `of every step` is the share of an epoch that augments and encodes every
-slice afresh with `segment_anything`'s encoder, in fp32.
+encodes and fills the cache; later ones read from it. The baseline trains the same head on embeddings in memory:
+forward, loss at the logits' full size, backward, optimizer's step. `of every step` is the time as a fraction of that of
+an epoch that augments and encodes every slice anew with `segment_anything`'s encoder, in fp32.
 """
 
 
 def run(settings: Settings) -> Table:
-    """Measure all heads, in fp32 and where native in bf16."""
+    """Measure all heads, in fp32 and, if the device supports it natively, in bf16."""
     table = Table("epoch", BASELINE, NOTE, "an epoch")
-    unseen = itertools.count(2)  # epoch 1 is the one that is looked up later
+    unseen = itertools.count(2)  # epoch 1 is the one whose embeddings are read from the cache
     with tempfile.TemporaryDirectory() as folder:
         dataset_dir = write_patients(folder, settings)
         encoder = SamEncoder(settings.model_type, image_size=settings.image_size, cache_dir=f"{folder}/embeddings")
@@ -54,7 +54,7 @@ def _compare(
     dataset_dir: str,
     unseen: Iterator[int],
 ) -> None:
-    """Time one head's epochs, all precisions in turn."""
+    """Time the epochs of one head, all precisions in turns."""
     train = partial(training, settings, head=head, dataset_dir=dataset_dir)
     parsers = {p: train(encoder, precision=p, views=ENDLESS_VIEWS) for p in precisions(settings.device)}
     every_step = train(reference, precision="fp32", views=0).get_parsed_content("train#trainer")
@@ -65,7 +65,7 @@ def _compare(
         contenders[f"{LATER} {precision}"] = Contender(partial(_epoch, parser, itertools.repeat(1)))
         contenders[f"{FIRST} {precision}"] = Contender(
             partial(_epoch, parser, unseen),
-            warm_up=lambda: None,  # the encoder has run for the batches in memory, the head for later epochs
+            warm_up=lambda: None,  # the batches in memory have warmed up the encoder, later epochs the head
         )
     times = measure(
         contenders,
@@ -81,13 +81,13 @@ def _compare(
 
 
 def _epoch(parser: ConfigParser, epochs: Iterator[int]) -> None:
-    """Train one epoch on the views of the next number."""
+    """Train one epoch on the views of the next epoch number."""
     parser.get_parsed_content("train#dataset").set_epoch(next(epochs))
     parser.get_parsed_content("train#trainer").run()
 
 
 def _one_step(trainer: Any) -> None:
-    """Train on the first batch alone."""
+    """Train on the first batch only."""
     network, batch = trainer.network, next(iter(trainer.data_loader))
     images, labels = (batch[key].to(trainer.state.device) for key in ("image", "label"))
     trainer.loss_function(network(images), labels).backward()

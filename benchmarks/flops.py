@@ -1,4 +1,4 @@
-"""The arithmetic that SAM's image encoder cannot do without."""
+"""The number of operations that SAM's image encoder needs at least."""
 
 from components.sam.image_encoder import EMBEDDING_CHANNELS, PATCH_SIZE, WINDOW_SIZE, Architecture
 
@@ -12,31 +12,31 @@ def encoder_flops(architecture: Architecture, image_size: int) -> int:
 
     - patch embedding: 2 N (3 * 16 * 16) D;
     - each block's linear layers (qkv 3 D^2, projection D^2, MLP 8 D^2): 24 N D^2;
-    - each block's attention: every pair of a query and a key within its reach costs 2 D in the scores and 2 D in the
-      weighted sum, and every query 2 D for each row and each column of its reach in the relative positions;
+    - each block's attention: 2 D in the scores and 2 D in the weighted sum for every pair of a query and a key of the
+      same window, and 2 D in the relative positions for every query and each row and each column of its window;
     - neck: 2 N (256 D + 9 * 256^2).
 
-    A global block's reach is the whole grid, a windowed one's its window, of which only tokens within the grid count:
-    padding is no useful work. Norms, activations, softmax and biases are left out.
+    The window of a global block is the whole grid. Only tokens within the grid count: padding is no useful work. Norms,
+    activations, softmax and biases are left out.
 
     Args:
-        architecture: the encoder's.
+        architecture: the encoder's architecture.
         image_size: side in pixels, a multiple of 16.
 
     Returns:
-        operations an image.
+        operations per image.
     """
     side, dim = image_size // PATCH_SIZE, architecture.embed_dim
     tokens = side**2
     total = 2 * tokens * (3 * PATCH_SIZE**2) * dim
     for index in range(architecture.depth):
-        reach = side if index in architecture.global_attn_indexes else WINDOW_SIZE
-        total += (8 + 4 * MLP_RATIO) * tokens * dim**2 + _attention_flops(side, reach, dim)
+        window = side if index in architecture.global_attn_indexes else WINDOW_SIZE
+        total += (8 + 4 * MLP_RATIO) * tokens * dim**2 + _attention_flops(side, window, dim)
     return total + 2 * tokens * (EMBEDDING_CHANNELS * dim + 9 * EMBEDDING_CHANNELS**2)
 
 
-def _attention_flops(side: int, reach: int, dim: int) -> int:
-    """Count scores, weighted sums and relative positions on a grid of `side` cut into windows of `reach`."""
-    lengths = [min(reach, side - start) for start in range(0, side, reach)]
+def _attention_flops(side: int, window: int, dim: int) -> int:
+    """Count scores, weighted sums and relative positions on a grid of side `side` in windows of side `window`."""
+    lengths = [min(window, side - start) for start in range(0, side, window)]
     windows = [(rows, columns) for rows in lengths for columns in lengths]
     return sum(4 * dim * (h * w) ** 2 + 2 * dim * h * w * (h + w) for h, w in windows)

@@ -1,4 +1,4 @@
-"""Segmenting whole volumes."""
+"""Section `inference`: segmentation of whole volumes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +20,13 @@ OUT_CHANNELS = 4
 FP32_BYTES = 4
 
 NOTE = """
-One volume through the inferer and network of `inference.json`, with the ViT head, without a cache. `peak MiB` is what
-this adds to a fresh process, `output MiB` the logits' part of it.
+One volume through the inferer and network of `inference.json`, with the ViT head, without a cache. `peak MiB` is the
+memory that this adds to a fresh process, `output MiB` the size of the logits.
 """
 
 
 def run(settings: Settings) -> Table:
-    """Time a shallow and a deep volume, and compare their peaks of memory."""
+    """Time a shallow and a deep volume, and measure their peak memory."""
     table = Table("inference", BASELINE, NOTE, "a slice")
     names = [BASELINE, *(f"ours {precision}" for precision in precisions(settings.device))]
     for depth in settings.volume_depths:
@@ -43,7 +43,7 @@ def run(settings: Settings) -> Table:
 
 
 def _segmenter(settings: Settings, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what segments a volume 1x3xHxWxD with `segment_anything`'s encoder or with ours."""
+    """Return a function that segments a volume 1x3xHxWxD with `segment_anything`'s encoder or with ours."""
     encoder = SamEncoder(settings.model_type, image_size=settings.image_size).to(settings.device)
     precision = "fp32" if name == BASELINE else name.removeprefix("ours ")
     chosen = ReferenceEncoder(encoder) if name == BASELINE else encoder
@@ -59,12 +59,12 @@ def _segmenter(settings: Settings, name: str) -> Callable[[torch.Tensor], torch.
 
 
 def _prepare_volume(settings: Settings, name: str, depth: int) -> Work:
-    """Build network and volume; return the work."""
+    """Build a network and a volume; return the function that segments it."""
     return partial(_segmenter(settings, name), _volume(settings, depth))
 
 
 def _memory(settings: Settings, name: str, depth: int) -> dict[str, float | str]:
-    """Measure a volume's peak of memory."""
+    """Measure the peak memory of segmenting a volume."""
     peak = peak_mib(partial(_prepare_volume, settings, name, depth))
     if peak is None:
         return {}

@@ -13,24 +13,24 @@ from benchmarks.contenders import silence_random_weights
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # as `man 5 proc` has it
+_RESET_PEAK = "5"  # see `man 5 proc`
 MIB = 2**20
 
 Work = Callable[[], object]
 
 
 def peak_mib(prepare: Callable[[], Work]) -> float | None:
-    """Measure in a fresh process by how much memory in use rises while some work is done.
+    """Measure in a fresh process by how much some work raises the memory in use.
 
-    Resident memory on a CPU, allocated tensors on a GPU.
+    This is resident memory on a CPU, memory of allocated tensors on a GPU.
 
     Args:
-        prepare: called in that process, builds networks and input and returns the work; must pickle.
+        prepare: called in that process; builds networks and inputs and returns the work. It must be picklable.
 
     Returns:
-        MiB; None where the system does not tell.
+        MiB; None if the system does not report it.
     """
-    # Processes fork from a server that has imported everything and run nothing, which saves seconds each.
+    # Processes fork from a server that has imported everything but run nothing, which saves seconds for each.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
@@ -40,10 +40,10 @@ def peak_mib(prepare: Callable[[], Work]) -> float | None:
 
 
 def _peak_here(prepare: Callable[[], Work], threads: int) -> float | None:
-    """Prepare work, do it, and measure this process's peak meanwhile.
+    """Prepare the work, do it, and measure this process's peak memory meanwhile.
 
-    On a CPU that is the kernel's `VmHWM`, reset before the work: `ru_maxrss` would begin at the peak of the process
-    that started this one, and include what building the network took.
+    On a CPU that is the kernel's `VmHWM`, reset before the work. `ru_maxrss` cannot be reset: it would include the peak
+    of the parent process and that of building the network.
     """
     torch.set_num_threads(threads)
     silence_random_weights()
@@ -64,7 +64,7 @@ def _peak_here(prepare: Callable[[], Work], threads: int) -> float | None:
 
 
 def _return_freed_memory() -> None:
-    """Make glibc give back what building has freed, which the work would else use without a trace."""
+    """Make glibc return freed memory to the system: the work could reuse it without raising the peak."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

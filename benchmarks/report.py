@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 COLOURS = {"ours": "#1f77b4", "other": "#9a9a9a"}
 
 INTRODUCTION = """\
-Contenders take turns, A B A B, in one process. A ratio is the median over the rounds of a contender's time divided by
-the baseline's in the same round, in brackets the smallest and the largest. Seconds hold for this run only: compare
+Contenders take turns, A B A B, in one process. A ratio is a contender's time divided by the baseline's in the same
+round: the median over the rounds, in brackets the smallest and the largest. Seconds are specific to this run: compare
 ratios. Weights are random, as speed does not depend on them; images are random or synthetic."""
 
 
@@ -31,10 +31,10 @@ class Row:
     """One contender in one case.
 
     Args:
-        case: what all contenders of a comparison share.
-        contender: its name; those that begin with `ours` appear in the summary.
-        seconds: median of this run; None where nothing was measured.
-        ratio: over the baseline; None where nothing was measured.
+        case: the conditions that all contenders of a comparison share.
+        contender: its name; names that begin with `ours` appear in the summary.
+        seconds: median over the rounds; None if nothing was measured.
+        ratio: time over the baseline's; None if nothing was measured.
         extra: further columns by name.
     """
 
@@ -47,13 +47,13 @@ class Row:
 
 @dataclass
 class Table:
-    """One section's results.
+    """The results of one section.
 
     Args:
-        section: its name.
-        baseline: the contender that ratios refer to, in every case.
+        section: the section's name.
+        baseline: the contender that the ratios of all cases refer to.
         note: what is measured and how, in sentences.
-        per: what the seconds are for, such as one call.
+        per: the unit of work that the seconds refer to, such as `a batch`.
         rows: the results.
     """
 
@@ -69,12 +69,12 @@ class Table:
         times: Mapping[str, Sequence[float]],
         extra: Mapping[str, Mapping[str, float | str]] | None = None,
     ) -> None:
-        """Add a comparison, and log that it is done: a whole run takes hours.
+        """Add a comparison, and log that it is done.
 
         Args:
-            case: its name.
-            times: by contender, seconds in each round; one is the baseline.
-            extra: by contender, further columns.
+            case: name of the case.
+            times: seconds in each round, by contender, including the baseline.
+            extra: further columns, by contender.
         """
         for name, seconds in times.items():
             ratio = ratio_of(list(seconds), list(times[self.baseline]))
@@ -87,7 +87,7 @@ class Table:
         return list(dict.fromkeys(column for row in self.rows for column in row.extra))
 
     def summary(self) -> list[str]:
-        """Give this project's contenders' ratios, a line each."""
+        """List the ratios of this project's contenders, a line each."""
         return [
             f"{self.section}, {row.case}: {row.contender} / {self.baseline} = {row.ratio}"
             for row in self.rows
@@ -99,10 +99,10 @@ def write_report(tables: Sequence[Table], *, host: str, title: str, output_dir: 
     """Write `benchmarks.md`, `benchmarks.csv` and `benchmarks.png`.
 
     Args:
-        tables: one a section.
-        host: the line that describes the machine.
-        title: the line that describes the run.
-        output_dir: folder, made if missing.
+        tables: one per section.
+        host: description of the machine, in one line.
+        title: description of the run, in one line.
+        output_dir: folder to write to, created if missing.
 
     Returns:
         the text of `benchmarks.md`.
@@ -116,7 +116,7 @@ def write_report(tables: Sequence[Table], *, host: str, title: str, output_dir: 
 
 
 def to_markdown(tables: Sequence[Table], *, host: str, title: str) -> str:
-    """Lay all tables out as text, the summary first; see `write_report`."""
+    """Format the summary and all tables as Markdown; see `write_report`."""
     lines = ["# Benchmarks", "", title, "", f"Host: {host}.", "", INTRODUCTION, "", "## Summary", ""]
     lines += [f"- {sentence}" for table in tables for sentence in table.summary()]
     for table in tables:
@@ -129,7 +129,7 @@ def to_markdown(tables: Sequence[Table], *, host: str, title: str) -> str:
 
 
 def write_csv(tables: Sequence[Table], path: Path) -> None:
-    """Write all rows into one file; columns that a section does not have stay empty."""
+    """Write all rows to one file; columns that a section does not have are empty."""
     columns = ["section", "case", "contender", "baseline", "ratio", "ratio_low", "ratio_high", "seconds", "seconds_per"]
     columns += dict.fromkeys(column for table in tables for column in table.extra_columns)
     with path.open("w", newline="") as file:
@@ -145,7 +145,7 @@ def write_csv(tables: Sequence[Table], path: Path) -> None:
 
 
 def plot(tables: Sequence[Table], title: str, path: Path) -> None:
-    """Draw every ratio as a bar, a panel a section."""
+    """Draw every ratio as a bar, with a panel per section."""
     shown = [[row for row in table.rows if row.ratio and row.contender != table.baseline] for table in tables]
     heights = [max(2, len(rows)) + 2 for rows in shown]
     figure = Figure(figsize=(11, 0.26 * sum(heights) + 0.8), layout="constrained")
@@ -178,7 +178,7 @@ def _draw_panel(axes: Axes, table: Table, rows: Sequence[Row]) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row.case}: {row.contender}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    # Room for the numbers beside the bars, and never so close that noise looks like a difference.
+    # Leave room for the numbers beside the bars, and show a range in which noise does not look like a difference.
     axes.set_xlim(min([0.5, *(ratio.low / 1.6 for ratio in ratios)]), max([2, *(ratio.high * 1.6 for ratio in ratios)]))
     axes.set_title(f"{table.section}: 1 is {table.baseline}", fontsize=10, loc="left")
     axes.tick_params(axis="x", labelsize=8)

@@ -1,4 +1,4 @@
-"""What one run of the benchmarks measures, and how large."""
+"""Settings of a run: the sections to measure and their sizes."""
 
 import os
 import platform
@@ -12,14 +12,14 @@ SECTIONS = ("encoder", "epoch", "cell", "inference")
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of one run, all of them smaller in a quick one.
+    """Settings of one run; all sizes are smaller in a quick run.
 
     Args:
-        output_dir: folder for tables and plot.
-        model_type: the encoder, as `components.sam.SamEncoder` names it; a quick run takes `vit_tiny` anyway.
-        sections: which of `SECTIONS` to run, in that order.
-        rounds: how often each contender is timed.
-        quick: smoke-test sizes, whose numbers mean nothing.
+        output_dir: folder for the tables and the plot.
+        model_type: the encoder, as `components.sam.SamEncoder` names it.
+        sections: the sections to run, some of `SECTIONS`.
+        rounds: number of timings of each contender.
+        quick: whether to use sizes for a smoke test, whose numbers mean nothing.
     """
 
     output_dir: Path
@@ -30,12 +30,12 @@ class Settings:
 
     @property
     def device(self) -> torch.device:
-        """A GPU if there is one."""
+        """The GPU if there is one, else the CPU."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def encoder_cases(self) -> tuple[tuple[int, int], ...]:
-        """Image sides in pixels, largest first, each with a batch size."""
+        """Image side in pixels and batch size of each case, largest image first."""
         if self.quick:
             return ((128, 1), (64, 1), (64, 4))
         return tuple((size, batch) for size in (1024, 512, 256) for batch in (1, 4))
@@ -62,12 +62,12 @@ class Settings:
 
     @property
     def gemm_size(self) -> int:
-        """Side of the square matrices whose product stands for the machine's peak."""
+        """Side of the square matrices whose product gives the machine's peak speed."""
         return 512 if self.quick else 4096
 
     @property
     def turn_seconds(self) -> float:
-        """Time that a contender's turn takes at least, by repetition."""
+        """Minimum seconds of a contender's turn; faster work is repeated."""
         return 0.0 if self.quick else 0.3
 
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once a round, so that what slows the machine slows them all."""
+"""Interleaved timing: each contender runs once per round, so that changes of the machine's load affect all alike."""
 
 import math
 import statistics
@@ -13,11 +13,11 @@ MAX_REPEATS = 50
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed, and what is called once before.
+    """Work to be timed, and a call to warm it up.
 
     Args:
-        run: the work; its result is dropped.
-        warm_up: a shorter call of the same shapes, where `run` repeats them; None for `run` itself.
+        run: the work; its result is discarded.
+        warm_up: a shorter call with the same tensor shapes; None to warm up with `run`.
     """
 
     run: Callable[[], object]
@@ -48,19 +48,19 @@ def measure(
     """Time contenders in the order A B A B, after a warm-up call of each.
 
     Args:
-        contenders: by name.
-        rounds: how often each gets its turn.
-        turn_seconds: a contender that is faster repeats its work to fill this time, and counts the mean.
-        synchronize: waits until the device is done.
+        contenders: the contenders by name.
+        rounds: number of turns of each contender.
+        turn_seconds: minimum duration of a turn; faster work without a `warm_up` is repeated and its mean is taken.
+        synchronize: waits until the device has finished all its work.
 
     Returns:
-        by name, seconds of one call in each round.
+        seconds of one call in each round, by name.
     """
     repeats = {}
     for name, contender in contenders.items():
         seconds = _seconds(contender.warm_up or contender.run, 1, synchronize)
         if contender.warm_up is None and seconds < turn_seconds:
-            seconds = _seconds(contender.run, 1, synchronize)  # the first call's preparations aside
+            seconds = _seconds(contender.run, 1, synchronize)  # the first call includes preparations
         enough = 1 if contender.warm_up else math.ceil(turn_seconds / max(seconds, 1e-9))
         repeats[name] = min(MAX_REPEATS, max(1, enough))
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -71,7 +71,7 @@ def measure(
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Return what waits until a device has done all its work."""
+    """Return a function that waits until a device has finished all its work."""
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None

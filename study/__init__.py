@@ -1,4 +1,4 @@
-"""Grids of trainings: each cell an unchanged bundle run in a folder of its own, and one report of them all.
+"""Studies: a grid of trainings, each an unchanged bundle run in a folder of its own, and one report of them all.
 
 Raises:
     ModuleNotFoundError: on import, when a package of the `study` extra is not installed.
@@ -6,7 +6,7 @@ Raises:
 
 from importlib.util import find_spec
 
-_MISSING = [name for name in ("distributed", "jinja2", "pandas", "sklearn", "tabulate") if find_spec(name) is None]
+_MISSING = [name for name in ("jinja2", "pandas", "sklearn", "tabulate") if find_spec(name) is None]
 if _MISSING:
     raise ModuleNotFoundError(
         f"a study needs {', '.join(_MISSING)}, not installed: pip install -c constraints.txt -e '.[study]'"

@@ -1,4 +1,4 @@
-"""Running one cell: MONAI's runner on an unchanged bundle, in a folder that remembers what was done."""
+"""Runs one cell: MONAI's runner on an unchanged bundle, in a folder with a record of the stages that are done."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from monai.bundle import ConfigParser
 
@@ -28,11 +30,12 @@ _RECORD = "cell.json"
 _LOG = "log.txt"
 _LOCK = "lock"
 _PACKAGES = ("autosam-bundles", "monai", "torch", "numpy")
-_RAISED = re.compile(r"^[\w.]+(Error|Exception): .*$", re.MULTILINE)
+_POLL_S = 0.2  # between checks of a sub-process or a lock
+_EXCEPTION = re.compile(r"^[\w.]+(Error|Exception): .*$", re.MULTILINE)
 
 
 class CellError(RuntimeError):
-    """A bundle's run that failed, in a folder that says so until it is tried again."""
+    """A stage that failed; the cell's folder records the error until the cell is run again."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Stage:
     """One run of MONAI's runner.
 
     Args:
-        name: of the stage, which is the config's run id, such as `training`.
-        method: whose bundle runs.
-        configs: names of its configs.
-        knobs: top-level keys and ids of the configs to set.
+        name: the run id in the configs, such as `training`.
+        method: the method whose bundle is run.
+        configs: names of the bundle's configs, in the order they are merged.
+        knobs: values by top-level key or id, which override the configs.
     """
 
     name: str
@@ -53,28 +56,28 @@ class Stage:
 
     @property
     def arguments(self) -> list[str]:
-        """What to give to `python -m monai.bundle`, from inside the bundle's folder."""
+        """Arguments of `python -m monai.bundle`, to be run in the bundle's folder."""
         files = ",".join(f"'configs/{name}.json'" for name in self.configs)
         settings = [text for name, value in self.knobs.items() for text in (f"--{name}", _as_text(value))]
         return ["run", self.name, "--config_file", f"[{files}]", *settings]
 
     def parser(self) -> ConfigParser:
-        """Read the configs with the knobs set, as the runner does."""
+        """Read the configs and set the knobs, as the runner does."""
         parser = ConfigParser()
         parser.read_config([str(self.method.config(name)) for name in self.configs])
         parser.update(dict(self.knobs))
         return parser
 
 
-def stages_of(
+def list_stages(
     cell: Cell | Preparation, *, dataset_dir: str, output_dir: Path, sam_dir: str | None = None
 ) -> list[Stage]:
-    """List what a cell or preparation runs, one after the other.
+    """List the stages of a cell or preparation, in the order they are run.
 
     Args:
-        cell: which.
-        dataset_dir: of ACDC, or a data set in its layout.
-        output_dir: of the study.
+        cell: the cell or preparation.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
+        output_dir: folder of the study.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
     """
     folder, method = output_dir / cell.name, cell.method
@@ -92,7 +95,7 @@ def stages_of(
     knobs |= {"ckpt_dir": str(folder / "models"), **method.knobs}
     evaluate = ("train", "evaluate", *method.overlays)
     if cell.labelled_patients == 0:
-        knobs["validate#handlers#0#load_path"] = start or "$@head_checkpoint"  # instead of what was trained
+        knobs["validate#handlers#0#load_path"] = start or "$@head_checkpoint"  # instead of the trained model
         return [Stage("evaluating", method, evaluate, knobs)]
     knobs["labelled_patients"] = cell.labelled_patients
     training = knobs | {"resume": True} | ({"start_checkpoint": start} if start else {})
@@ -108,32 +111,37 @@ def run_cell(
     dataset_dir: str,
     output_dir: Path,
     sam_dir: str | None = None,
-    threads: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    interrupt: threading.Event | None = None,
 ) -> bool:
-    """Run a cell or a preparation, or go on where it was left.
+    """Run a cell or a preparation, or continue one that was interrupted.
 
     Its folder below `output_dir` holds `models`, `eval` with the scores of every volume, the log of the runner, the
-    whole config of each stage, and `cell.json` with the commands, their seconds and the versions. While it runs no
-    other process begins the same cell, be it another computer's on a shared disk that knows POSIX locks.
+    merged config of each stage, and `cell.json` with the commands, their seconds and the versions. The folder is locked
+    meanwhile: another process, also on another computer if the shared disk supports POSIX locks, waits until the cell
+    is done.
 
     Args:
-        cell: which.
-        dataset_dir: of ACDC, or a data set in its layout.
-        output_dir: of the study; embeddings are shared between its cells.
+        cell: the cell or preparation.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
+        output_dir: folder of the study, whose cells share their embeddings.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
-        threads: of each process; None for as many as torch takes by itself.
+        environment: environment variables to set for the runner's sub-process.
+        interrupt: once set, from another thread, the sub-process is ended.
 
     Returns:
         whether anything was run: a finished cell is left as it is.
 
     Raises:
-        CellError: when a run fails; what it had done is kept, and the log's end is in the message and in `cell.json`.
+        CellError: when a stage fails. Its results are kept; the message and `cell.json` hold the error from the log.
+        KeyboardInterrupt: when `interrupt` or Ctrl-C has ended a stage, which is not recorded as a failure.
         ValueError: when the folder holds the cell with other settings.
     """
     folder = output_dir / cell.name
-    stages = stages_of(cell, dataset_dir=dataset_dir, output_dir=output_dir, sam_dir=sam_dir)
+    stages = list_stages(cell, dataset_dir=dataset_dir, output_dir=output_dir, sam_dir=sam_dir)
     commands = {stage.name: stage.arguments for stage in stages}
-    with _locked(folder) as lock:
+    interrupt = interrupt or threading.Event()
+    with _locked(folder, interrupt) as lock:
         fresh: dict[str, Any] = {"commands": commands, "seconds": {}, "interrupted": False}
         record = (read_record(folder) if _has_results(folder) else None) or fresh
         if record["commands"] != commands:
@@ -144,7 +152,7 @@ def run_cell(
         if is_finished(folder):
             return False
         record.pop("error", None)
-        record["interrupted"] |= _has_results(folder)  # then the seconds are not those of the whole
+        record["interrupted"] |= _has_results(folder)  # then the recorded seconds are less than the cell takes
         record |= {"bundle": cell.method.bundle, "versions": {name: version(name) for name in _PACKAGES}}
         for stage in stages:
             if stage.name in record["seconds"]:
@@ -152,7 +160,7 @@ def run_cell(
             ConfigParser.export_config_file(stage.parser().get(), str(folder / f"{stage.name}.json"), indent=2)
             start = time.monotonic()
             try:
-                _run(stage, folder / _LOG, lock=lock, threads=threads)
+                _run(stage, folder / _LOG, lock=lock, environment=environment or {}, interrupt=interrupt)
             except CellError as error:
                 _write_record(folder, record | {"error": str(error)})
                 raise
@@ -162,29 +170,29 @@ def run_cell(
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read what was done of a cell; None when no stage of it is done and none has failed."""
+    """Read a cell's record; None when none of its stages is done or has failed."""
     file = folder / _RECORD
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def is_finished(folder: Path) -> bool:
-    """Say whether every stage of a cell is done."""
+    """Return whether every stage of a cell is done."""
     record = read_record(folder)
     return record is not None and record["seconds"].keys() == record["commands"].keys()
 
 
-def error_of(folder: Path) -> str | None:
-    """Return the error that a cell's last run ended with, None for none."""
+def last_error(folder: Path) -> str | None:
+    """Return the error message of a cell whose last run failed, else None."""
     return (read_record(folder) or {}).get("error")
 
 
 def has_failed(folder: Path) -> bool:
-    """Say whether a cell's last run ended with an error."""
-    return error_of(folder) is not None
+    """Return whether a cell's last run failed."""
+    return last_error(folder) is not None
 
 
 def _has_results(folder: Path) -> bool:
-    """Say whether a cell holds anything that another run would go on from."""
+    """Return whether a cell's folder holds a finished stage or a checkpoint to continue from."""
     record = read_record(folder)
     return bool(record and record["seconds"]) or any((folder / "models").glob("*.pt"))
 
@@ -195,12 +203,12 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _encoder_knobs(method: Method, output_dir: Path, sam_dir: str | None) -> dict[str, Any]:
-    """Say where a bundle with SAM's encoder finds its weights and keeps its embeddings."""
+    """Return the knobs for the weights and the embedding cache of a bundle with SAM's encoder."""
     names = ("train" if method.trains else "evaluate", *method.overlays)
     config = ConfigParser.load_config_files([str(method.config(name)) for name in names])
     knobs: dict[str, Any] = {}
     if "cache_dir" in config:
-        frozen = not method.knobs.get("trainable_encoder")
+        frozen = not {**config, **method.knobs}.get("trainable_encoder")
         knobs["cache_dir"] = str(output_dir / "embeddings") if frozen else None
     if sam_dir is not None and "models_dir" in (config.get("sam_checkpoint") or {}):
         knobs["sam_checkpoint#models_dir"] = sam_dir
@@ -212,39 +220,54 @@ def _as_text(value: Any) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Hold a cell's folder and yield the lock's descriptor.
+def _locked(folder: Path, interrupt: threading.Event) -> Iterator[int]:
+    """Lock a cell's folder and yield the lock's file descriptor.
 
-    A runner inherits it, so that one whose study was killed holds the folder until it ends by itself.
+    The runner's sub-process inherits the descriptor. If the study is killed and the sub-process lives on, the folder
+    stays locked until that ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s is run by another process: waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        logged = False
+        while not _try_lock(file):
+            if not logged:
+                logger.info("%s is run by another process: waiting for it", folder)
+                logged = True
+            if interrupt.wait(_POLL_S):
+                raise KeyboardInterrupt
         yield file.fileno()
 
 
-def _run(stage: Stage, log: Path, *, lock: int, threads: int | None) -> None:
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _run(stage: Stage, log: Path, *, lock: int, environment: Mapping[str, str], interrupt: threading.Event) -> None:
+    """Run a stage in a sub-process, and append its output to the log."""
     command = [sys.executable, "-m", "monai.bundle", *stage.arguments]
-    environment = dict(os.environ)
-    if threads is not None:
-        environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     with log.open("a") as file:
         start = file.tell()
-        done = subprocess.run(
+        with subprocess.Popen(
             command,
             cwd=stage.method.config("evaluate").parents[1],
-            env=environment,
+            env=os.environ | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
             pass_fds=(lock,),
-            check=False,
-        )
-    if done.returncode:
-        said = log.read_bytes()[start:].decode(errors="replace").strip()
-        cause = _RAISED.search(said)  # of a chain of exceptions the first
-        why = cause[0] if cause else said[said.rfind("\n") + 1 :]
-        raise CellError(f"exit status {done.returncode}: {why} (all of it: {log})")
+        ) as process:
+            try:
+                while process.poll() is None and not interrupt.wait(_POLL_S):
+                    pass
+            finally:
+                process.kill()  # no effect on one that has ended
+    if process.returncode and (interrupt.is_set() or process.returncode == -signal.SIGINT):
+        raise KeyboardInterrupt
+    if process.returncode:
+        output = log.read_bytes()[start:].decode(errors="replace").strip()
+        cause = _EXCEPTION.search(output)  # the first of a chain of exceptions
+        reason = cause[0] if cause else output[output.rfind("\n") + 1 :]
+        raise CellError(f"exit status {process.returncode}: {reason} (whole output: {log})")

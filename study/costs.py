@@ -1,4 +1,4 @@
-"""What a study will cost: from its finished cells, else from a step of each network on this machine."""
+"""How long a study will take: from its finished cells, else from a step of each network on this machine."""
 
 from __future__ import annotations
 
@@ -16,102 +16,104 @@ import torch
 from monai.bundle import ConfigParser
 
 from components.base.precision import autocast_to
-from study.cells import Stage, has_failed, is_finished, read_record, stages_of
-from study.engines import Task
+from study.cells import Stage, has_failed, is_finished, list_stages, read_record
+from study.execution import Task
 
-_PER_RUN_S = 10.0  # to start Python, import MONAI and load volumes
-_WEIGHTS = ("sam_checkpoint", "head_checkpoint", "start_checkpoint")  # a network computes as fast without them
-_POOL = 512  # phantoms that PhantomMixing draws from
+_STARTUP_S = 10.0  # to start Python, import MONAI and load volumes
+_WEIGHTS = ("sam_checkpoint", "head_checkpoint", "start_checkpoint")  # speed does not depend on the weights
+_POOL_SIZE = 512  # number of phantoms that PhantomMixing draws from
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one slice: training on it, predicting it and, of a frozen encoder, embedding it."""
+    """Seconds per slice: a training step, a prediction and, with a frozen encoder, an embedding."""
 
     train_s: float
     predict_s: float
     encode_s: float
 
 
-def kind_of(task: Task) -> str:
-    """Name a task without its split: tasks of a kind cost alike."""
+def name_without_split(task: Task) -> str:
+    """Return the name that a task shares with those of other splits, which take about as long."""
     return task.name.rpartition("/split_")[0] or task.name
 
 
 def measured_seconds(tasks: Sequence[Task], output_dir: Path) -> dict[str, float]:
-    """Return, for each kind of task of which some ran without interruption, the median of their seconds."""
+    """Return the median seconds of the tasks that ran without interruption, by their name without the split."""
     seconds: dict[str, list[float]] = {}
     for task in tasks:
         record = read_record(output_dir / task.name)
         if record and is_finished(output_dir / task.name) and not record["interrupted"]:
-            seconds.setdefault(kind_of(task), []).append(sum(record["seconds"].values()))
-    return {kind: median(values) for kind, values in seconds.items()}
+            seconds.setdefault(name_without_split(task), []).append(sum(record["seconds"].values()))
+    return {name: median(values) for name, values in seconds.items()}
 
 
 def remaining_seconds(tasks: Sequence[Task], output_dir: Path) -> float | None:
-    """Say how many seconds unfinished tasks will take one after the other, None while no task has been measured."""
+    """Estimate the seconds that the unfinished tasks take one after the other, None if no task is finished yet."""
     measured = measured_seconds(tasks, output_dir)
     if not measured:
         return None
     unknown = median(measured.values())
-    return sum(measured.get(kind_of(task), unknown) for task in tasks if not is_finished(output_dir / task.name))
+    return sum(
+        measured.get(name_without_split(task), unknown) for task in tasks if not is_finished(output_dir / task.name)
+    )
 
 
 def cost_table(tasks: Sequence[Task], *, dataset_dir: str, output_dir: Path) -> pd.DataFrame:
-    """List what is to be run, without running it.
+    """Estimate how long a study will take, without running it.
 
-    An image that several cells show to the same frozen encoder is counted where it comes first.
+    Cells share the embeddings of a frozen encoder: each image is counted in the first task that encodes it.
 
     Args:
-        tasks: of the study, in order.
-        dataset_dir: of ACDC, or a data set in its layout.
-        output_dir: of the study.
+        tasks: all tasks of the study, in order.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
+        output_dir: folder of the study.
 
     Returns:
-        a row for each kind of task with `cells`, `done`, `failed`, `minutes left`, and where those come from: `finished
-        cells`, or `a step on this machine`.
+        a row for all splits of a task, with the columns `run` (their name), `cells`, `done`, `failed`, `minutes left`
+        and `by`, the basis of the estimate: `finished cells` or `a step on this machine`.
     """
     measured = measured_seconds(tasks, output_dir)
     estimate = _Estimate(dataset_dir, output_dir)
     rows: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        kind, folder = kind_of(task), output_dir / task.name
-        row = rows.setdefault(kind, {"cells": 0, "done": 0, "failed": 0, "minutes left": 0.0})
+        name, folder = name_without_split(task), output_dir / task.name
+        row = rows.setdefault(name, {"cells": 0, "done": 0, "failed": 0, "minutes left": 0.0})
         row["cells"] += 1
         row["done"] += is_finished(folder)
         row["failed"] += has_failed(folder)
-        row["minutes left"] += 0 if is_finished(folder) else (measured.get(kind) or estimate.seconds(task)) / 60
-        row["by"] = "finished cells" if kind in measured else "a step on this machine"
+        row["minutes left"] += 0 if is_finished(folder) else (measured.get(name) or estimate.seconds(task)) / 60
+        row["by"] = "finished cells" if name in measured else "a step on this machine"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run").reset_index()
 
 
 class _Estimate:
-    """Seconds of tasks that were never run, each network measured once and each embedding counted once."""
+    """Estimates the seconds of tasks that were never run; times each network once and counts each embedding once."""
 
     def __init__(self, dataset_dir: str, output_dir: Path) -> None:
         self._dataset_dir = dataset_dir
         self._output_dir = output_dir
         self._speeds: dict[str, Speed] = {}
-        self._embedded: dict[tuple[str, Any, str], int] = {}  # slices of an encoder, a split and a subset
+        self._embedded: dict[tuple[str, Any, str], int] = {}  # number of slices, by encoder, split and subset
         self._depths: dict[str, int] = {}
 
     def seconds(self, task: Task) -> float:
-        """Estimate a task."""
-        stages = stages_of(task, dataset_dir=self._dataset_dir, output_dir=self._output_dir)
-        return sum(_PER_RUN_S + self._stage_seconds(stage, task) for stage in stages)
+        """Estimate the seconds of a task."""
+        stages = list_stages(task, dataset_dir=self._dataset_dir, output_dir=self._output_dir)
+        return sum(_STARTUP_S + self._stage_seconds(stage, task) for stage in stages)
 
     def _stage_seconds(self, stage: Stage, task: Task) -> float:
         parser = stage.parser()
         parser.update({name: None for name in (*_WEIGHTS, "cache_dir") if name in parser.get()})
         config: Callable[[str], Any] = parser.get_parsed_content
-        network = kind_of(task).partition("/patients_")[0]
+        network = name_without_split(task).partition("/patients_")[0]
         if network not in self._speeds:
             self._speeds[network] = measure_speed(parser)
         speed = self._speeds[network]
         views = parser.get().get("test_time_views", 1)
         if stage.name == "evaluating":
             shown = self._slices(config("validate#dataset#data")) * views
-            return shown * speed.predict_s + self._encoding(stage, "test", shown) * speed.encode_s
+            return shown * speed.predict_s + self._newly_embedded(stage, "test", shown) * speed.encode_s
         epochs = config("epochs")
         if "steps_per_epoch" in parser.get():
             return epochs * config("steps_per_epoch") * config("batch_size") * speed.train_s
@@ -122,12 +124,12 @@ class _Estimate:
             return 2 * seconds  # two views of each slice
         validated = self._slices(config("validate#dataset#data")) * views
         seconds += -(-epochs // config("val_interval")) * validated * speed.predict_s
-        shown = slices * min(config("views") or epochs, epochs) + min(_POOL, epochs * phantoms)
-        embedded = self._encoding(stage, "training", shown) + self._encoding(stage, "validation", validated)
+        shown = slices * min(config("views") or epochs, epochs) + min(_POOL_SIZE, epochs * phantoms)
+        embedded = self._newly_embedded(stage, "training", shown) + self._newly_embedded(stage, "validation", validated)
         return seconds + embedded * speed.encode_s
 
-    def _encoding(self, stage: Stage, subset: str, slices: float) -> float:
-        """Return how many of the slices no earlier task has embedded."""
+    def _newly_embedded(self, stage: Stage, subset: str, slices: float) -> float:
+        """Return the number of slices that no earlier task has embedded, and count them as embedded."""
         encoder = json.dumps([stage.knobs.get(key) for key in ("model_type", "sam_checkpoint", "image_size")])
         key = (f"{stage.configs[-1]}{encoder}", stage.knobs.get("split_seed"), subset)
         before = self._embedded.get(key, 0)
@@ -142,13 +144,10 @@ class _Estimate:
 
 
 def measure_speed(parser: ConfigParser) -> Speed:
-    """Time a step of a bundle's network on one batch of noise, the second of two.
+    """Time a step of a bundle's network on one batch of noise, after a warm-up step.
 
     Args:
-        parser: of the bundle's configs, with no checkpoint to load.
-
-    Returns:
-        seconds of a slice.
+        parser: the bundle's configs, without checkpoints.
     """
     network, batch_size, size, device = (
         parser.get_parsed_content(name) for name in ("network", "batch_size", "crop_size", "device")
@@ -159,7 +158,7 @@ def measure_speed(parser: ConfigParser) -> Speed:
         return Speed(_timed(network.train(), images, learn=True), _timed(network.eval(), images), encode_s=0.0)
     with autocast_to(network.precision, device.type):
         encode_s = _timed(network.encoder, images)
-        if not hasattr(network, "head"):  # SAM's own decoder on prompts, which is next to nothing
+        if not hasattr(network, "head"):  # the time of SAM's own decoder is negligible
             return Speed(train_s=0.0, predict_s=0.0, encode_s=encode_s)
         with torch.no_grad():
             embeddings = network.encoder(images).float()
@@ -167,7 +166,7 @@ def measure_speed(parser: ConfigParser) -> Speed:
 
 
 def _timed(module: torch.nn.Module, batch: torch.Tensor, *, learn: bool = False) -> float:
-    """Return the seconds of one item of a batch, forward and with `learn` backward."""
+    """Return the seconds per item of a batch, for the forward pass and, with `learn`, the backward pass."""
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a study consists of: methods, numbers of labelled patients, splits and ablations, from a JSON file."""
+"""The grid of a study, read from JSON: methods, numbers of labelled patients, splits and ablations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ABLATION_KEYS = {"title", "methods", "labelled_patients", "values"}
 
 @dataclass(frozen=True)
 class Start:
-    """What is run before a method's trainings: its bundle's `pretraining`, of which they start.
+    """A method's pre-training: the `pretraining` run of its bundle, whose checkpoint its trainings start from.
 
     Args:
-        overlays: names of configs that make the bundle's training this one, such as `pretrain`.
-        knobs: top-level keys of the configs to set.
-        once: whether one serves all splits, as where no patient takes part; else each split has its own.
+        overlays: names of the configs that turn the bundle's training into this pre-training, such as `pretrain`.
+        knobs: values by top-level key, which override the configs.
+        once: whether all splits share one pre-training, since it uses no patients; else each split has its own.
     """
 
     overlays: tuple[str, ...]
@@ -37,13 +37,13 @@ class Method:
     """A row of the study's tables.
 
     Args:
-        key: names the folder of its cells.
-        title: in tables.
+        key: name of the folder of its cells.
+        title: its name in the tables.
         bundle: folder below `bundles`.
-        overlays: names of configs that go on top of the bundle's own.
-        knobs: top-level keys of the configs to set.
-        start: what its trainings start from, if that is made in the study.
-        paper: the row's name in the paper's tables, to show its figures beside; None for none.
+        overlays: names of the configs that are merged after the bundle's own.
+        knobs: values by top-level key, which override the configs.
+        start: the pre-training that its trainings start from, if that is part of the study.
+        paper: name of the row in the paper's tables to compare with; None if there is none.
     """
 
     key: str
@@ -56,11 +56,11 @@ class Method:
 
     @property
     def trains(self) -> bool:
-        """Whether the bundle can train; else it is evaluated as it is."""
+        """Whether the bundle can train; one that cannot is only evaluated."""
         return self.config("train").is_file()
 
     def config(self, name: str) -> Path:
-        """Return the file of one of the bundle's configs."""
+        """Return the path of one of the bundle's configs."""
         return BUNDLES / self.bundle / "configs" / f"{name}.json"
 
 
@@ -70,7 +70,7 @@ class Variant:
 
     Args:
         ablation: key of the ablation, such as `depth`.
-        value: as tables name it, such as `2`.
+        value: its name in the tables, such as `2`.
     """
 
     ablation: str
@@ -79,13 +79,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation; or, where `labelled_patients` is 0, the evaluation of what needs none.
+    """One training and its evaluation; with 0 labelled patients, only an evaluation.
 
     Args:
-        method: which; of a variant with the variant's knobs.
-        labelled_patients: patients to train on, None for all; 0 to score what the bundle begins with.
+        method: the method, including the knobs of the variant.
+        labelled_patients: number of patients to train on, None for all; 0 to evaluate the weights that training would
+            start from.
         split: seed of the split by patient.
-        variant: which value of which ablation, None for the method as it is.
+        variant: the ablation's value, None for the method without changes.
     """
 
     method: Method
@@ -95,14 +96,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's folder, relative to the study's."""
+        """The cell's folder, relative to the study's folder."""
         count = "all" if self.labelled_patients is None else self.labelled_patients
         variant = f"/{self.variant.ablation}_{self.variant.value}" if self.variant else ""
         return f"{self.method.key}{variant}/patients_{count}/split_{self.split}"
 
     @property
     def preparation(self) -> Preparation | None:
-        """What has to be run before this cell, None for nothing."""
+        """The pre-training that this cell starts from, None if there is none."""
         start = self.method.start
         return Preparation(self.method, None if start.once else self.split) if start else None
 
@@ -112,8 +113,8 @@ class Preparation:
     """The pre-training that cells of a method start from.
 
     Args:
-        method: which, with a `start`.
-        split: whose training patients take part; None if none do.
+        method: a method with a `start`.
+        split: seed of the split whose training patients it uses; None if it uses no patients.
     """
 
     method: Method
@@ -121,19 +122,19 @@ class Preparation:
 
     @property
     def name(self) -> str:
-        """The folder, relative to the study's."""
+        """The preparation's folder, relative to the study's folder."""
         return f"{self.method.key}/start" + ("" if self.split is None else f"/split_{self.split}")
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """A table of what one setting changes, everything else as it is.
+    """A table that compares the values of one setting, with all other settings unchanged.
 
     Args:
-        key: such as `depth`.
-        title: of the table.
-        values: as tables name them.
-        methods: keys of the methods that take part.
+        key: its name in the grid, such as `depth`.
+        title: title of the table.
+        values: names of the values in the tables.
+        methods: keys of the methods that are varied.
     """
 
     key: str
@@ -147,11 +148,11 @@ class Grid:
     """A study.
 
     Args:
-        description: what it is for.
+        description: the purpose of the study.
         methods: in the order of the tables.
-        cells: split by split, so that an unfinished study already compares its methods.
-        ablations: the tables beside the main one.
-        dataset: of phantoms to draw where no `dataset_dir` is given: arguments of `write_phantom_dataset`.
+        cells: ordered by split, so that an unfinished study can already compare its methods.
+        ablations: the tables in addition to the main one.
+        dataset: arguments of `write_phantom_dataset`, for the phantoms to use if no `dataset_dir` is given.
     """
 
     description: str
@@ -165,17 +166,19 @@ def read_grid(path: str | Path) -> Grid:
     """Read a grid and list its cells.
 
     Args:
-        path: of a JSON file with `methods` (each with its `title`, `bundle`, and where needed `overlays`, `knobs`,
-            `labelled_patients`, `start` and `paper`), `labelled_patients` for the methods that have none of their own
-            (null for all), and `splits`; where wanted `ablations` (each with its `title`, `methods`, `values`: the
-            knobs of each value, none for the method as it is; and `labelled_patients`) and a `dataset` of phantoms.
+        path: a JSON file with `methods` (each has a `title`, a `bundle`, and optionally `overlays`, `knobs`,
+            `labelled_patients`, `start` and `paper`), `labelled_patients` (a list, null for all patients; the default
+            for methods) and `splits`; optionally `ablations` (each has a `title`, `methods`, `values` with the knobs of
+            each value, and optionally `labelled_patients`) and a `dataset` of phantoms. A value without knobs is the
+            method without changes.
 
     Returns:
         the study.
 
     Raises:
         ValueError: when a key is unknown or missing; a bundle, an overlay, an ablation's method or a row of the paper
-            does not exist; two methods have one title; or a bundle that does not train is to.
+            does not exist; two methods have the same title; or labelled patients are set for a bundle that does not
+            train.
     """
     grid = json.loads(Path(path).read_text())
     _check_keys(grid, f"{path}", required={"methods", "labelled_patients", "splits"}, known=_GRID_KEYS)
@@ -226,8 +229,8 @@ def _read_method(key: str, settings: dict[str, Any], path: str) -> Method:
 
 def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int | None]], path: str) -> None:
     titles = [method.title for method in methods.values()]
-    if twice := {title for title in titles if titles.count(title) > 1}:
-        raise ValueError(f"{path}: {', '.join(sorted(twice))} is the title of several methods: tables go by title")
+    if repeated := {title for title in titles if titles.count(title) > 1}:
+        raise ValueError(f"{path}: several methods have the title {', '.join(sorted(repeated))}: give each its own")
     for key, method in methods.items():
         if method.paper is not None and method.paper not in TABLE_1:
             raise ValueError(
@@ -236,7 +239,7 @@ def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int 
             )
         if not method.trains and counts[key] != [0]:
             raise ValueError(
-                f"method {key} of {path}: {method.bundle} does not train, so expected its labelled_patients to be [0], "
+                f"method {key} of {path}: {method.bundle} does not train, so expected labelled_patients to be [0], "
                 f"received {counts[key]}"
             )
 
@@ -252,7 +255,7 @@ def _ablation_cells(
     for name in settings["methods"]:
         for value, knobs in settings["values"].items():
             method = replace(methods[name], knobs={**methods[name].knobs, **knobs})
-            variant = Variant(key, value) if knobs else None  # without knobs it is the method's own cell
+            variant = Variant(key, value) if knobs else None  # without knobs it is the cell of the method itself
             cells += [Cell(method, count, split, variant) for count in _counts(settings, grid)]
     return cells
 

@@ -1,12 +1,12 @@
-"""The figures of the paper's tables 1 to 3 on ACDC, as printed.
+"""The numbers of the paper's tables 1 to 3 on ACDC, as printed.
 
 Source: Hu, Xu and Shi, "How to Efficiently Adapt Large Segmentation Model (SAM) to Medical Images", 2023,
-arXiv 2306.13731. Mean and standard deviation over four random splits, with 15 test patients each, which are not named,
-so they are other ones than a study's.
+arXiv 2306.13731. Mean and standard deviation over four random splits, with 15 test patients each. The paper does not
+name these patients, so a study's test patients differ.
 
-What the paper calls ASSD is no average symmetric surface distance: its authors' code computes the 95th percentile of
-the Hausdorff distance in pixels of a grid of 224x224, and counts a class of which nothing was predicted as 0. It can't
-be compared with a distance in mm.
+What the paper calls ASSD is not the average symmetric surface distance: its authors' code computes the 95th percentile
+of the Hausdorff distance in pixels of a 224x224 grid, and counts a class without any predicted pixel as 0. It cannot be
+compared with a distance in mm.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class MeanStd(NamedTuple):
     std: float
 
     def as_text(self, decimals: int) -> str:
-        """Print as the tables do, such as `39.3 ± 12.8`."""
-        return f"{as_text(self.mean, decimals)} ± {as_text(self.std, decimals)}"
+        """Format as in the tables, such as `39.3 ± 12.8`."""
+        return f"{round_half_up(self.mean, decimals)} ± {round_half_up(self.std, decimals)}"
 
 
 class PublishedScores(NamedTuple):
-    """One row of the paper's table 1: Dice in percent of each class and on average, and its "ASSD", None if missing."""
+    """A row of the paper's table 1: Dice in percent of each class and on average; its "ASSD", None if not reported."""
 
     rv: MeanStd
     myo: MeanStd
@@ -38,19 +38,19 @@ class PublishedScores(NamedTuple):
 
 
 class PublishedVariant(NamedTuple):
-    """One value of an ablation: average Dice in percent, and the paper's "ASSD", None where it isn't reported."""
+    """One value of an ablation: average Dice in percent, and the paper's "ASSD", None if not reported."""
 
     dice: float
     assd: float | None = None
 
 
-def as_text(number: float, decimals: int) -> str:
-    """Round half up, as readers of a printed 2.05 do, which as a float is a little less."""
+def round_half_up(number: float, decimals: int) -> str:
+    """Round half up in decimal, so that 2.05 gives 2.1 although its float is slightly less."""
     return str(Decimal(str(number)).quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP))
 
 
 def _scores(*numbers: float) -> PublishedScores:
-    """Pair up means and deviations in the order of the paper's columns."""
+    """Pair up means and standard deviations, given in the order of the paper's columns."""
     rv, myo, lv, mean, *assd = (MeanStd(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
     return PublishedScores(rv, myo, lv, mean, assd[0] if assd else None)
 
@@ -82,7 +82,7 @@ TABLE_1: Mapping[str, Mapping[int, PublishedScores]] = {
     },
     "SAM (box)": {0: _scores(53.57, 0.86, 39.60, 0.65, 0.00, 0.00, 31.06, 0.41, 7.83, 0.67)},
 }
-"""The paper's rows, under their names there, and the number of labelled volumes; 0 where nothing is trained."""
+"""Scores by the paper's name of the row and the number of labelled volumes; 0 if nothing is trained."""
 
 ABLATIONS: Mapping[tuple[str, str], Mapping[tuple[str, int], PublishedVariant]] = {
     ("depth", "Encoder + CNN"): {
@@ -106,23 +106,24 @@ ABLATIONS: Mapping[tuple[str, str], Mapping[tuple[str, int], PublishedVariant]] 
         ("vit_h", 1): PublishedVariant(45.42, 31.57),
     },
 }
-"""Tables 2 (`depth` of the CNN head) and 3 (size of the `encoder`): of an ablation and a row of table 1, what a value
-reaches with a number of labelled volumes."""
+"""Tables 2 (`depth` of the CNN head) and 3 (size of the `encoder`): scores by the ablation and the row of table 1, then
+by the value and the number of labelled volumes."""
 
 
 def published_scores(row: str, labelled_patients: int) -> PublishedScores | None:
     """Look up table 1.
 
     Args:
-        row: its name there, such as `AutoSAM`.
-        labelled_patients: labelled volumes in the paper's words, both frames of each; 0 where nothing is trained.
+        row: the paper's name of the row, such as `AutoSAM`.
+        labelled_patients: number of labelled patients, with both frames of each, which the paper calls volumes; 0 if
+            nothing is trained.
 
     Returns:
-        what the paper reports; None if it doesn't for that number.
+        the paper's scores; None if it reports none for that number.
     """
     return TABLE_1[row].get(labelled_patients)
 
 
 def published_variant(row: str, ablation: str, value: str, labelled_patients: int) -> PublishedVariant | None:
-    """Look up tables 2 and 3, by the row's name in table 1; None where they report nothing."""
+    """Look up tables 2 and 3, by the row's name in table 1; None if they report nothing."""
     return ABLATIONS.get((ablation, row), {}).get((value, labelled_patients))

@@ -8,30 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cell import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from benchmarks.contenders import hugging_face_name
 from benchmarks.flops import encoder_flops
 from benchmarks.memory import CLEAR_REFS, MIB, peak_mib
 from benchmarks.report import Row, Table, to_markdown, write_report
 from benchmarks.settings import SECTIONS
 from benchmarks.timing import Contender, Ratio, measure, ratio_of
+from benchmarks.training_costs import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from components.sam.image_encoder import Architecture
 
 REPOSITORY = Path(__file__).parents[1]
 
 # Two labelled slices in six epochs of one step, two views; four validation slices (two batches) after epochs 3 and 6.
 PLAN = Plan(slices=2, validation_slices=4, epochs=6, batch_size=2, val_interval=3, views=2)
-# Two digits of a sum for each part.
+# Each part fills two decimal digits of the sum.
 COSTS = Costs(augment=1, encode=100, hit=1_00_00, step=1_00_00_00, forward=1_00_00_00_00)
 
 
 def test_encoding_every_step_pays_for_every_slice_shown():
-    # 2 * 6 slices are augmented; these and 2 * 4 validation slices are encoded; 6 steps, 2 * 2 validation batches.
+    # 2 * 6 slices are augmented; these and 2 * 4 validation slices are encoded; 6 steps and 2 * 2 validation batches.
     assert every_step_seconds(PLAN, COSTS) == 4_06_00_20_12
 
 
 def test_a_cached_training_pays_once_for_every_view_and_validation_slice():
-    # 2 * 2 views are augmented; these and 4 validation slices are encoded; 8 views and 4 slices are looked up.
+    # 2 * 2 views are augmented; these and 4 validation slices are encoded; 8 views and 4 slices are cache hits.
     assert cached_seconds(PLAN, COSTS) == 4_06_12_08_04
 
 
@@ -57,7 +57,7 @@ def test_flops_of_one_global_block_on_four_tokens():
     assert encoder_flops(one_block((0,)), 32) == patches + linear + attention + neck
 
 
-def test_windows_cost_their_real_tokens_alone():
+def test_padding_of_windows_costs_nothing():
     # A grid of 15 x 15 falls into windows of 14 x 14, 14 x 1, 1 x 14 and 1 x 1.
     pairs = 196**2 + 14**2 + 14**2 + 1
     positions = 196 * 28 + 14 * 15 + 14 * 15 + 2
@@ -99,7 +99,7 @@ def test_a_table_shows_ratios_to_its_baseline():
     assert "another: not installed" in text.splitlines()[-1]
 
 
-def test_the_summary_holds_ratios_alone(tmp_path):
+def test_the_summary_holds_only_ratios(tmp_path):
     table = Table("encoder", "theirs", "What was measured.", "a batch")
     table.add("64 px", {"theirs": [123.0], "ours": [246.0]})
     text = write_report([table], host="a machine", title="One run.", output_dir=tmp_path)
@@ -117,14 +117,14 @@ def test_names_of_weights_in_transformers():
 
 
 def keep_and_fill(mebibytes: int):
-    """Build 200 MiB, as a network might be, and return work that fills more."""
+    """Allocate 200 MiB, like a network, and return work that allocates more."""
     built = torch.ones(200 * MIB // 4)
     return lambda: torch.ones(mebibytes * MIB // 4).sum() + built[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not CLEAR_REFS.exists(), reason="needs /proc, and no GPU")
-def test_peak_memory_is_that_of_the_work_alone():
-    here = torch.ones(400 * MIB // 4)  # nor does this process's own memory count
+def test_peak_memory_is_that_of_the_work_only():
+    here = torch.ones(400 * MIB // 4)  # this process's own memory does not count
     assert math.isclose(peak_mib(partial(keep_and_fill, 100)), 100, abs_tol=20)
     assert float(here[0]) == 1
 

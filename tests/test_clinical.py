@@ -1,6 +1,8 @@
-"""Volumes, ejection fractions and mass from label maps, and how predicted ones agree with true ones."""
+"""Volumes, ejection fractions and mass from label maps, and the agreement of predicted with true ones."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -11,7 +13,7 @@ from conftest import labels_of, mark_finished
 
 from components.data.acdc import list_cases
 from components.data.volume_metadata import case_name
-from study.grid import Cell, Method
+from study.grid import BUNDLES, Cell, Method
 from study.report.clinical import (
     agreement,
     agreement_table,
@@ -38,7 +40,7 @@ def write_labels(path, *, rv=0, myo=0, lv=0, spacing_mm=ONE_ML_MM):
 
 
 def write_patients(root, count=4, folder="training", first=1):
-    """Patient N has an LV of 100 + N ml at ED and half of it at ES, 80 ml of RV that halve, and 50 ml of myocardium."""
+    """Patient N: LV 100 + 2 N ml at ED, RV 80 ml at ED, both half as large at ES; myocardium 50 ml in both frames."""
     for number in range(first, first + count):
         patient = root / folder / f"patient{number:03d}"
         for frame, share in ((ED_FRAME, 1), (ES_FRAME, 2)):
@@ -56,7 +58,7 @@ def finish(cell, output_dir):
 
 
 def measurements(*pairs, quantity="LV EF (%)", method=CNN, labelled_patients=1, split=0, value=""):
-    """A row for each pair of truth and prediction, of patient1, patient2, ..."""
+    """A row for each pair of a true and a predicted value, of patient1, patient2, ..."""
     return pd.DataFrame(
         labels_of(method, labelled_patients, split, value)
         | {
@@ -75,12 +77,12 @@ def agreement_of(*tables):
 
 
 def test_volume_is_voxels_times_the_voxel_of_the_header(tmp_path):
-    # 1.5 x 2 x 8 mm are 24 mm3; 250 of them 6 ml.
+    # A voxel of 1.5 x 2 x 8 mm has 24 mm3, so 250 voxels have 6 ml.
     path = write_labels(tmp_path / "labels.nii.gz", myo=125, lv=250, spacing_mm=(1.5, 2.0, 8.0))
     assert read_volumes_ml(path) == pytest.approx({"RV": 0, "Myo": 3, "LV": 6})
 
 
-def test_half_of_the_blood_leaves_the_left_ventricle_and_a_quarter_the_right():
+def test_the_measures_of_a_patient():
     found = measure({"RV": 100, "Myo": 100, "LV": 120}, {"RV": 75, "Myo": 80, "LV": 60})
     assert found == pytest.approx(
         {
@@ -130,10 +132,15 @@ def test_every_test_patient_is_measured_on_truth_and_prediction(tmp_path):
         assert rows.loc["myocardial mass, ES (g)", ["truth", "predicted"]].tolist() == pytest.approx([52.5, 63])
 
 
-def test_patients_of_the_testing_folder_are_measured_where_they_take_part(tmp_path):
+@pytest.mark.parametrize("by", ["knob", "overlay"])
+def test_patients_of_the_testing_folder_are_measured_if_they_take_part(tmp_path, monkeypatch, by):
     data = write_patients(tmp_path / "data", count=10)
     write_patients(tmp_path / "data", count=10, folder="testing", first=101)
-    cell = Cell(replace(CNN, knobs={"include_testing": True}), None, 0)
+    everyone = {"include_testing": True}
+    shutil.copytree(BUNDLES / CNN.bundle / "configs", tmp_path / CNN.bundle / "configs")
+    (tmp_path / CNN.bundle / "configs/everyone.json").write_text(json.dumps(everyone))
+    monkeypatch.setattr("study.grid.BUNDLES", tmp_path)
+    cell = Cell(replace(CNN, **{"knob": {"knobs": everyone}, "overlay": {"overlays": ("everyone",)}}[by]), None, 0)
     cases = list_cases(data, "test", split_seed=0, include_testing=True)
     patients = {case_name(case["image"])[:10] for case in cases}
     assert any(patient > "patient100" for patient in patients)
@@ -173,7 +180,7 @@ def test_errors_in_both_directions_cancel_in_the_bias_alone():
 def test_a_patient_of_two_splits_counts_once_with_its_mean_prediction():
     row = agreement_of(measurements((50, 40), (60, 62)), measurements((50, 64), split=1))
     assert row["n"] == 2
-    assert (row["mean_error"], row["mean_absolute_error"]) == (2, 2)  # 52 for 50 and 62 for 60
+    assert (row["mean_error"], row["mean_absolute_error"]) == (2, 2)  # predicted 52 and 62, true 50 and 60
 
 
 def test_undefined_pairs_are_left_out_and_counted():
@@ -215,7 +222,7 @@ def test_numbers_of_labelled_patients_are_rows_of_their_own_fewest_first():
             "patients": "2",
             "undefined": "1",
             "bias": "+4.0",
-            "limits of agreement": "+1.2 to +6.8",  # 4 -+ 1.96 times the root of 2
+            "limits of agreement": "+1.2 to +6.8",  # 4 ± 1.96 * sqrt(2)
             "mean absolute error": "4.0",
             "Pearson's r": "1.00",
         },

@@ -1,4 +1,4 @@
-"""The figures of a study, and the embeddings behind one of them."""
+"""The figures of a study, and the embeddings that one of them shows."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def save(array, path):
 
 @pytest.fixture(scope="module")
 def patients(tmp_path_factory):
-    """Ten patients, so two in a test set: their four cases have an LV of 2x2 voxels, and of 6x6 in one slice."""
+    """Ten patients, two of them in each test set. Every case has an LV of 2x2 voxels, in one slice of 6x6 voxels."""
     root = tmp_path_factory.mktemp("acdc")
     image = np.arange(np.prod(SIZE), dtype=np.int16).reshape(SIZE)
     truth = block(18, side=2)
@@ -79,7 +79,7 @@ def cases_of(dataset_dir, split):
 
 
 def rows_of_panels(figure):
-    """The panels that are drawn on, row by row."""
+    """The panels that are not empty, row by row."""
     rows = {}
     for axes in figure.axes:
         if axes.axison:
@@ -96,7 +96,7 @@ def test_contours_show_worst_median_and_best_case_over_all_methods(patients, tmp
         finish(Cell(CNN, 1, 0), tmp_path, patients, dice=(0.9, 0.1, 0.3, 0.6)),
         finish(Cell(BOX, 0, 0), tmp_path, patients, dice=(0.7, 0.5, 0.1, 0.8)),
     ]
-    # Over both methods the cases have 80, 30, 20 and 70 %; of an even number the lower middle one is the median.
+    # Averaged over both methods the cases have 80, 30, 20 and 70 %; the lower of the two middle ones is the median.
     best, median, worst, _ = cases_of(patients, 0)
     rows = rows_of_panels(draw_contours(cells, tmp_path, dataset_dir=patients, labelled_patients=1))
     assert [row[0].get_ylabel().splitlines()[:2] for row in rows] == [
@@ -115,7 +115,7 @@ def test_contours_are_of_the_fullest_slice_and_cropped_alike(patients, tmp_path)
         assert row[0].get_ylabel().endswith("slice 3 of 3")
         for axes in row:
             assert axes.images[0].get_array()[0, :2].tolist() == [FULLEST, 30 * 3 + FULLEST]  # voxels (0,0) and (1,0)
-            # Rows 18..25 of truth and prediction with 15 mm, 5 voxels, around; columns 10..15. Edges half a voxel off.
+            # Rows 18..25 and columns 10..15 of truth and prediction, with a margin of 15 mm (5 voxels) and half a voxel
             assert axes.get_xlim() == (12.5, 30.5)
             assert axes.get_ylim() == (20.5, 4.5)
         truth, prediction, _ = (axes.collections[0] for axes in row)
@@ -126,8 +126,8 @@ def test_contours_are_of_the_fullest_slice_and_cropped_alike(patients, tmp_path)
     assert legend_texts(figure) == ["RV", "Myo", "LV", "truth", "prediction"]
 
 
-def test_contours_take_the_split_and_the_number_that_can_be_compared(patients, tmp_path):
-    """Split 1 has both methods; what is trained is shown trained, on that number and as it is."""
+def test_contours_are_of_the_split_with_the_most_methods_and_of_one_number_of_patients(patients, tmp_path):
+    """Split 1 has both methods; those that train are shown with the given number of patients, without ablations."""
     cells = [Cell(AUTOSAM, 5, 1), Cell(CNN, 5, 0), Cell(BOX, 0, 0)]
     for cell in [Cell(CNN, 0, 1), Cell(CNN, 1, 1), Cell(BOX, 0, 1), Cell(CNN, 5, 1, Variant("depth", "2"))]:
         cells.append(finish(cell, tmp_path, patients))
@@ -160,7 +160,7 @@ def test_nothing_finished_draws_nothing(patients, tmp_path):
 
 
 def scores(method, *percent, labelled_patients=1, split=0, value=""):
-    """One volume for each number, with this Dice of all classes."""
+    """One volume for each given number, with this Dice in all classes."""
     cases = [f"patient{number:03d}_frame01" for number in range(1, len(percent) + 1)]
     return pd.DataFrame(
         labels_of(method, labelled_patients, split, value)
@@ -208,7 +208,7 @@ def test_published_dice_is_hollow_in_the_colour_of_its_method():
     assert legend_texts(figure) == ["CNN head", "AutoSAM", "the paper"]
 
 
-def test_what_needs_no_training_is_a_level_and_a_single_number_is_not_drawn():
+def test_a_method_without_training_is_a_level_and_a_single_number_is_not_drawn():
     trained = [scores(CNN, p, labelled_patients=n) for n, p in ((0, 20), (1, 30))]
     figure = dice_figure(*trained, scores(BOX, 40, labelled_patients=0), scores(AUTOSAM, 50, labelled_patients=1))
     (axes,) = figure.axes
@@ -334,7 +334,7 @@ def test_embeddings_are_the_encoders_averaged_over_space(embedded):
     encoder = SamEncoder("vit_tiny", checkpoint=pretrained_file("phantom_encoder.pth"), image_size=64).eval()
     images, _ = phantom_slices(60, seed=0, size=64, field_mm=384.0)
     expected = encoder(images[:2].repeat(1, 3, 1, 1)).mean(dim=(2, 3))
-    # The cache keeps embeddings in half precision.
+    # The cache stores embeddings in half precision.
     assert embedded[2][6:8] == pytest.approx(expected.numpy(), abs=2e-3 * float(expected.abs().max()))
 
 

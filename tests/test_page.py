@@ -16,7 +16,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="70" height="40"><rect widt
 
 
 class Elements(HTMLParser):
-    """Collects the elements of a page and checks that each is closed in turn."""
+    """Collects the elements of a page and checks that they are nested and closed correctly."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ def test_the_page_needs_no_other_file(page):
     )
 
 
-def test_numbers_are_aligned_as_such_and_rows_parted_by_the_first_column(page):
+def test_numbers_are_aligned_as_such_and_rows_grouped_by_the_first_column(page):
     elements = elements_of(page)
     headers = [cell.get("class") for cell in elements.attributes("th")]
     assert headers == ["number", None, *["number"] * 12]

@@ -1,4 +1,4 @@
-"""The quick study from its command to its report, killed on the way and on other engines."""
+"""The quick study as a command, up to its report: run on local workers, and killed and continued."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 
 from study.cells import is_finished, read_record
-from study.engines import in_order
+from study.execution import with_preparations
 from study.grid import read_grid
 
 GRID = REPOSITORY / "study/quick.json"
@@ -35,14 +35,14 @@ def finish(output, *options):
 
 
 def report_of(output):
-    """All that a report consists of, by file."""
+    """The content of all files of a report, by file name."""
     files = sorted(path for path in output.iterdir() if path.is_file())
     return {path.name: path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A quick study after its command, on two local workers."""
+    """A finished quick study, run on two local workers."""
     output = tmp_path_factory.mktemp("quick")
     finish(output, "--workers", "2")
     return output
@@ -50,7 +50,7 @@ def study(tmp_path_factory):
 
 def test_every_method_ends_in_every_part_of_the_report(study):
     grid = read_grid(GRID)
-    assert all(is_finished(study / task.name) for task in in_order(grid.cells))
+    assert all(is_finished(study / task.name) for task in with_preparations(grid.cells))
     expected = {f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")}
     expected |= {f"{name}{suffix}" for name in TABLES for suffix in (".csv", ".md", ".tex")}
     assert expected | {"report.html", "scores.csv", "measurements.csv"} == report_of(study).keys()

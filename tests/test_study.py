@@ -1,22 +1,27 @@
-"""Studies: grids, cells and the engines that run them."""
+"""Studies: grids, cells and their execution."""
 
 import importlib
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from distributed import LocalCluster
 
 import study
 from components.phantom.dataset import write_phantom_dataset
-from study import engines
+from study import execution
 from study.__main__ import run
-from study.cells import CellError, has_failed, is_finished, run_cell, stages_of
+from study.cells import CellError, has_failed, is_finished, list_stages, run_cell
 from study.costs import cost_table, measured_seconds, remaining_seconds
-from study.engines import connected, in_order, run_on_dask, run_serially, worker_environments
+from study.execution import run_locally, run_on_dask, with_preparations, worker_environments
 from study.grid import Cell, Method, Preparation, Start, read_grid
 
 SMALL = {
@@ -61,7 +66,7 @@ def write_record(folder, seconds, *, commands=("training",), interrupted=False, 
     (folder / "cell.json").write_text(json.dumps(record | others))
 
 
-def test_a_grid_lists_every_method_and_count_split_by_split(tmp_path):
+def test_a_grid_lists_every_method_and_number_of_patients_by_split(tmp_path):
     first = ["as_it_comes/patients_0/split_0", "adapted/patients_1/split_0", "adapted/patients_2/split_0"]
     expected = [*first, *(name.replace("split_0", "split_3") for name in first)]
     assert names_of(read_grid(write_grid(tmp_path / "grid.json"))) == expected
@@ -103,23 +108,23 @@ def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path
         ),
     ],
 )
-def test_a_grid_that_makes_no_sense_is_refused(tmp_path, changes, message):
+def test_an_invalid_grid_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read_grid(write_grid(tmp_path / "grid.json", **changes))
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "study").glob("*.json")), ids=lambda path: path.stem)
 def test_every_run_of_a_shipped_grid_has_configs_that_know_its_knobs(path, tmp_path):
-    for task in in_order(read_grid(path).cells):
-        for stage in stages_of(task, dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights"):
+    for task in with_preparations(read_grid(path).cells):
+        for stage in list_stages(task, dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights"):
             config = stage.parser().get()
             known = {name for name in stage.knobs if name.partition("#")[0] in config}
             assert known == set(stage.knobs)
             assert stage.name in config
 
 
-def test_stages_say_all_that_makes_a_cell(tmp_path):
-    training, evaluating = stages_of(Cell(LINEAR, 5, 2), dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights")
+def test_stages_set_data_split_and_folders_of_a_cell(tmp_path):
+    training, evaluating = list_stages(Cell(LINEAR, 5, 2), dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights")
     folder = tmp_path / "m/patients_5/split_2"
     assert training.knobs == {
         "dataset_dir": "/data",
@@ -134,30 +139,30 @@ def test_stages_say_all_that_makes_a_cell(tmp_path):
     assert training.arguments[:4] == ["run", "training", "--config_file", "['configs/train.json']"]
     assert evaluating.arguments[1] == "evaluating"
     assert "['configs/train.json','configs/evaluate.json']" in evaluating.arguments
-    everyone = stages_of(Cell(LINEAR, None, 2), dataset_dir="/data", output_dir=tmp_path)[0]
+    everyone = list_stages(Cell(LINEAR, None, 2), dataset_dir="/data", output_dir=tmp_path)[0]
     assert everyone.arguments[everyone.arguments.index("--labelled_patients") + 1] == "$None"
 
 
 def test_a_cell_starts_from_its_preparation(tmp_path):
     cell = Cell(STARTED, 1, 3)
-    (pretraining,) = stages_of(Preparation(STARTED, 3), dataset_dir="/data", output_dir=tmp_path)
-    training, evaluating = stages_of(cell, dataset_dir="/data", output_dir=tmp_path)
+    (pretraining,) = list_stages(Preparation(STARTED, 3), dataset_dir="/data", output_dir=tmp_path)
+    training, evaluating = list_stages(cell, dataset_dir="/data", output_dir=tmp_path)
     assert pretraining.configs == ("train", "pretrain")
     assert training.knobs["start_checkpoint"] == pretraining.knobs["ckpt_dir"] + "/model.pt"
     assert "start_checkpoint" not in evaluating.knobs
-    (as_it_comes,) = stages_of(Cell(STARTED, 0, 3), dataset_dir="/data", output_dir=tmp_path)
+    (as_it_comes,) = list_stages(Cell(STARTED, 0, 3), dataset_dir="/data", output_dir=tmp_path)
     assert as_it_comes.knobs["validate#handlers#0#load_path"] == training.knobs["start_checkpoint"]
 
 
-def test_a_preparation_comes_once_and_before_what_starts_from_it():
+def test_a_preparation_is_listed_once_before_the_cells_that_start_from_it():
     everywhere = Method("e", "e", "unet_acdc", start=Start(("phantoms",), once=True))
     cells = [Cell(method, count, split) for split in (0, 1) for method in (STARTED, everywhere) for count in (1, 5)]
-    names = [task.name for task in in_order(cells)]
+    names = [task.name for task in with_preparations(cells)]
     assert names[:3] == ["s/start/split_0", "s/patients_1/split_0", "s/patients_5/split_0"]
     assert [name for name in names if "start" in name] == ["s/start/split_0", "e/start", "s/start/split_1"]
 
 
-def test_a_cell_with_other_settings_is_not_taken_for_this_one(tmp_path):
+def test_a_folder_with_other_settings_is_refused(tmp_path):
     cell = Cell(LINEAR, 1, 0)
     write_record(tmp_path / cell.name, {"training": 1.0})
     with pytest.raises(ValueError, match="other settings"):
@@ -194,35 +199,37 @@ def test_a_broken_cell_is_left_and_reported_until_it_is_tried_again(tmp_path, ph
     assert not has_failed(folder)
 
 
-def test_what_starts_from_a_failed_preparation_is_not_run():
-    def fail(task):
+def test_a_cell_whose_preparation_failed_is_not_run():
+    def fail(task, **_):
         if isinstance(task, Preparation):
             raise CellError("no data")
         pytest.fail("ran without its start")
 
-    (_, first), (_, second) = run_serially(in_order([Cell(STARTED, 1, 0)]), fail)
+    (_, first), (_, second) = run_locally(with_preparations([Cell(STARTED, 1, 0)]), fail, [{}])
     assert first == "no data"
     assert second == "not run, since it starts from s/start/split_0, which failed"
 
 
-def test_a_folder_is_held_as_long_as_the_runner_of_a_killed_study_lives(tmp_path, monkeypatch, caplog):
+def test_a_folder_is_locked_as_long_as_the_runner_of_a_killed_study_lives(tmp_path, monkeypatch, caplog):
     cell = Cell(LINEAR, 1, 0)
     runs = []
 
-    def run_bundle(_command, *, pass_fds, **_):
-        if not runs:  # the study that is killed: its runner lives on with the lock's descriptor
-            runs.append(subprocess.Popen(["sleep", "2"], pass_fds=pass_fds))
+    popen = subprocess.Popen
+
+    def start_bundle(_command, *, pass_fds, **_):
+        if not runs:  # the study is killed; its runner lives on with the lock's descriptor
+            runs.append(popen(["sleep", "2"], pass_fds=pass_fds))
             raise KeyboardInterrupt
         runs.append(runs[0].poll())
-        return subprocess.CompletedProcess([], 0)
+        return popen(["true"])
 
-    monkeypatch.setattr("study.cells.subprocess.run", run_bundle)
+    monkeypatch.setattr("study.cells.subprocess.Popen", start_bundle)
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
     with caplog.at_level(logging.INFO):
         assert run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
     assert "is run by another process: waiting for it" in caplog.text
-    assert runs[1:] == [0, 0]  # training and evaluation, both after the other's end
+    assert runs[1:] == [0, 0]  # training and evaluation start after the other runner's end
     assert is_finished(tmp_path / cell.name)
 
 
@@ -251,13 +258,12 @@ def test_two_local_workers_give_the_numbers_of_a_serial_run(tmp_path, phantoms):
     assert len(tables) == 2
 
 
-def test_dask_runs_what_is_needed_first_and_passes_failures_on():
+def test_dask_runs_preparations_first_and_passes_failures_on():
     cells = [Cell(STARTED, 1, split) for split in (0, 1)]
-    with connected(workers=2, scheduler=None) as client:
-        address = client.scheduler.address
-        with connected(workers=1, scheduler=address) as other:  # any cluster, by its address
-            results = {task.name: error for task, error in run_on_dask(in_order(cells), _fail_in_split_0, other)}
-    assert results == {
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        results = run_on_dask(with_preparations(cells), _fail_in_split_0, cluster.scheduler_address)
+        errors = {task.name: error for task, error in results}
+    assert errors == {
         "s/start/split_0": "no data",
         "s/patients_1/split_0": "not run, since it starts from s/start/split_0, which failed",
         "s/start/split_1": None,
@@ -270,12 +276,70 @@ def _fail_in_split_0(task):
         raise CellError("no data")
 
 
+def test_a_scheduler_without_dask_is_refused_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ModuleNotFoundError, match=r"--scheduler needs Dask, .*'dask\[distributed\]'"):
+        next(run_on_dask([], print, "tcp://127.0.0.1:8786"))
+
+
+def test_a_cell_that_waits_for_its_preparation_leaves_the_workers_to_others():
+    split_1_has_run = threading.Event()
+    environments = [{"GPU": "0"}, {"GPU": "1"}]
+    used = []
+
+    def run_task(task, *, environment, **_):
+        assert environment not in used
+        used.append(environment)
+        if task.name == "s/start/split_0":
+            assert split_1_has_run.wait(10)
+        if task.name == "s/patients_1/split_1":
+            split_1_has_run.set()
+        used.remove(environment)
+
+    tasks = with_preparations([Cell(STARTED, 1, split) for split in (0, 1)])
+    names = [task.name for task, _ in run_locally(tasks, run_task, environments)]
+    assert sorted(names) == sorted(task.name for task in tasks)
+    assert all(names.index(f"s/start/split_{s}") < names.index(f"s/patients_1/split_{s}") for s in (0, 1))
+
+
+def test_one_worker_runs_tasks_in_the_order_given():
+    everywhere = Method("e", "e", "unet_acdc", start=Start(("phantoms",), once=True))
+    tasks = with_preparations([Cell(method, 1, split) for split in (0, 1) for method in (STARTED, LINEAR, everywhere)])
+    assert [task for task, _ in run_locally(tasks, lambda *_, **__: None, [{}])] == tasks
+
+
+@pytest.mark.parametrize("received_by", ["the study", "a runner"])  # a terminal's Ctrl-C reaches both, in any order
+def test_an_interrupted_study_ends_its_runners_and_records_no_failure(tmp_path, monkeypatch, received_by):
+    popen, both_run, started = subprocess.Popen, threading.Barrier(2), []
+
+    def start_bundle(_command, **_):
+        process = popen(["sleep", "60"])
+        started.append(process)
+        if both_run.wait(10) == 0:
+            os.kill(os.getpid() if received_by == "the study" else started[0].pid, signal.SIGINT)
+        return process
+
+    monkeypatch.setattr("study.cells.subprocess.Popen", start_bundle)
+    cells = [Cell(LINEAR, 1, split) for split in (0, 1)]
+    run_task = partial(run_cell, dataset_dir="/data", output_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_locally(cells, run_task, [{}, {}]))
+    assert {process.poll() for process in started} <= {-signal.SIGINT, -signal.SIGKILL}
+    assert not any(has_failed(tmp_path / cell.name) for cell in cells)
+
+
+def threads_of(count):
+    return {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+
+
 def test_local_workers_have_a_gpu_each_and_share_the_cores(monkeypatch):
-    monkeypatch.setattr(engines.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(execution.os, "cpu_count", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 0)
-    assert worker_environments(4) == [{"OMP_NUM_THREADS": "2"}] * 4
-    monkeypatch.setattr(engines.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(execution.torch.cuda, "device_count", lambda: 0)
+    assert worker_environments(4) == [threads_of("2")] * 4
+    assert worker_environments(4, threads=3) == [threads_of("3")] * 4
+    assert worker_environments(1) == [{}]
+    monkeypatch.setattr(execution.torch.cuda, "device_count", lambda: 2)
     assert [each["CUDA_VISIBLE_DEVICES"] for each in worker_environments(2)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert [each["CUDA_VISIBLE_DEVICES"] for each in worker_environments(2)] == ["3", "5"]
@@ -283,7 +347,7 @@ def test_local_workers_have_a_gpu_each_and_share_the_cores(monkeypatch):
         worker_environments(3)
 
 
-def test_cost_of_what_was_never_run_comes_from_a_step_and_else_from_finished_cells(phantoms, tmp_path):
+def test_costs_come_from_finished_cells_and_else_from_a_step(phantoms, tmp_path):
     cells = [
         Cell(Method("m", "m", "linearhead_acdc", ("tiny",), SMALL), count, split)
         for split in (0, 1)
@@ -308,7 +372,7 @@ def test_remaining_time_leaves_interrupted_cells_out(tmp_path):
     assert remaining_seconds(cells, tmp_path) == 60 + 3 * 60
 
 
-def test_a_study_without_data_asks_for_them(tmp_path):
+def test_a_study_without_data_asks_for_dataset_dir(tmp_path):
     with pytest.raises(ValueError, match="give --dataset_dir PATH"):
         run(str(write_grid(tmp_path / "grid.json")), str(tmp_path))
     assert not Path(tmp_path / "phantoms").exists()

@@ -43,7 +43,7 @@ def rows(method, dice, *, labelled_patients=1, split=0, value="", case="patient0
 
 
 def volumes(method, percent, **where):
-    """A volume with the same Dice of all classes for each given number, each of another patient."""
+    """For each given number, a volume of another patient with this Dice in all classes."""
     cases = [f"patient{number:03d}_frame01" for number in range(1, len(percent) + 1)]
     return [row for case, p in zip(cases, percent, strict=True) for row in rows(method, (p, p, p), case=case, **where)]
 
@@ -63,7 +63,7 @@ def test_mean_and_spread_are_over_splits():
         [*rows(CNN, (50, 60, 70), split=0, assd_mm=(1, 1, 1)), *rows(CNN, (60, 70, 80), split=1, assd_mm=(2, 2, 2))],
         [CNN],
     ).to_dict("records")
-    assert row["RV"] == "55.0 ± 7.1"  # half of 10 times the root of 2
+    assert row["RV"] == "55.0 ± 7.1"  # 10 / sqrt(2)
     assert row["mean"] == "65.0 ± 7.1"
     assert row["ASSD in mm"] == "1.50 ± 0.71"
     assert row["splits"] == "2"
@@ -75,7 +75,7 @@ def test_volumes_of_a_split_are_averaged_before_the_splits():
         *rows(CNN, (20, 20, 20), case="patient001_frame12"),
         *rows(CNN, (40, 40, 40), split=1, case="patient002_frame01"),
     ]
-    assert list(table_of(uneven, [CNN])["mean"]) == ["25.0 ± 21.2"]  # of 10 and 40
+    assert list(table_of(uneven, [CNN])["mean"]) == ["25.0 ± 21.2"]  # mean and deviation of 10 and 40
 
 
 def test_a_single_split_has_no_spread():
@@ -93,10 +93,10 @@ def test_a_class_in_neither_mask_is_left_out():
 
 def test_misses_are_counted_over_splits_and_classes():
     table = table_of([*rows(CNN, (50, 60, 70), split=0), *rows(CNN, (50, 60, 70), split=1)], [CNN], n_misses=2)
-    assert list(table["misses"]) == ["12 of 48"]  # 2 splits of 3 classes of 8 volumes
+    assert list(table["misses"]) == ["12 of 48"]  # 2 splits x 3 classes x 8 volumes
 
 
-def test_rows_go_by_labelled_patients_then_in_the_order_of_the_methods():
+def test_rows_are_sorted_by_labelled_patients_then_by_method():
     scores = [
         *rows(AUTOSAM, (60, 60, 60), labelled_patients=10),
         *rows(AUTOSAM, (50, 50, 50), labelled_patients=5),
@@ -112,7 +112,7 @@ def test_rows_go_by_labelled_patients_then_in_the_order_of_the_methods():
     ]
 
 
-def test_the_papers_figures_stand_beside_the_same_row_and_number():
+def test_the_papers_scores_are_in_the_row_of_the_same_method_and_number():
     scores = [
         row
         for m, n in ((BOX, 0), (AUTOSAM, 1), (PLAIN, 1), (AUTOSAM, 10))
@@ -145,7 +145,7 @@ def test_an_ablations_unchanged_value_is_the_method_as_it_is():
     ]
 
 
-def test_an_ablations_distances_stand_beside_the_papers():
+def test_an_ablation_shows_its_distances_and_the_papers():
     sizes = Ablation("encoder", "Size", ("vit_b", "vit_l"), ("vit",))
     grid = Grid("", (AUTOSAM,), (Cell(AUTOSAM, 1, 0), Cell(AUTOSAM, 1, 0, Variant("encoder", "vit_l"))), (sizes,))
     large = pd.DataFrame(rows(AUTOSAM, (60, 60, 60), value="vit_l")).assign(ablation="encoder")
@@ -183,7 +183,7 @@ def test_a_table_reads_the_same_in_markdown_csv_and_latex(tmp_path):
     assert r"\begin{tabular}{lrr}" in text
 
 
-def test_numbers_are_told_from_text():
+def test_columns_of_numbers_are_recognised():
     assert is_numeric(pd.Series(["39.3 ± 12.8", "", "3 of 96", "<0.001", "-4.2*"]))
     assert not is_numeric(pd.Series(["1 UNet", "2 AutoSAM"]))
     assert not is_numeric(pd.Series(["", ""]))
@@ -194,7 +194,7 @@ def test_the_papers_averages_are_those_of_its_classes():
         for count, scores in of_counts.items():
             average = (scores.rv.mean + scores.myo.mean + scores.lv.mean) / 3
             off = abs(average - scores.mean.mean)
-            # The paper itself prints 57.18 beside classes whose mean is 57.54; everything else agrees.
+            # The paper prints 57.18 for classes whose mean is 57.54; all other means agree.
             assert off < (0.4 if (row, count) == ("UNET + SimCLR", 5) else 0.02), (row, count, average)
 
 
@@ -210,7 +210,7 @@ def test_the_papers_ablations_agree_with_its_first_table():
     assert published_variant("AutoSAM", "depth", "4", 1) is None
 
 
-def test_published_figures_go_by_the_studys_titles():
+def test_published_scores_are_keyed_by_the_studys_titles():
     assert published_by_title([BOX, CNN, PLAIN]) == {"SAM (box)": {0: 31.06}, "CNN head": {1: 40.39, 5: 67.21}}
     assert published_scores("Encoder + LN", 5).assd is None
 
@@ -219,7 +219,7 @@ def compare(*scores, methods=(CNN, AUTOSAM)):
     return compare_methods(pd.DataFrame([row for some in scores for row in some]), methods)
 
 
-def test_six_patients_that_agree_are_just_enough():
+def test_six_patients_are_the_fewest_that_can_be_significant():
     (pair,) = compare(volumes(CNN, (51, 52, 53, 54, 55, 56)), volumes(AUTOSAM, (50,) * 6)).to_dict("records")
     assert (pair["method_a"], pair["method_b"], pair["n_patients"]) == ("CNN head", "AutoSAM", 6)
     assert pair["mean_difference"] == pytest.approx(3.5)
@@ -228,7 +228,7 @@ def test_six_patients_that_agree_are_just_enough():
     assert pair["p"] == pytest.approx(2 / 2**5)
 
 
-def test_frames_and_splits_of_a_patient_are_one_value():
+def test_frames_and_splits_of_a_patient_are_averaged_to_one_value():
     both = [
         (case, split, gain)
         for case, split, gain in (
@@ -242,7 +242,7 @@ def test_frames_and_splits_of_a_patient_are_one_value():
     worse = [row for case, split, _ in both for row in rows(AUTOSAM, (50, 50, 50), case=case, split=split)]
     (pair,) = compare(better, worse).to_dict("records")
     assert pair["n_patients"] == 2
-    assert pair["mean_difference"] == pytest.approx(7)  # of 4 and 10
+    assert pair["mean_difference"] == pytest.approx(7)  # mean of 4 and 10
     assert pair["p"] == pytest.approx(2 / 2**2)
 
 
@@ -258,7 +258,7 @@ def test_methods_that_never_differ_have_p_one():
     assert (pair["mean_difference"], pair["p"], pair["p_adjusted"]) == (0, 1, 1)
 
 
-def test_an_untrained_method_takes_part_at_every_number():
+def test_an_untrained_method_is_compared_at_every_number():
     pairs = compare(
         volumes(BOX, (40,), labelled_patients=0),
         volumes(CNN, (50,), labelled_patients=1),
@@ -296,7 +296,7 @@ def test_p_is_adjusted_by_holm_for_all_pairs_of_a_number():
     best, also_best, rest = pairs["p"]
     assert best == also_best == pytest.approx(1 / 32)
     assert rest > 1 / 2
-    # The smallest p times 3; the next times 2, but no less than that; the largest as it is.
+    # The smallest p times 3; the next times 2, but not below the first; the largest unchanged.
     assert list(pairs["p_adjusted"]) == pytest.approx([3 / 32, 3 / 32, rest])
 
 

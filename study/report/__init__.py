@@ -1,4 +1,4 @@
-"""What a study found: tables beside the paper's, significance, figures, clinical read-out, and one page with it all."""
+"""The report of a study: tables beside the paper's, significance, figures, clinical measures, and one page of all."""
 
 from study.report.write import write_report
 

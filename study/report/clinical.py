@@ -1,4 +1,4 @@
-"""What a cardiologist reads from the masks: ejection fractions, volumes and mass, predicted beside true."""
+"""Clinical measures from the predicted and the true masks: ejection fractions, volumes and myocardial mass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from components.data.acdc import CLASS_NAMES, Case, patient_of
 from components.data.volume_metadata import case_name
 from components.data.volumes import PREDICTION_POSTFIX
 from study.grid import Cell
-from study.report.scores import cases_of, cell_labels
+from study.report.scores import cell_labels, list_test_cases
 
 CLINICAL_CAPTION = (
-    "Clinical read-out of the predicted masks against that of the true ones. Bias: mean of predicted minus true over "
-    "the patients; limits of agreement: bias ± 1.96 standard deviations (ddof 1). A patient whom several splits test "
-    "counts once, with the mean of its predictions. Undefined: patients of a split without an ejection fraction, since "
-    "no ventricle was predicted or drawn at ED; they are left out of the rest."
+    "Clinical measures of the predicted masks compared with those of the true ones. Bias: mean of predicted minus true "
+    "over the patients; limits of agreement: bias ± 1.96 standard deviations (ddof 1). A patient who is tested in "
+    "several splits counts once, with the mean of its predictions. Undefined: patients of a split without an ejection "
+    "fraction, because the predicted or the true mask has no ventricle at ED; they are excluded from all other columns."
 )
 MYOCARDIAL_DENSITY_G_PER_ML = 1.05
 
@@ -32,10 +32,10 @@ _LIMIT = 1.96
 
 
 def read_volumes_ml(path: str | Path) -> dict[str, float]:
-    """Return every class's volume in ml: its voxels times the voxel volume in the header, whose zooms are in mm.
+    """Return the volume in ml of every class: its number of voxels times the voxel volume of the header, in mm.
 
     Args:
-        path: NIfTI file of a label map `(H,W,D)` with 1 RV, 2 Myo, 3 LV.
+        path: NIfTI file of a label map `(H,W,D)`: 1 RV, 2 Myo, 3 LV.
     """
     image = nib.Nifti1Image.from_filename(path)
     labels = np.asarray(image.dataobj)
@@ -54,7 +54,7 @@ def measure(ed_ml: Mapping[str, float], es_ml: Mapping[str, float]) -> dict[str,
         es_ml: the same at end-systole.
 
     Returns:
-        each quantity by its name, which ends with its unit; an ejection fraction is nan where the volume at ED is 0.
+        each quantity by its name, which ends with its unit; an ejection fraction is nan if the volume at ED is 0.
     """
     return {
         "LV EF (%)": _ejection_fraction(ed_ml["LV"], es_ml["LV"]),
@@ -72,19 +72,19 @@ def read_measurements(
     """Measure the test patients of finished cells, on the true and on the predicted masks.
 
     Args:
-        cells: finished ones.
-        output_dir: of the study.
-        dataset_dir: of ACDC, or a data set in its layout.
-        training_patients: how many patients `labelled_patients` null means.
+        cells: finished cells.
+        output_dir: folder of the study.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
+        training_patients: the number of patients that `labelled_patients` null stands for.
 
     Returns:
-        a row for each cell, patient and quantity with the first columns of `read_scores` up to `split`, `patient`,
-        `quantity`, `truth` and `predicted`, both nan where undefined; sorted as the cells are.
+        a row for each cell, patient and quantity, in the order of the cells, with the first columns of `read_scores` up
+        to `split`, `patient`, `quantity`, `truth` and `predicted`, both nan if undefined.
     """
     rows: list[dict[str, Any]] = []
     truths: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for cell in cells:
-        cases = cases_of(cell, dataset_dir)
+        cases = list_test_cases(cell, dataset_dir)
         labels = tuple(case["label"] for case in cases)
         if labels not in truths:
             truths[labels] = _measure_all(labels)
@@ -101,15 +101,15 @@ def read_measurements(
 
 
 def prediction_file(cell: Cell, case: Case, output_dir: Path) -> Path:
-    """Return where a finished cell has its prediction of a test case."""
+    """Return the path of a finished cell's prediction for a test case."""
     return output_dir / cell.name / "eval" / f"{case_name(case['image'])}_{PREDICTION_POSTFIX}.nii.gz"
 
 
 def patient_pairs(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Average what a method measured of a patient over the splits that test this patient.
+    """Average the measurements of each patient and method over the splits that test this patient.
 
     Args:
-        measurements: as `read_measurements` returns them; ablations and undefined pairs are left out.
+        measurements: as `read_measurements` returns them; ablations and undefined pairs are ignored.
 
     Returns:
         a row for each `method`, `title`, `labelled_patients`, `quantity` and `patient`, with `truth` and `predicted`.
@@ -125,13 +125,13 @@ def agreement(measurements: pd.DataFrame) -> pd.DataFrame:
     Lancet 1986.
 
     Args:
-        measurements: as `read_measurements` returns them; ablations are left out.
+        measurements: as `read_measurements` returns them; ablations are ignored.
 
     Returns:
-        a row for each `method`, `title`, `labelled_patients` and `quantity`, in the quantity's unit: `n` patients, each
-        once as in `patient_pairs`; of predicted minus true the `mean_error` (bias), `sd_of_error` (ddof 1),
-        `lower_limit` and `upper_limit` (bias ± 1.96 sd) and `mean_absolute_error`; `pearson_r`; nan where too few
-        patients are left. `n_undefined` counts the pairs left out, one for each patient and split.
+        a row for each `method`, `title`, `labelled_patients` and `quantity`, in the quantity's unit: `n` patients,
+        averaged over splits as in `patient_pairs`; of predicted minus true the `mean_error` (bias), `sd_of_error` (ddof
+        1), `lower_limit` and `upper_limit` (bias ± 1.96 sd) and `mean_absolute_error`; `pearson_r`. A statistic is nan
+        if there are too few patients for it. `n_undefined` is the number of undefined pairs of a patient and split.
     """
     own = measurements[measurements["ablation"] == ""]
     undefined = own[_PAIR].isna().any(axis=1).groupby([own[name] for name in _BY], sort=False).sum()
@@ -144,7 +144,7 @@ def agreement(measurements: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement_table(agreements: pd.DataFrame) -> pd.DataFrame:
-    """Print what `agreement` returns, as `CLINICAL_CAPTION` explains: a row for each number, method and quantity."""
+    """Format what `agreement` returns as text, fewest labelled patients first; `CLINICAL_CAPTION` explains it."""
     ordered = agreements.sort_values("labelled_patients", kind="stable")
     limits = zip(ordered["lower_limit"], ordered["upper_limit"], strict=True)
     return pd.DataFrame(
@@ -154,12 +154,12 @@ def agreement_table(agreements: pd.DataFrame) -> pd.DataFrame:
             "quantity": ordered["quantity"],
             "patients": ordered["n"].astype(str),
             "undefined": ordered["n_undefined"].astype(str),
-            "bias": ordered["mean_error"].map(lambda error: _as_text(error, "+z.1f")),
+            "bias": ordered["mean_error"].map(lambda error: _format_number(error, "+z.1f")),
             "limits of agreement": [
                 "" if np.isnan(lower) else f"{lower:+z.1f} to {upper:+z.1f}" for lower, upper in limits
             ],
-            "mean absolute error": ordered["mean_absolute_error"].map(lambda error: _as_text(error, ".1f")),
-            "Pearson's r": ordered["pearson_r"].map(lambda r: _as_text(r, "z.2f")),
+            "mean absolute error": ordered["mean_absolute_error"].map(lambda error: _format_number(error, ".1f")),
+            "Pearson's r": ordered["pearson_r"].map(lambda r: _format_number(r, "z.2f")),
         }
     ).reset_index(drop=True)
 
@@ -169,13 +169,13 @@ def _ejection_fraction(ed_ml: float, es_ml: float) -> float:
 
 
 def _measure_all(files: Sequence[str | Path]) -> list[dict[str, float]]:
-    """Measure every patient from label maps that come in pairs, ED before ES."""
+    """Measure every patient from a list of label maps in which ED and ES alternate."""
     volumes = [read_volumes_ml(file) for file in files]
     return [measure(ed_ml, es_ml) for ed_ml, es_ml in zip(volumes[::2], volumes[1::2], strict=True)]
 
 
 def _agreement_of(pairs: pd.DataFrame | None) -> dict[str, float]:
-    """Compute the columns of `agreement` from one row a patient, None for no patient."""
+    """Compute the columns of `agreement` from one row per patient, or None if there are no patients."""
     nan = float("nan")
     truth, predicted = ([], []) if pairs is None else (pairs[name] for name in _PAIR)
     errors = np.subtract(predicted, truth)
@@ -193,6 +193,6 @@ def _agreement_of(pairs: pd.DataFrame | None) -> dict[str, float]:
     }
 
 
-def _as_text(number: float, form: str) -> str:
-    """Print a number, nan as nothing."""
+def _format_number(number: float, form: str) -> str:
+    """Format a number, nan as an empty string."""
     return "" if np.isnan(number) else format(number, form)

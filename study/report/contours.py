@@ -1,4 +1,4 @@
-"""Contours of every method side by side, as the paper's figure 4 shows them."""
+"""Contours of all methods side by side, as in the paper's figure 4."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from components.evaluation.overlays import (
 )
 from study.grid import Cell
 from study.report.clinical import prediction_file
-from study.report.figures import TITLE_WIDTH, in_bands
-from study.report.scores import cases_of, finished_cells, read_scores
+from study.report.figures import TITLE_WIDTH, split_into_bands
+from study.report.scores import finished_cells, list_test_cases, read_scores
 
 _PANEL_INCH = 1.5
 _ROW_LABEL_INCH = 0.5
@@ -39,14 +39,14 @@ class _Example:
     """One slice of a test case.
 
     Args:
-        title: names the case and the slice.
+        title: name of the case and the slice.
         image: grey values `(H,W)`.
-        window: grey values that are black and white.
+        window: the grey values shown as black and as white.
         truth: labels `(H,W)`.
         predictions: labels `(H,W)` of each method.
-        dice: the case's mean Dice over classes of each method, in percent.
-        extent: what to show of axes 0 and 1.
-        spacing_mm: of axes 0 and 1.
+        dice: mean Dice over classes of the case, in percent, of each method.
+        extent: the ranges of axes 0 and 1 to show.
+        spacing_mm: voxel spacing of axes 0 and 1.
     """
 
     title: str
@@ -60,7 +60,7 @@ class _Example:
 
     @property
     def height_ratio(self) -> float:
-        """Height over width of what is shown."""
+        """Height of the shown extent over its width, in mm."""
         right_mm, down_mm = (
             (stop - start) * mm for (start, stop), mm in zip(self.extent, self.spacing_mm, strict=True)
         )
@@ -72,26 +72,27 @@ def draw_contours(
 ) -> Figure | None:
     """Draw the worst, the median and the best test case of a split, by mean Dice over methods and classes.
 
-    Of each case it shows the slice with the largest true foreground, first with the true contours and then with each
-    method's. The split is the first of those with the most methods finished.
+    Each case is shown by the slice with the largest true foreground, first with the true contours, then with each
+    method's. The split is the one with the most finished methods, the first of several.
 
     Source: paper figure 4.
 
     Args:
-        cells: of the study, in its order; those that aren't finished and ablations are left out.
-        output_dir: of the study.
-        dataset_dir: of ACDC, or a data set in its layout.
-        labelled_patients: which cells of the methods that train; those that have cells with 0 only come with these.
+        cells: all cells of the study, in its order; unfinished cells and ablations are not drawn.
+        output_dir: folder of the study.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
+        labelled_patients: the number of labelled patients of the cells to draw; a method that has only cells with 0 is
+            drawn with these.
 
     Returns:
-        A figure that belongs to no global state; None when no such cell is finished.
+        the figure, which is not registered with pyplot; None if no such cell is finished.
     """
     shown = _cells_of_a_split(cells, output_dir, labelled_patients)
     if not shown:
         return None
     examples = _read_examples(shown, output_dir, dataset_dir)
     methods = list(range(len(shown)))
-    bands = in_bands(methods)
+    bands = split_into_bands(methods)
     ratios = [example.height_ratio for example in examples] * len(bands)
     columns = 1 + len(bands[0])
     width = max(columns * _PANEL_INCH + _ROW_LABEL_INCH, SMALLEST_WIDTH_INCH)
@@ -111,7 +112,7 @@ def draw_contours(
 
 
 def _cells_of_a_split(cells: Iterable[Cell], output_dir: Path, labelled_patients: int) -> list[Cell]:
-    """Return the cells that `draw_contours` shows."""
+    """Return the cells that `draw_contours` shows, all of the same split."""
     own = [cell for cell in cells if cell.variant is None]
     trained = {cell.method.key for cell in own if cell.labelled_patients != 0}
     by_split: dict[int, list[Cell]] = {}
@@ -122,20 +123,21 @@ def _cells_of_a_split(cells: Iterable[Cell], output_dir: Path, labelled_patients
 
 
 def _read_examples(shown: Sequence[Cell], output_dir: Path, dataset_dir: str) -> list[_Example]:
-    """Read the worst, the median and the best case; fewer where there are fewer."""
-    scores = read_scores(shown, output_dir, training_patients=0)  # none of these cells is of all patients
+    """Read the worst, the median and the best case; with fewer than three cases, all of them."""
+    scores = read_scores(shown, output_dir, training_patients=0)  # no cell with labelled_patients null is shown
     dice = 100 * scores.groupby(["case", "method"])["dice"].mean().unstack("method")
     ranked = list(dice.mean(axis=1).dropna().sort_values(kind="stable").index)
-    places = {(len(ranked) - 1) // 2: "median", 0: "worst", len(ranked) - 1: "best"}  # of two cases none is the median
-    cases = {case_name(case["image"]): case for case in cases_of(shown[0], dataset_dir)}
+    # Later entries replace earlier ones of the same rank: two cases are the worst and the best.
+    rank_names = {(len(ranked) - 1) // 2: "median", 0: "worst", len(ranked) - 1: "best"}
+    cases = {case_name(case["image"]): case for case in list_test_cases(shown[0], dataset_dir)}
     return [
         _read_example(
-            f"{places[place]}\n{ranked[place]}",
-            cases[ranked[place]],
-            [prediction_file(cell, cases[ranked[place]], output_dir) for cell in shown],
-            [dice.loc[ranked[place], cell.method.key] for cell in shown],
+            f"{rank_names[rank]}\n{ranked[rank]}",
+            cases[ranked[rank]],
+            [prediction_file(cell, cases[ranked[rank]], output_dir) for cell in shown],
+            [dice.loc[ranked[rank], cell.method.key] for cell in shown],
         )
-        for place in sorted(places)
+        for rank in sorted(rank_names)
     ]
 
 
@@ -162,18 +164,18 @@ def _read_example(title: str, case: Case, predictions: Sequence[Path], dice: Seq
 
 
 def _draw_row(axes_of_row: Sequence[Axes], example: _Example, methods: Sequence[int]) -> None:
-    """Draw the truth and some methods' predictions, array axis 0 to the right and axis 1 down as overlays do."""
+    """Draw the truth and the predictions of some methods; array axis 0 points right and axis 1 down, as in overlays."""
     for unused in axes_of_row[1 + len(methods) :]:
         unused.set_axis_off()
     label_maps = [example.truth, *(example.predictions[method] for method in methods)]
-    for place, (axes, labels) in enumerate(zip(axes_of_row, label_maps, strict=False)):
+    for column, (axes, labels) in enumerate(zip(axes_of_row, label_maps, strict=False)):
         vmin, vmax = example.window
         axes.imshow(example.image.T, cmap="gray", vmin=vmin, vmax=vmax, origin="upper", interpolation="bilinear")
-        draw_class_contours(axes, labels, len(CLASS_NAMES), PREDICTION_STYLE if place else TRUTH_STYLE)
+        draw_class_contours(axes, labels, len(CLASS_NAMES), PREDICTION_STYLE if column else TRUTH_STYLE)
         across, down = (np.subtract(ends, 0.5) for ends in example.extent)
         axes.set(xlim=across, ylim=down[::-1], xticks=[], yticks=[])
         axes.set_aspect(example.spacing_mm[1] / example.spacing_mm[0])
         axes.spines[:].set_visible(False)
-        if place:
-            axes.set_xlabel(f"Dice {example.dice[methods[place - 1]]:.1f} %", fontsize=7, labelpad=2)
+        if column:
+            axes.set_xlabel(f"Dice {example.dice[methods[column - 1]]:.1f} %", fontsize=7, labelpad=2)
     axes_of_row[0].set_ylabel(example.title, fontsize=7)

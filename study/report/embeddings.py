@@ -1,24 +1,22 @@
-"""What the encoder sees: its embeddings of the test slices and of phantoms, as the paper's figure 1 shows them."""
+"""t-SNE of the encoder's embeddings of the test slices and of phantoms, as in the paper's figure 1."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from monai.bundle import ConfigParser
 from sklearn.manifold import TSNE
 
 from components.data.acdc import patient_of
 from components.data.volume_metadata import case_name_of
 from components.phantom.slices import FIELD_MM, phantom_slices
-from study.cells import stages_of
 from study.grid import Cell, Method
 from study.report.figures import COLOURS
+from study.report.scores import evaluation_parser
 
 PHANTOMS = "phantoms"
 _OTHERS = "others"
@@ -33,10 +31,10 @@ _NEUTRAL = "0.6"
 
 
 def embedding_method(cells: Iterable[Cell]) -> Method | None:
-    """Return the first method whose bundle trains a head on a frozen encoder; None if there is none.
+    """Return the first method that trains a head on a frozen encoder, None if there is none.
 
     Args:
-        cells: in the study's order; ablations are left out.
+        cells: in the study's order; cells of ablations are skipped.
     """
     for cell in cells:
         if cell.variant is None and cell.method.trains and _is_frozen(cell):
@@ -49,19 +47,19 @@ def embed_slices(
 ) -> tuple[np.ndarray, list[str]]:
     """Encode all slices of a split's test volumes, and phantoms, with a method's frozen encoder.
 
-    Slices are preprocessed by the method's own config. The encoder computes in fp32.
+    Slices are preprocessed as the method's config defines it. The encoder computes in fp32.
 
     Args:
-        method: with a frozen encoder.
-        dataset_dir: of ACDC, or a data set in its layout.
+        method: a method with a frozen encoder.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
         split: seed of the split by patient.
-        cache_dir: folder of embeddings to share with the study's cells; None for none.
+        cache_dir: folder of the embedding cache that the study's cells share; None for no cache.
         sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
 
     Returns:
         embeddings averaged over space, (N, 256) float32, and the group of each: a patient's name or `PHANTOMS`.
     """
-    parser = _evaluating_parser(Cell(method, 0, split), dataset_dir=dataset_dir, sam_dir=sam_dir)
+    parser = evaluation_parser(Cell(method, 0, split), dataset_dir=dataset_dir, sam_dir=sam_dir)
     parser["cache_dir"] = cache_dir
     network = parser.get_parsed_content("network").eval()
     vectors, groups, side = [], [], 0
@@ -70,7 +68,7 @@ def embed_slices(
         vectors.append(_mean_embeddings(network.encoder, images))
         groups += [patient_of(case_name_of(case["image"]))] * len(images)
         side = images.shape[-1]
-    # The same field of view as the real slices, which may have been cropped from their canvas.
+    # Phantoms have the same field of view as the real slices, which may have been cropped from their canvas.
     field_mm = FIELD_MM * side / parser.get_parsed_content("canvas_size")
     phantoms, _ = phantom_slices(_PHANTOM_COUNT, seed=_PHANTOM_SEED, size=side, field_mm=field_mm)
     vectors.append(_mean_embeddings(network.encoder, phantoms.repeat(1, 3, 1, 1)))
@@ -78,16 +76,16 @@ def embed_slices(
 
 
 def draw_embeddings(vectors: np.ndarray, groups: list[str]) -> Figure:
-    """Draw embeddings in two dimensions, a colour and marker for each group.
+    """Draw embeddings in two dimensions, with a colour and marker for each group.
 
     Source: paper figure 1; van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
 
     Args:
         vectors: (N, C), N at least 7.
-        groups: the group of each; beyond 12 of them the smallest are drawn as one, `others`.
+        groups: the group of each; if there are more than 12, the smallest are drawn as one group, `others`.
 
     Returns:
-        A figure that belongs to no global state.
+        the figure, which is not registered with pyplot.
     """
     perplexity = min(_LARGEST_PERPLEXITY, (len(vectors) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=_SEED).fit_transform(vectors)
@@ -108,16 +106,8 @@ def draw_embeddings(vectors: np.ndarray, groups: list[str]) -> Figure:
 
 
 def _is_frozen(cell: Cell) -> bool:
-    """Say whether a cell's bundle can train its encoder along, and is not set to."""
-    return _evaluating_parser(cell, dataset_dir="", sam_dir=None).get("trainable_encoder", True) is False
-
-
-def _evaluating_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None) -> ConfigParser:
-    """Read the configs that evaluate a cell, for what needs nothing of the study's folder."""
-    stage = stages_of(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1]
-    parser = stage.parser()
-    parser["bundle_root"] = str(cell.method.config("evaluate").parents[1])  # the runner starts in this folder
-    return parser
+    """Return whether a cell's bundle has a knob to train the encoder, and it is off."""
+    return evaluation_parser(cell, dataset_dir="").get("trainable_encoder", True) is False
 
 
 @torch.no_grad()
@@ -129,7 +119,7 @@ def _mean_embeddings(encoder: torch.nn.Module, images: torch.Tensor) -> np.ndarr
 
 
 def _scatter(axes: Axes, points: np.ndarray, groups: list[str], name: str, *, color: str, marker: str) -> None:
-    """Draw one group's points (N, 2), if it has any."""
+    """Draw the points (N, 2) of one group, if it has any."""
     chosen = np.array([group == name for group in groups])
     if chosen.any():
         x, y = points[chosen].T

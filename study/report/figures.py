@@ -1,4 +1,4 @@
-"""Plots of a study: Dice against labelled patients, Bland-Altman plots; and how every figure is saved."""
+"""Plots of a study: Dice against labelled patients and Bland-Altman plots; and saving of figures."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from study.report.tables import split_means
 
 BLAND_ALTMAN_QUANTITIES = ("LV EF (%)", "RV EF (%)", "myocardial mass, ED (g)")
 
-TITLE_WIDTH = 20  # characters over a panel
+TITLE_WIDTH = 20  # characters per line above a panel
 
 _DPI = 150
 _METADATA: Mapping[str, Mapping[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
-_SALT = "study"  # any will do: without one, the ids in an SVG are drawn by chance
-_METHODS_IN_A_ROW = 6
-# Okabe and Ito's colour-blind-safe palette without its yellow, which white paper hides; markers tell repeats apart.
+_SALT = "study"  # any fixed value: without one, the ids in an SVG are random
+_METHODS_IN_A_BAND = 6
+# Okabe and Ito's colour-blind-safe palette without yellow, which is hard to see on white; colours repeat with other
+# markers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _METHOD_COLOURS = (*COLOURS, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
-_APART = 0.03  # of the distance of two numbers of patients, between two methods' markers
+_MARKER_OFFSET = 0.03  # between two methods' markers, as a fraction of the distance between two numbers of patients
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as PNG and as SVG, the same bytes whenever the same is drawn.
+    """Write a figure as PNG and as SVG; the same figure gives the same bytes.
 
     Args:
-        figure: which.
-        stem: of the files, without a suffix.
+        figure: the figure.
+        stem: path of the files without a suffix.
 
     Returns:
         the files.
     """
     files = [stem.with_name(stem.name + suffix) for suffix in _METADATA]
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # each further drawing would shift the panels a little
+    figure.set_layout_engine("none")  # with it, each further drawing would shift the panels slightly
     for file, metadata in zip(files, _METADATA.values(), strict=True):
         with write_atomically(file) as partial, mpl.rc_context({"svg.hashsalt": _SALT}):
             figure.savefig(partial, format=file.suffix[1:], dpi=_DPI, metadata=dict(metadata))
@@ -54,19 +55,19 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
 
 
 def draw_dice_by_patients(scores: pd.DataFrame, published: Mapping[str, Mapping[int, float]]) -> Figure | None:
-    """Draw mean Dice in percent against the number of labelled patients, beside the paper's.
+    """Draw mean Dice in percent against the number of labelled patients, with the paper's scores.
 
-    A line for each method with two numbers or more, with the standard deviation (ddof 1) over splits; methods with
-    nothing but 0 as dashed lines, those with one number not at all.
+    A method with at least two numbers of labelled patients is drawn as a line with the standard deviation (ddof 1) over
+    splits, a method with only 0 as a dashed horizontal line; other methods with a single number are not drawn.
 
     Source: paper figure 5.
 
     Args:
-        scores: as `read_scores` returns them; ablations are left out.
-        published: the paper's mean Dice in percent by title and number of labelled patients, drawn hollow.
+        scores: as `read_scores` returns them; ablations are ignored.
+        published: the paper's mean Dice in percent by title and number of labelled patients, drawn as hollow markers.
 
     Returns:
-        A figure that belongs to no global state; None when no method has two numbers.
+        the figure, which is not registered with pyplot; None if no method has two numbers of labelled patients.
     """
     own = scores[scores["ablation"] == ""]
     by_split = 100 * split_means(own, "dice")["mean"]
@@ -85,9 +86,9 @@ def draw_dice_by_patients(scores: pd.DataFrame, published: Mapping[str, Mapping[
             "color": _METHOD_COLOURS[number % len(_METHOD_COLOURS)],
             "marker": _MARKERS[number % len(_MARKERS)],
         }
-        apart = _APART * (number - (len(of_methods) - 1) / 2)
-        _draw_method(axes, table, counts, apart=apart, label=textwrap.fill(titles[key], 28), style=style)
-        x = [counts.index(count) + apart for count in reported[key]]
+        offset = _MARKER_OFFSET * (number - (len(of_methods) - 1) / 2)
+        _draw_method(axes, table, counts, offset=offset, label=textwrap.fill(titles[key], 28), style=style)
+        x = [counts.index(count) + offset for count in reported[key]]
         axes.plot(x, list(reported[key].values()), linestyle="none", markerfacecolor="none", **style)
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
     axes.set(xlabel="labelled patients (not to scale)", ylabel="mean Dice (%)")
@@ -101,17 +102,18 @@ def draw_dice_by_patients(scores: pd.DataFrame, published: Mapping[str, Mapping[
 
 
 def draw_bland_altman(measurements: pd.DataFrame, *, labelled_patients: int) -> Figure | None:
-    """Draw predicted minus true against the mean of both, with bias and limits of agreement, a point for each patient.
+    """Draw predicted minus true against their mean, a point per patient, with bias and limits of agreement.
 
     Source: Bland and Altman, "Statistical methods for assessing agreement between two methods of clinical measurement",
     Lancet 1986.
 
     Args:
-        measurements: as `read_measurements` returns them; ablations are left out.
-        labelled_patients: which rows of the methods that train; those that have rows with 0 only come with these.
+        measurements: as `read_measurements` returns them; ablations are ignored.
+        labelled_patients: the number of labelled patients of the rows to draw; a method that has only rows with 0 is
+            drawn with these.
 
     Returns:
-        A figure that belongs to no global state; None when there is no such row.
+        the figure, which is not registered with pyplot; None if there are no such rows.
     """
     own = measurements[(measurements["ablation"] == "") & measurements["quantity"].isin(BLAND_ALTMAN_QUANTITIES)]
     only_0 = own.groupby("method")["labelled_patients"].transform("max") == 0
@@ -120,7 +122,7 @@ def draw_bland_altman(measurements: pd.DataFrame, *, labelled_patients: int) -> 
         return None
     agreements = agreement(own).set_index(["title", "quantity"])
     pairs = patient_pairs(own)
-    bands = in_bands(list(own["title"].unique()))
+    bands = split_into_bands(list(own["title"].unique()))
     rows = [(band, quantity) for band in bands for quantity in BLAND_ALTMAN_QUANTITIES]
     columns = len(bands[0])
     figure = Figure(
@@ -140,31 +142,31 @@ def draw_bland_altman(measurements: pd.DataFrame, *, labelled_patients: int) -> 
                 axes.set_title(f"{textwrap.fill(title, TITLE_WIDTH)}\n{axes.get_title()}", fontsize=7)
         axes_of_row[0].set_ylabel(quantity.replace(", ", ",\n"), fontsize=8)
     figure.supylabel("predicted - true", fontsize=9)
-    figure.supxlabel("mean of predicted and true\nover each panel: bias (limits of agreement), n patients", fontsize=9)
+    figure.supxlabel("mean of predicted and true\nabove each panel: bias (limits of agreement), n patients", fontsize=9)
     return figure
 
 
-def in_bands(items: list[Any]) -> list[list[Any]]:
-    """Cut a list of what stands side by side into as few and as equal rows as are not too wide."""
-    length = math.ceil(len(items) / math.ceil(len(items) / _METHODS_IN_A_ROW))
+def split_into_bands(items: list[Any]) -> list[list[Any]]:
+    """Split methods that are drawn side by side into the fewest bands of at most 6, as equal as possible."""
+    length = math.ceil(len(items) / math.ceil(len(items) / _METHODS_IN_A_BAND))
     return [items[start : start + length] for start in range(0, len(items), length)]
 
 
 def _draw_method(
-    axes: Axes, dice: pd.DataFrame, counts: list[int], *, apart: float, label: str, style: Mapping[str, Any]
+    axes: Axes, dice: pd.DataFrame, counts: list[int], *, offset: float, label: str, style: Mapping[str, Any]
 ) -> None:
-    """Draw a method's mean and spread by number of labelled patients, or its level where that is 0 alone."""
+    """Draw a method's mean and standard deviation by number of labelled patients, or a level if it has only 0."""
     if len(dice) == 1:
-        x = [place + apart for place in range(len(counts))]
+        x = [place + offset for place in range(len(counts))]
         level = [dice["mean"].iloc[0]] * len(counts)
         axes.plot(x, level, markevery=[0], linestyle="dashed", linewidth=1.2, markersize=5, label=label, **style)
         return
-    x = [counts.index(count) + apart for count in dice.index]
+    x = [counts.index(count) + offset for count in dice.index]
     axes.errorbar(x, dice["mean"], yerr=dice["std"], label=label, linewidth=1.2, markersize=5, elinewidth=0.8, **style)
 
 
 def _draw_agreement(axes: Axes, pairs: pd.DataFrame, statistics: pd.Series) -> None:
-    """Draw one method's points and lines, and say the numbers above."""
+    """Draw the points and lines of one method, with the numbers as the title."""
     error = pairs["predicted"] - pairs["truth"]
     axes.scatter((pairs["predicted"] + pairs["truth"]) / 2, error, s=9, color=COLOURS[0], linewidths=0)
     axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
@@ -181,7 +183,7 @@ def _draw_agreement(axes: Axes, pairs: pd.DataFrame, statistics: pd.Series) -> N
 
 
 def _axis_limits(pairs: pd.DataFrame, agreements: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Return limits that hold every method's points and lines of one quantity."""
+    """Return axis limits that contain the points and lines of all methods for one quantity."""
     means = (pairs["predicted"] + pairs["truth"]) / 2
     errors = pd.concat([pairs["predicted"] - pairs["truth"], agreements["lower_limit"], agreements["upper_limit"]])
     limits = {}

@@ -1,4 +1,4 @@
-"""One HTML page with tables and figures, which needs no other file, no script and no network."""
+"""One HTML page with tables and figures, which needs no other file, script or network access."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Table:
     """A table of the page.
 
     Args:
-        caption: what it shows.
-        table: of text, without its index; rows that have the first column in common are kept together.
+        caption: what the table shows.
+        table: text; the index is not shown. Neighbouring rows with the same first column form a group.
     """
 
     caption: str
@@ -36,12 +36,12 @@ class Table:
 
     @property
     def rows(self) -> list[list[str]]:
-        """The cells' text, empty for nan."""
+        """The text of the cells, empty for nan."""
         return self.table.astype(object).where(self.table.notna(), "").astype(str).to_numpy().tolist()
 
     @property
     def begins_group(self) -> list[bool]:
-        """Which rows differ from the one above in the first column, if any are alike in it."""
+        """Which rows start a group; none do if every group has a single row."""
         first = self.table.iloc[:, 0]
         begins = first.ne(first.shift())
         return [bool(value) and not begins.all() for value in begins]
@@ -52,9 +52,9 @@ class Figure:
     """A picture of the page.
 
     Args:
-        path: of a PNG or SVG file, which the page takes in.
-        caption: what it shows.
-        alt: what is to be seen, for readers who can't see it.
+        path: PNG or SVG file, which is embedded in the page.
+        caption: what the figure shows.
+        alt: the alternative text for screen readers.
     """
 
     path: Path
@@ -76,13 +76,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, with an entry in its contents.
+    """A section of the page, with an entry in the table of contents.
 
     Args:
-        heading: of the section.
-        text: paragraphs, with an empty line between two.
-        tables: below the text.
-        figures: below the tables.
+        heading: the section's heading.
+        text: paragraphs, separated by empty lines.
+        tables: shown below the text.
+        figures: shown below the tables.
     """
 
     heading: str
@@ -95,10 +95,10 @@ def write_page(path: Path, *, title: str, description: str, sections: Sequence[S
     """Write a page; the same content gives the same bytes.
 
     Args:
-        path: of the HTML file.
-        title: of the page.
-        description: paragraphs below the title, with an empty line between two.
-        sections: in their order.
+        path: the HTML file.
+        title: the page's title.
+        description: paragraphs below the title, separated by empty lines.
+        sections: in the order of the page.
 
     Raises:
         ValueError: when a figure is neither PNG nor SVG.

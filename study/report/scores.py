@@ -1,4 +1,4 @@
-"""The scores of a study's finished cells, as one table."""
+"""The test cases and the scores of a study's cells."""
 
 from __future__ import annotations
 
@@ -7,35 +7,50 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from monai.bundle import ConfigParser
 
-from components.data.acdc import Case, list_cases, list_patients, split_patients
-from study.cells import is_finished
+from components.data.acdc import Case, list_patients, split_patients
+from study.cells import is_finished, list_stages
 from study.grid import Cell
 
 
 def finished_cells(cells: Iterable[Cell], output_dir: Path) -> list[Cell]:
-    """List the cells of a study that are done, in the study's order."""
+    """List the cells that are finished, in the order given."""
     return [cell for cell in cells if is_finished(output_dir / cell.name)]
 
 
-def cases_of(cell: Cell, dataset_dir: str) -> list[Case]:
+def evaluation_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None = None) -> ConfigParser:
+    """Read the configs that a cell is evaluated with, for uses that do not involve the cell's folder.
+
+    Args:
+        cell: the cell.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
+        sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
+    """
+    parser = list_stages(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1].parser()
+    parser["bundle_root"] = str(cell.method.config("evaluate").parents[1])  # the runner starts in this folder
+    return parser
+
+
+def list_test_cases(cell: Cell, dataset_dir: str) -> list[Case]:
     """List the test cases of a cell, ED before ES."""
-    return list_cases(dataset_dir, "test", split_seed=cell.split, include_testing=_includes_testing(cell))
+    return evaluation_parser(cell, dataset_dir=dataset_dir).get_parsed_content("validate#dataset#data")
 
 
 def count_training_patients(cell: Cell, dataset_dir: str) -> int:
     """Count the patients that a cell with `labelled_patients` null trains on."""
-    patients = list_patients(dataset_dir, include_testing=_includes_testing(cell))
+    include_testing = evaluation_parser(cell, dataset_dir=dataset_dir).get_parsed_content("include_testing")
+    patients = list_patients(dataset_dir, include_testing=include_testing)
     return len(split_patients(list(patients), seed=cell.split)["training"])
 
 
 def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_patients: int) -> pd.DataFrame:
-    """Read what finished cells scored.
+    """Read the scores of finished cells.
 
     Args:
-        cells: finished ones.
-        output_dir: of the study.
-        training_patients: how many patients `labelled_patients` null means.
+        cells: finished cells.
+        output_dir: folder of the study.
+        training_patients: the number of patients that `labelled_patients` null stands for.
 
     Returns:
         a row for each cell, case and class with the columns `method` (key), `title`, `ablation` and `value` (empty for
@@ -46,7 +61,7 @@ def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_patients: i
 
 
 def read_misses(cells: Iterable[Cell], output_dir: Path, *, training_patients: int) -> pd.DataFrame:
-    """Read how often finished cells predicted nothing of a class that is there.
+    """Read how often finished cells predicted no voxel of a class that is present.
 
     Returns:
         a row for each cell and class with the first columns of `read_scores` up to `split`, `class`, `n_volumes`,
@@ -58,7 +73,7 @@ def read_misses(cells: Iterable[Cell], output_dir: Path, *, training_patients: i
 
 
 def cell_labels(cell: Cell, training_patients: int) -> dict[str, Any]:
-    """Name a cell by the columns `method` to `split` that its rows have in every table of the report."""
+    """Return the columns `method` to `split`, which identify a cell in every table of the report."""
     return {
         "method": cell.method.key,
         "title": cell.method.title,
@@ -69,15 +84,11 @@ def cell_labels(cell: Cell, training_patients: int) -> dict[str, Any]:
     }
 
 
-def _includes_testing(cell: Cell) -> bool:
-    return bool(cell.method.knobs.get("include_testing", False))
-
-
 def _read(cells: Iterable[Cell], output_dir: Path, file: str, training_patients: int) -> pd.DataFrame:
     tables = []
     for cell in cells:
         table = pd.read_csv(output_dir / cell.name / "eval" / file)
-        for place, (name, value) in enumerate(cell_labels(cell, training_patients).items()):
-            table.insert(place, name, value)
+        for position, (name, value) in enumerate(cell_labels(cell, training_patients).items()):
+            table.insert(position, name, value)
         tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -1,4 +1,4 @@
-"""Whether methods differ by more than chance, patient by patient: paired tests between all of them."""
+"""Significance of the differences between methods: paired tests over patients, between all pairs of methods."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from study.grid import Method
 
 SIGNIFICANCE_CAPTION = (
     "Two-sided Wilcoxon signed-rank test over patients on the Dice averaged over classes. A patient has one value, the "
-    "mean difference A - B, in points of percent, over its frames and the splits that test it. p is adjusted by Holm "
-    "for all pairs with the same number of labelled patients; what isn't trained takes part at every number. "
-    "The test speaks of other patients, not of other trainings. With fewer than 6 patients no p can be below 0.05."
+    "mean difference A - B, in percentage points, over its frames and the splits that test it. p is adjusted by Holm "
+    "for all pairs with the same number of labelled patients; untrained methods are compared at every number. "
+    "The test accounts for the choice of patients, not for the variance between trainings. With fewer than 6 patients "
+    "no p can be below 0.05."
 )
 MATRIX_CAPTION = (
-    "Mean difference in Dice, row minus column, in points of percent; * where the p adjusted by Holm is below 0.05 "
+    "Mean difference in Dice, row minus column, in percentage points; * where the p adjusted by Holm is below 0.05 "
     "(two-sided Wilcoxon signed-rank test over patients)."
 )
 
@@ -30,23 +31,23 @@ _LEVEL = 0.05
 def compare_methods(scores: pd.DataFrame, methods: Iterable[Method]) -> pd.DataFrame:
     """Test every pair of methods with the same number of labelled patients.
 
-    A patient's two frames, and its volumes in the test sets of several splits, aren't independent, so the test takes
-    one value for each patient. The volumes compared are those that both methods have in the same split. Fewer than 6
-    patients can't reach p < 0.05, however clear the difference.
+    A patient's two frames, and its volumes in the test sets of several splits, are not independent, so the test uses
+    one value per patient. Volumes are compared if both methods were scored on them in the same split. With fewer than 6
+    patients no difference can reach p < 0.05.
 
     Source: pairwise Wilcoxon tests adjusted by Holm, as Wiesenfarth et al., "Methods and open-source toolkit for
-    analyzing and visualizing challenge results", Scientific Reports 2021. Differs: two-sided, one value a patient.
+    analyzing and visualizing challenge results", Scientific Reports 2021. Differs: two-sided, one value per patient.
 
     Args:
-        scores: as `read_scores` returns them, of at least one cell; ablations are left out. Cases are named
+        scores: as `read_scores` returns them, of at least one cell; ablations are ignored. Cases are named
             `<patient>_frame<number>`.
         methods: in the order of the table.
 
     Returns:
-        a row for each number and pair with a volume in common: `labelled_patients`, the titles `method_a` and
-        `method_b`, `n_patients`, `mean_difference` (a minus b, in points of percent), `p` and `p_adjusted` (by Holm,
-        over all pairs of the number). What was scored with 0 labelled patients is compared at every number; where its
-        method is trained too, its title ends in `, 0 patients`.
+        a row for each number of labelled patients and pair of methods with a volume in common: `labelled_patients`, the
+        titles `method_a` and `method_b`, `n_patients`, `mean_difference` (a minus b, in percentage points), `p` and
+        `p_adjusted` (by Holm, over all pairs of that number). A method scored with 0 labelled patients is compared at
+        every number; if it is also trained, `, 0 patients` is appended to its title.
     """
     scores = scores[scores["ablation"] == ""]
     methods = tuple(methods)
@@ -56,7 +57,7 @@ def compare_methods(scores: pd.DataFrame, methods: Iterable[Method]) -> pd.DataF
 
 
 def significance_table(comparisons: pd.DataFrame) -> pd.DataFrame:
-    """Print what `compare_methods` returns, as `SIGNIFICANCE_CAPTION` explains."""
+    """Format what `compare_methods` returns as text; `SIGNIFICANCE_CAPTION` explains it."""
     return pd.DataFrame(
         {
             "labelled patients": comparisons["labelled_patients"].astype(str),
@@ -64,21 +65,21 @@ def significance_table(comparisons: pd.DataFrame) -> pd.DataFrame:
             "method B": comparisons["method_b"],
             "patients": comparisons["n_patients"].astype(str),
             "A - B": comparisons["mean_difference"].map("{:+z.1f}".format),
-            "p": comparisons["p"].map(_as_text),
-            "adjusted p": comparisons["p_adjusted"].map(_as_text),
+            "p": comparisons["p"].map(_format_p),
+            "adjusted p": comparisons["p_adjusted"].map(_format_p),
         }
     )
 
 
 def significance_matrix(comparisons: pd.DataFrame, labelled_patients: int) -> pd.DataFrame:
-    """Print the pairs of one number of labelled patients as a square, as `MATRIX_CAPTION` explains.
+    """Format the pairs with one number of labelled patients as a matrix; `MATRIX_CAPTION` explains it.
 
     Args:
         comparisons: as `compare_methods` returns them.
-        labelled_patients: which number.
+        labelled_patients: the number of labelled patients.
 
     Returns:
-        a row for each method, numbered in the order of the table, and a column for each of these numbers.
+        a numbered row for each method, in the order of the table, and a column for each number.
     """
     pairs = comparisons[comparisons["labelled_patients"] == labelled_patients]
     titles = list(dict.fromkeys([*pairs["method_a"], *pairs["method_b"]]))
@@ -105,7 +106,7 @@ def _compare_at(labelled_patients: int, scores: pd.DataFrame, methods: tuple[Met
 
 
 def _volumes_by_title(labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...]) -> pd.DataFrame:
-    """Average over classes: a row for each split and case, a column for each method with that number or untrained."""
+    """Average Dice over classes: a row for each split and case, a column for each method with that number or with 0."""
     taking_part = scores[scores["labelled_patients"].isin([0, labelled_patients])]
     by_volume = taking_part.groupby(["split", "case", "method", "labelled_patients"])["dice"].mean()
     by_volume = by_volume.unstack(["method", "labelled_patients"])
@@ -120,23 +121,23 @@ def _volumes_by_title(labelled_patients: int, scores: pd.DataFrame, methods: tup
 
 
 def _by_patient(volumes: pd.Series) -> pd.Series:
-    """Average over the frames and splits of each patient."""
+    """Average over each patient's frames and splits."""
     patients = volumes.index.get_level_values("case").map(patient_of)
     return volumes.groupby(patients).mean()
 
 
 def _p_value(differences: pd.Series) -> float:
-    """Return the two-sided p; 1 if nothing differs, which the test itself leaves undefined."""
+    """Return the two-sided p; 1 if all differences are 0, for which the test is undefined."""
     return float(wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
 def _holm(p: np.ndarray) -> np.ndarray:
-    """Adjust the p of N tests: the smallest times N, the next times N - 1 and so on, never falling, at most 1."""
+    """Adjust the p of N tests: the smallest times N, the next times N - 1 and so on, made monotonic, at most 1."""
     order = np.argsort(p)
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted
 
 
-def _as_text(p: float) -> str:
+def _format_p(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"

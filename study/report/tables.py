@@ -1,4 +1,4 @@
-"""The tables of a study beside the paper's: methods, ablations; as Markdown, CSV and LaTeX."""
+"""The tables of a study, of methods and of ablations, beside the paper's; as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import pandas as pd
 
 from components.base.atomic_write import write_atomically
 from study.grid import Ablation, Grid, Method
-from study.published import MeanStd, as_text, published_scores, published_variant
+from study.published import MeanStd, published_scores, published_variant, round_half_up
 
 _DICE = (
-    "Dice in percent: mean over the test volumes of a split, for each class and then over classes; given is the mean "
-    "± standard deviation (ddof 1) over the splits, without a deviation where there is only one. "
+    "Dice in percent: mean over the test volumes of a split, for each class and then over classes. The table shows the "
+    "mean ± standard deviation (ddof 1) over the splits, or only the mean if there is a single split. "
 )
 _ASSD = (
-    "ASSD in mm on the native grid, likewise; a miss, which is a class that is there and of which nothing was "
-    "predicted, counts as the volume's diagonal. "
+    "ASSD in mm on the native grid, averaged in the same way; a miss (a class is present, but no voxel of it was "
+    "predicted) counts as the volume's diagonal. "
 )
 _PAPER = (
-    "The paper's figures come from other test patients, and its ASSD is another measure (95th percentile of the "
+    "The paper's scores come from other test patients, and its ASSD is a different measure (95th percentile of the "
     "Hausdorff distance in pixels, 0 for a miss)."
 )
-MAIN_CAPTION = f"{_DICE}{_ASSD}Misses are totals over splits and classes. {_PAPER}"
+MAIN_CAPTION = f"{_DICE}{_ASSD}Misses are summed over splits and classes. {_PAPER}"
 ABLATION_CAPTION = f"{_DICE}{_ASSD}All other settings are the method's own. {_PAPER}"
 
 _DECIMALS = {"Dice in %": 1, "ASSD in mm": 2}
 _BY = ["method", "labelled_patients", "value", "split"]
-_NUMBERS = r"(?:[\d.,\s±<+*-]|of|to)*"
+_NUMERIC = r"(?:[\d.,\s±<+*-]|of|to)*"
 _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -37,30 +37,30 @@ _LATEX = str.maketrans(
 
 
 def split_means(scores: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Average over the volumes of a split, then over classes; nan, where a class is in neither mask, is left out.
+    """Average over the volumes of a split, then over classes; nan (a class in neither mask) is ignored.
 
     Args:
         scores: as `read_scores` returns them.
         measure: `dice` or `assd_mm`.
 
     Returns:
-        a row for each `method`, `labelled_patients`, `value` and `split`, which are the index, with a column for each
-        class, in the order of `scores`, and `mean`.
+        a column for each class, in the order of `scores`, and `mean`; the index is `method`, `labelled_patients`,
+        `value` and `split`.
     """
     means = scores.groupby([*_BY, "class"])[measure].mean().unstack("class")[list(scores["class"].unique())]
     return means.assign(mean=means.mean(axis=1))
 
 
 def main_table(scores: pd.DataFrame, misses: pd.DataFrame, methods: Iterable[Method]) -> pd.DataFrame:
-    """Build the paper's table 1 of what is finished: methods by number of labelled patients.
+    """Build the paper's table 1 from the finished cells: methods by number of labelled patients.
 
     Args:
-        scores: as `read_scores` returns them, of at least one cell; ablations are left out.
+        scores: as `read_scores` returns them, of at least one cell; ablations are ignored.
         misses: as `read_misses` returns them, of the same cells.
         methods: in the order of the table.
 
     Returns:
-        a row of text for each method and number of labelled patients, fewest first, that `MAIN_CAPTION` explains.
+        a row of text for each method and number of labelled patients, fewest first; `MAIN_CAPTION` explains it.
     """
     scores, misses = (table[table["ablation"] == ""] for table in (scores, misses))
     methods = tuple(methods)
@@ -82,18 +82,19 @@ def main_table(scores: pd.DataFrame, misses: pd.DataFrame, methods: Iterable[Met
 
 
 def ablation_table(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.DataFrame:
-    """Build a table of what one setting changes, such as the paper's tables 2 and 3.
+    """Build a table that compares the values of one setting, such as the paper's tables 2 and 3.
 
     Args:
         scores: as `read_scores` returns them, of at least one cell.
-        ablation: which.
-        grid: the study's, whose cells tell which value is the method as it is.
+        ablation: the ablation.
+        grid: the study, whose cells show which value is the unchanged method.
 
     Returns:
-        rows of text for each method and number of labelled patients of which a changed value is finished: the mean
-        Dice and the mean ASSD of each value, as `ABLATION_CAPTION` explains; below them the paper's, where it has any.
+        rows of text for each method and number of labelled patients with at least one finished variant: the mean Dice
+        and the mean ASSD of each value, each followed by the paper's if it reports any; `ABLATION_CAPTION` explains
+        them.
     """
-    own = _rows_of(scores, ablation, grid)
+    own = _ablation_scores(scores, ablation, grid)
     measures = {"Dice in %": 100 * split_means(own, "dice")["mean"], "ASSD in mm": split_means(own, "assd_mm")["mean"]}
     rows = []
     for method in grid.methods:
@@ -109,7 +110,7 @@ def ablation_table(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.D
 
 
 def published_by_title(methods: Iterable[Method]) -> dict[str, dict[int, float]]:
-    """Return the paper's average Dice in percent of methods it reports, by title and number of labelled volumes."""
+    """Return the paper's mean Dice in percent of the methods it reports, by title and number of labelled volumes."""
     dice = {}
     for method in methods:
         if method.paper is not None:
@@ -119,12 +120,12 @@ def published_by_title(methods: Iterable[Method]) -> dict[str, dict[int, float]]
 
 
 def write_table(table: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
-    """Write a table as Markdown, CSV and LaTeX; the LaTeX one needs the package booktabs.
+    """Write a table as Markdown, CSV and LaTeX. The LaTeX table uses the package booktabs.
 
     Args:
-        table: of text.
-        stem: of the files, without a suffix.
-        caption: for Markdown and LaTeX.
+        table: the table, of text.
+        stem: path of the files without a suffix.
+        caption: shown in Markdown and LaTeX.
 
     Returns:
         the files.
@@ -153,17 +154,17 @@ def write_table(table: pd.DataFrame, stem: Path, caption: str) -> list[Path]:
 
 
 def is_numeric(column: pd.Series) -> bool:
-    """Say whether a column of text holds nothing but numbers, such as `39.3 ± 12.8` or `3 of 96`, and blanks."""
+    """Return whether a column of text holds only numbers, such as `39.3 ± 12.8` or `3 of 96`, and blanks."""
     text = column.fillna("").astype(str)
-    return bool(text.str.fullmatch(_NUMBERS).all() and text.str.contains(r"\d").any())
+    return bool(text.str.fullmatch(_NUMERIC).all() and text.str.contains(r"\d").any())
 
 
-def _rows_of(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.DataFrame:
-    """Return an ablation's rows, and under the value that changes nothing those of the methods as they are."""
+def _ablation_scores(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.DataFrame:
+    """Return the scores of an ablation's variants, and of the unchanged methods under the value without knobs."""
     varied = scores[scores["ablation"] == ablation.key]
     variants = [cell.variant for cell in grid.cells if cell.variant and cell.variant.ablation == ablation.key]
     own = scores[(scores["ablation"] == "") & scores["method"].isin(ablation.methods)]
-    # A value that has cells of its own but none finished must stay empty, so the finished rows can't tell.
+    # From the grid, not from the finished cells: a variant of which no cell is finished must stay empty.
     unchanged = [value for value in ablation.values if value not in {variant.value for variant in variants}]
     in_table = pd.MultiIndex.from_frame(varied[["method", "labelled_patients"]])
     own = own[pd.MultiIndex.from_frame(own[["method", "labelled_patients"]]).isin(in_table)]
@@ -171,7 +172,7 @@ def _rows_of(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.DataFra
 
 
 def _published_columns(method: Method, labelled_patients: int) -> dict[str, str]:
-    """Return the paper's cells of a row, empty where it has none."""
+    """Return the columns with the paper's scores, empty if it reports none."""
     published = published_scores(method.paper, labelled_patients) if method.paper else None
     return {
         "paper's Dice": published.mean.as_text(1) if published else "",
@@ -180,7 +181,7 @@ def _published_columns(method: Method, labelled_patients: int) -> dict[str, str]
 
 
 def _ours(of_values: Mapping[str, pd.Series], ablation: Ablation, measure: str) -> dict[str, str]:
-    """Print what each value of an ablation reached, and over how many splits."""
+    """Format the scores of each value of an ablation, and the number of splits."""
     decimals = _DECIMALS[measure]
     lengths = sorted({len(values) for values in of_values.values()})
     ours = {value: _mean_and_spread(of_values.get(value, pd.Series()), decimals) for value in ablation.values}
@@ -192,15 +193,15 @@ def _published_value(method: Method, ablation: Ablation, value: str, labelled_pa
     if published is None:
         return ""
     number = published.dice if measure == "Dice in %" else published.assd
-    return "" if number is None else as_text(number, _DECIMALS[measure])
+    return "" if number is None else round_half_up(number, _DECIMALS[measure])
 
 
 def _mean_and_spread(values: pd.Series, decimals: int) -> str:
-    """Print the mean and the deviation (ddof 1) over splits, without nan; empty for none."""
+    """Format the mean and the standard deviation (ddof 1) over splits, ignoring nan; empty if there are no values."""
     values = values.dropna()
     if len(values) > 1:
         return MeanStd(values.mean(), values.std(ddof=1)).as_text(decimals)
-    return as_text(values.mean(), decimals) if len(values) else ""
+    return round_half_up(values.mean(), decimals) if len(values) else ""
 
 
 def _escape_pipes(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Writing the report: every table and figure as files of their own, and one page with them all."""
+"""Writes the report: each table and figure as a file of its own, and one page with all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure as Picture
 
 from components.base.atomic_write import write_atomically
-from study.cells import error_of, read_record
+from study.cells import last_error, read_record
 from study.grid import Cell, Grid
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
 from study.report.contours import draw_contours
@@ -44,12 +44,13 @@ def write_report(grid: Grid, output_dir: Path, *, dataset_dir: str, sam_dir: str
 
     Args:
         grid: the study.
-        output_dir: its folder, which gains `report.html`, the scores of every volume, and every table and figure.
-        dataset_dir: of ACDC, or a data set in its layout.
+        output_dir: folder of the study, to which `report.html`, the scores of every volume, and all tables and figures
+            are written.
+        dataset_dir: folder of ACDC, or of a data set in its layout.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
 
     Returns:
-        the page. It says nothing of times or of how often the study was interrupted: the same cells give the same page.
+        the page. It contains no times and no count of interruptions: the same cells give the same page.
     """
     cells = finished_cells(grid.cells, output_dir)
     sections = [_state(grid, cells, output_dir)]
@@ -62,7 +63,7 @@ def write_report(grid: Grid, output_dir: Path, *, dataset_dir: str, sam_dir: str
 
 
 class _Report:
-    """The parts of a report that need at least one finished cell."""
+    """The sections of a report that need at least one finished cell."""
 
     def __init__(
         self, grid: Grid, cells: Sequence[Cell], output_dir: Path, *, dataset_dir: str, sam_dir: str | None
@@ -81,7 +82,7 @@ class _Report:
         _write_csv(self.measurements, output_dir / "measurements.csv")
 
     def sections(self) -> list[Section]:
-        """Write all files and return what the page shows of them."""
+        """Write all tables and figures, and return the page's sections."""
         return [self._methods(), *self._ablations(), self._significance(), self._clinical(), self._encoder()]
 
     def _methods(self) -> Section:
@@ -92,15 +93,15 @@ class _Report:
                 *self._figure(
                     draw_dice_by_patients(self.scores, published_by_title(self.grid.methods)),
                     "dice_by_patients",
-                    "Mean Dice against the number of labelled patients; bars: standard deviation over splits; hollow: "
-                    "the paper's figures, on other test patients.",
+                    "Mean Dice against the number of labelled patients; bars: standard deviation over splits; hollow "
+                    "markers: the paper's scores, on other test patients.",
                 ),
                 *self._figure(
                     draw_contours(
                         self.grid.cells, self.output_dir, dataset_dir=self.dataset_dir, labelled_patients=self.fewest
                     ),
                     "contours",
-                    f"Worst, median and best test volume of a split, by mean Dice over all methods; with training on "
+                    f"Worst, median and best test volume of a split, by mean Dice over all methods, trained on "
                     f"{self.fewest} labelled patients.",
                     suffix=".png",
                 ),
@@ -135,28 +136,28 @@ class _Report:
         write_table(table, self.output_dir / "clinical", CLINICAL_CAPTION)
         shown = table[table["quantity"].isin(BLAND_ALTMAN_QUANTITIES)]
         return Section(
-            "Clinical read-out",
-            text="End-diastolic volumes and the mass at end systole are in clinical.csv.",
+            "Clinical measures",
+            text="clinical.csv also contains the end-diastolic volumes and the mass at end-systole.",
             tables=[Table(CLINICAL_CAPTION, shown)],
             figures=self._figure(
                 draw_bland_altman(self.measurements, labelled_patients=self.fewest),
                 "bland_altman",
-                f"Bland-Altman plots, with training on {self.fewest} labelled patients: predicted minus true against "
-                "the mean of both; lines: bias and limits of agreement (bias ± 1.96 standard deviations).",
+                f"Bland-Altman plots, methods trained on {self.fewest} labelled patients: predicted minus true against "
+                "their mean; lines: bias and limits of agreement (bias ± 1.96 standard deviations).",
             ),
         )
 
     def _encoder(self) -> Section:
         method = embedding_method(self.cells)
         if method is None:
-            return Section("What the encoder sees", text="No method of this study has a frozen encoder.")
+            return Section("Embeddings of the encoder", text="No method of this study has a frozen encoder.")
         split = min(cell.split for cell in self.cells)
         cache_dir = str(self.output_dir / "embeddings")
         vectors, groups = embed_slices(
             method, dataset_dir=self.dataset_dir, split=split, cache_dir=cache_dir, sam_dir=self.sam_dir
         )
         return Section(
-            "What the encoder sees",
+            "Embeddings of the encoder",
             figures=self._figure(
                 draw_embeddings(vectors, groups),
                 "embeddings",
@@ -170,7 +171,7 @@ class _Report:
         return Table(caption, table)
 
     def _figure(self, figure: Picture | None, stem: str, caption: str, suffix: str = ".svg") -> list[Figure]:
-        """Save a figure and return it for the page; none where there was nothing to draw."""
+        """Save a figure and return it for the page; an empty list if there was nothing to draw."""
         if figure is None:
             return []
         save_figure(figure, self.output_dir / stem)
@@ -178,18 +179,18 @@ class _Report:
 
 
 def _state(grid: Grid, cells: Sequence[Cell], output_dir: Path) -> Section:
-    """Say what the report rests on and what is missing."""
+    """Return the section with the number of finished cells, the package versions and the missing cells."""
     missing = [cell.name for cell in grid.cells if cell not in cells]
     records = [read_record(output_dir / cell.name) or {} for cell in cells]
     versions = sorted(
         {", ".join(f"{name} {version}" for name, version in each["versions"].items()) for each in records}
     )
     text = f"{len(cells)} of {len(grid.cells)} cells are finished."
-    table = pd.DataFrame({"cell": missing, "state": [error_of(output_dir / name) or "not run" for name in missing]})
+    table = pd.DataFrame({"cell": missing, "state": [last_error(output_dir / name) or "not run" for name in missing]})
     return Section(
         "State",
         text="\n\n".join([text, *versions]),
-        tables=[Table("Cells that are missing.", table)] if missing else [],
+        tables=[Table("Missing cells.", table)] if missing else [],
     )
 
 

@@ -1,19 +1,19 @@
-"""What a whole training costs, computed from the costs of its parts."""
+"""Duration of a whole training, computed from the durations of its parts."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One cell of the paper's table: one labelled patient, validated on the validation patients.
+    """Size of a training: one cell of the paper's table, with one labelled patient and its validation.
 
     Args:
-        slices: of the labelled volumes.
-        validation_slices: of all validation volumes.
-        epochs: length of training.
-        batch_size: slices a step, and slices at a time in validation.
+        slices: number of slices of the labelled volumes.
+        validation_slices: number of slices of all validation volumes.
+        epochs: number of epochs.
+        batch_size: slices per training step and per forward pass in validation.
         val_interval: epochs between validations.
-        views: augmented views of each slice, after which none is new.
+        views: number of different augmented views of each slice; after as many epochs they repeat.
     """
 
     slices: int
@@ -26,12 +26,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of the parts.
+    """Seconds of each part of a training.
 
     Args:
         augment: augmenting one slice.
-        encode: encoding one image that is new, and storing its embedding where there is a cache.
-        hit: looking one embedding up.
+        encode: encoding one image that is not cached, and storing its embedding if there is a cache.
+        hit: reading one embedding from the cache.
         step: the head's training step on one batch.
         forward: the head's forward pass on one batch in validation.
     """
@@ -44,20 +44,20 @@ class Costs:
 
 
 def head_seconds(plan: Plan, costs: Costs) -> float:
-    """Sum the head's own work, which no cache spares."""
+    """Return the seconds spent on the head, which a cache does not reduce."""
     steps = plan.epochs * plan.slices / plan.batch_size
     forwards = _validations(plan) * plan.validation_slices / plan.batch_size
     return steps * costs.step + forwards * costs.forward
 
 
 def every_step_seconds(plan: Plan, costs: Costs) -> float:
-    """Sum a training that augments afresh and encodes whenever it needs an embedding."""
+    """Return the seconds of a training without a cache, which augments anew and encodes every slice it uses."""
     shown, validated = plan.epochs * plan.slices, _validations(plan) * plan.validation_slices
     return shown * costs.augment + (shown + validated) * costs.encode + head_seconds(plan, costs)
 
 
 def cached_seconds(plan: Plan, costs: Costs) -> float:
-    """Sum a training that augments and encodes every view, and every validation slice, once."""
+    """Return the seconds of a training with a cache, which encodes every view and every validation slice once."""
     shown, validated = plan.epochs * plan.slices, _validations(plan) * plan.validation_slices
     new_views = min(plan.views, plan.epochs) * plan.slices
     new = new_views + min(validated, plan.validation_slices)

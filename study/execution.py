@@ -1,0 +1,145 @@
+"""Execution of a study's cells, on this computer or on a Dask cluster."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any
+
+import torch
+
+from study.cells import CellError
+from study.grid import Cell, Preparation
+
+Task = Cell | Preparation
+Result = tuple[Task, str | None]  # a task that has ended, with the error message if it failed
+
+
+def with_preparations(cells: Sequence[Cell]) -> list[Task]:
+    """List cells, each one's preparation before it; a preparation that several cells share is listed once."""
+    tasks: dict[str, Task] = {}
+    for cell in cells:
+        for task in (cell.preparation, cell):
+            if task is not None:
+                tasks.setdefault(task.name, task)
+    return list(tasks.values())
+
+
+def required_preparation(task: Task) -> str | None:
+    """Return the name of the preparation that a task starts from, None if there is none."""
+    preparation = task.preparation if isinstance(task, Cell) else None
+    return preparation.name if preparation else None
+
+
+def run_locally(
+    tasks: Sequence[Task], run_task: Callable[..., object], environments: Sequence[Mapping[str, str]]
+) -> Iterator[Result]:
+    """Run tasks on this computer, and yield each when it has ended.
+
+    Whenever a worker is free it takes the first task whose preparation has ended. When the caller stops early, as by
+    Ctrl-C, the running tasks are interrupted.
+
+    Args:
+        tasks: what to run, preparations before the cells that start from them.
+        run_task: called in a thread as `run_task(task, environment=..., interrupt=...)`; it waits for a sub-process
+            with these environment variables, and ends it as soon as the event `interrupt` is set.
+        environments: of each worker; see `worker_environments`.
+    """
+    waiting, unfinished = list(tasks), {task.name for task in tasks}
+    idle = list(environments)
+    running: dict[Future[str | None], tuple[Task, Mapping[str, str]]] = {}
+    errors: dict[str | None, str | None] = {}
+    interrupt = threading.Event()
+    with ThreadPoolExecutor(len(environments)) as pool:
+        try:
+            while waiting or running:
+                ready = [task for task in waiting if required_preparation(task) not in unfinished]
+                for task in ready[: len(idle)]:
+                    waiting.remove(task)
+                    environment = idle.pop(0)
+                    run = partial(run_task, environment=environment, interrupt=interrupt)
+                    future = pool.submit(_attempt, task, run, errors.get(required_preparation(task)))
+                    running[future] = task, environment
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task, environment = running.pop(future)
+                    idle.append(environment)
+                    unfinished.remove(task.name)
+                    errors[task.name] = future.result()
+                    yield task, errors[task.name]
+        finally:
+            interrupt.set()
+
+
+def run_on_dask(tasks: Sequence[Task], run_task: Callable[[Task], object], scheduler: str) -> Iterator[Result]:
+    """Run tasks on a Dask cluster, and yield each when it has ended, in no order.
+
+    If workers declare a resource `GPU`, each task takes one. Workers must see the study's and the data's folders under
+    the same paths, and have this project installed.
+
+    Args:
+        tasks: what to run, preparations before the cells that start from them.
+        run_task: runs one task; must be picklable.
+        scheduler: address of the cluster, such as `tcp://10.0.0.1:8786`.
+
+    Raises:
+        ModuleNotFoundError: when Dask is not installed.
+    """
+    try:
+        from distributed import Client, as_completed
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "--scheduler needs Dask, which is not installed: pip install -c constraints.txt 'dask[distributed]'"
+        ) from error
+    with Client(scheduler) as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else None
+        futures: dict[str | None, Any] = {}
+        for place, task in enumerate(tasks):
+            error_of_preparation = futures.get(required_preparation(task))
+            options = {"key": task.name, "pure": False, "priority": -place, "resources": resources}
+            futures[task.name] = client.submit(_attempt, task, run_task, error_of_preparation, **options)
+        task_of = {task.name: task for task in tasks}
+        for future in as_completed(futures.values()):
+            yield task_of[future.key], future.result()
+
+
+def worker_environments(workers: int, threads: int | None = None) -> list[dict[str, str]]:
+    """Share out GPUs and cores between local workers: list the environment variables of each.
+
+    Args:
+        workers: sub-processes at a time.
+        threads: CPU threads of each; None for an equal share of the cores, and for torch's own choice with one worker.
+
+    Raises:
+        ValueError: when `workers` is not positive, or there are fewer GPUs than workers.
+    """
+    gpus = torch.cuda.device_count()
+    if workers < 1:
+        raise ValueError(f"expected workers to be 1 or more, received {workers}")
+    if 0 < gpus < workers:
+        raise ValueError(f"expected no more workers than GPUs, one cell each; received {workers} for {gpus} GPUs")
+    if threads is None and workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    gpu_of = [{"CUDA_VISIBLE_DEVICES": visible[place]} if gpus else {} for place in range(workers)]
+    return [thread_limits(threads) | gpu for gpu in gpu_of]
+
+
+def thread_limits(threads: int | None) -> dict[str, str]:
+    """Return the environment variables that limit a process to a number of CPU threads, none for None."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {} if threads is None else {name: str(threads) for name in names}
+
+
+def _attempt(task: Task, run_task: Callable[[Task], object], error_of_preparation: str | None) -> str | None:
+    """Run a task unless its preparation has failed; return the error message, None for success."""
+    if error_of_preparation is not None:
+        return f"not run, since it starts from {required_preparation(task)}, which failed"
+    try:
+        run_task(task)
+    except (CellError, ValueError) as error:
+        return str(error)
+    return None
