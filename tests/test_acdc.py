@@ -6,7 +6,7 @@ from components.data.acdc import list_cases, list_patients, split_patients
 
 
 def write_patient(folder: Path, name: str, ed: int = 1, es: int = 12) -> Path:
-    """An ACDC patient of empty files: listing looks at names alone."""
+    """An ACDC patient of empty files, since listing reads only their names."""
     patient = folder / name
     patient.mkdir(parents=True)
     (patient / "Info.cfg").write_text(f"ED: {ed}\nES: {es}\nGroup: NOR\nHeight: 170.0\n")

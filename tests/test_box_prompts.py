@@ -1,4 +1,4 @@
-"""SAM prompted by the boxes of the truth."""
+"""SAM prompted with the boxes of the ground truth."""
 
 import copy
 import csv
@@ -26,7 +26,7 @@ def disc(radius: float, *, at: tuple[float, float] = (20, 20), size: int = 40) -
 
 
 def nested() -> torch.Tensor:
-    """Logits of the masks that SAM draws of RV, Myo and LV: that of the Myo has no hole where the LV is."""
+    """Logits like SAM's for RV, Myo and LV: the mask of the Myo is filled and covers the LV."""
     masks = torch.stack([disc(4, at=(20, 3)), disc(12), disc(6)])
     return torch.where(masks, 1.0, -1.0) * torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1)
 
@@ -59,7 +59,7 @@ def test_box_has_the_masks_outer_edges():
 
 @pytest.fixture(scope="module")
 def network(sam_checkpoint) -> BoxPromptedSam:
-    """SAM's own promptable decoder on its random weights, a small encoder in front."""
+    """SAM's promptable decoder with random weights, behind a small encoder."""
     return BoxPromptedSam(SamEncoder("vit_tiny", image_size=64), 4, sam_checkpoint, precision="fp32").eval()
 
 

@@ -1,4 +1,4 @@
-"""Pre-training of the UNet without labels, and what a training takes from it."""
+"""Pre-training of the UNet without labels, and a training that starts from it."""
 
 import pytest
 import torch

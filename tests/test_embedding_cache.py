@@ -14,16 +14,16 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from torch import nn
 
-from components.embeddings import files as embedding_files
 from components.embeddings.cache import EmbeddingCache, EmbeddingCacheReport
+from components.embeddings.entry_files import pack
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPE = (4, 8, 8)
-N_BYTES = {"float16": 512, "float32": 1024}  # of 256 values
-FILE_BYTES = 128 + 512 + 32 + 4  # NumPy's header, float16 values, key, checksum
+N_BYTES = 512  # of 256 values in float16
+FILE_BYTES = 128 + N_BYTES + 32 + 4  # NumPy's header, values, key, checksum
 GB = 1e9
 
-# What the scripts of other processes share: an embedding that anyone can compute anew from the number of its image.
+# Start of each script that runs in another process; image number n and its embedding are functions of n.
 COMMON = """
 import os, random, signal, sys, time
 import torch
@@ -38,7 +38,7 @@ def embedding(n, size=256):
 
 
 def run(script: str, *arguments: object) -> str:
-    """The output of a script in a process of its own, which must succeed and never meet a half-written entry."""
+    """The output of a script run in a separate process, which must succeed and never read a damaged entry."""
     result = subprocess.run(
         [sys.executable, "-c", COMMON + script, *map(str, arguments)],
         cwd=REPOSITORY,
@@ -69,15 +69,15 @@ def entries(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_embedding_comes_back_rounded_to_the_storage_type(tmp_path, dtype, in_memory):
-    cache = EmbeddingCache(None if in_memory else str(tmp_path), dtype=dtype)
+@pytest.mark.parametrize("from_memory", [True, False])
+def test_embedding_comes_back_rounded_to_the_storage_type(tmp_path, dtype, from_memory):
+    cache = EmbeddingCache(str(tmp_path), dtype=dtype)
     key = cache.key("encoder", torch.zeros(3, 2, 2))
     assert cache.get(key) is None
     stored = cache.put(key, embedding_of(0))
     assert stored.dtype == getattr(torch, dtype)
     assert bits(stored) == bits(embedding_of(0).to(stored.dtype))
-    if not in_memory:
+    if not from_memory:
         cache = EmbeddingCache(str(tmp_path), dtype=dtype)
     found = cache.get(key)
     assert found.shape == SHAPE
@@ -89,7 +89,8 @@ def test_hit_in_another_process_has_the_bits_that_the_miss_returned(tmp_path):
     cache = EmbeddingCache(str(tmp_path))
     stored = cache.put(cache.key("encoder", torch.full((1, 2, 2), 7.0)), embedding_of(7))
     script = """
-found = EmbeddingCache(folder).get(EmbeddingCache(None).key("encoder", image(7)))
+cache = EmbeddingCache(folder)
+found = cache.get(cache.key("encoder", image(7)))
 print(tuple(found.shape), found.dtype, found.numpy().tobytes().hex())
 """
     assert run(script, tmp_path).strip() == f"{SHAPE} torch.float16 {bits(stored).hex()}"
@@ -103,8 +104,8 @@ def test_entry_is_a_numpy_file(tmp_path):
     assert np.array_equal(np.load(path), stored.numpy())
 
 
-def test_key_depends_on_everything_that_an_embedding_depends_on():
-    cache = EmbeddingCache(None)
+def test_key_depends_on_everything_that_an_embedding_depends_on(tmp_path):
+    cache = EmbeddingCache(str(tmp_path))
     image = torch.zeros(3, 4, 4)
     third = image.clone()
     third[2, 3, 3] = 0.3
@@ -114,7 +115,7 @@ def test_key_depends_on_everything_that_an_embedding_depends_on():
     keys = [
         cache.key("encoder", image),
         cache.key("other encoder", image),
-        EmbeddingCache(None, dtype="float32").key("encoder", image),
+        EmbeddingCache(str(tmp_path), dtype="float32").key("encoder", image),
         cache.key("encoder", image.to(torch.float64)),
         cache.key("encoder", image.to(torch.int32)),  # the same bytes
         cache.key("encoder", image.view(3, 2, 8)),  # likewise
@@ -127,20 +128,20 @@ def test_key_depends_on_everything_that_an_embedding_depends_on():
     assert {len(key) for key in keys} == {32}
 
 
-def test_every_pixel_changes_the_key():
-    cache = EmbeddingCache(None)
+def test_every_pixel_changes_the_key(tmp_path):
+    cache = EmbeddingCache(str(tmp_path))
     images = torch.eye(27).view(27, 3, 3, 3)  # one pixel set in each
     assert len({cache.key("encoder", image) for image in images}) == 27
 
 
-def test_same_content_has_the_same_key_however_it_lies_in_memory():
-    cache = EmbeddingCache(None)
+def test_same_content_has_the_same_key_however_it_lies_in_memory(tmp_path):
+    cache = EmbeddingCache(str(tmp_path))
     image = torch.rand(3, 4, 5)
     key = cache.key("encoder", image)
     assert key == cache.key("encoder", image.permute(2, 0, 1).contiguous().permute(1, 2, 0))
     assert key == cache.key("encoder", image.clone().requires_grad_())
     assert key == cache.key("encoder", MetaTensor(image))
-    assert key == EmbeddingCache(None).key("encoder", image)
+    assert key == EmbeddingCache(str(tmp_path / "other")).key("encoder", image)
     assert cache.key("encoder", image.bfloat16()) != key
 
 
@@ -177,7 +178,7 @@ def damage(kind: str, path: Path, other: Path) -> None:
     elif kind == "empty":
         content.clear()
     elif kind == "zeros":
-        content[:] = bytes(4)  # whose last four bytes are the CRC-32 of nothing
+        content[:] = bytes(4)  # the CRC-32 of no bytes
     elif kind == "another embedding's file":
         content[:] = other.read_bytes()
     path.write_bytes(content)
@@ -217,13 +218,13 @@ def test_whole_entry_of_another_dtype_or_kind_is_a_miss(tmp_path):
     cache.put(key_of(0), embedding_of(0))
     assert EmbeddingCache(str(tmp_path), dtype="float32").get(key_of(0)) is None
     (path,) = entries(tmp_path)
-    words = embedding_files.pack(torch.zeros(256, dtype=torch.int16), key_of(0))
+    words = pack(torch.zeros(256, dtype=torch.int16), key_of(0))
     path.write_bytes(words)
     assert EmbeddingCache(str(tmp_path)).get(key_of(0)) is None
 
 
 def test_killed_writers_leave_no_wrong_embedding(tmp_path):
-    # Forked, as importing torch twenty times would take longer than all the rest.
+    # Forked, because importing torch twenty times would take longer than everything else.
     script = """
 def fill():
     cache = EmbeddingCache(folder, memory_gb=0)
@@ -253,13 +254,13 @@ print(n)
 """
     n_written = int(run(script, tmp_path))
     assert n_written >= 10
-    assert len(entries(tmp_path)) == n_written + 1  # and none besides those checked
+    assert len(entries(tmp_path)) == n_written + 1  # and none that was not checked
     others = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {path.name for path in entries(tmp_path)}
     assert others == {".lock"}
 
 
 def test_two_processes_filling_at_once_leave_no_wrong_embedding(tmp_path):
-    # Each holds another embedding of the same images: whoever is first, both must go on with the same bits.
+    # Each has different embeddings of the same images; both must get the bits of the one stored first.
     script = """
 def fill(number, out):
     cache = EmbeddingCache(folder)
@@ -308,7 +309,7 @@ def test_at_the_limit_nothing_more_is_admitted_and_earlier_entries_stay(tmp_path
     cache = EmbeddingCache(str(tmp_path), limit_gb=2.5 * FILE_BYTES / GB, memory_gb=0)
     for n in range(4):
         assert bits(cache.put(key_of(n), embedding_of(n))) == bits(embedding_of(n).half())
-    assert cache.size_bytes() == 2 * FILE_BYTES
+    assert [path.stat().st_size for path in entries(tmp_path)] == [FILE_BYTES] * 2
     assert cache.refused == 2
     assert [cache.get(key_of(n)) is not None for n in range(4)] == [True, True, False, False]
     reopened = EmbeddingCache(str(tmp_path), limit_gb=2.5 * FILE_BYTES / GB)
@@ -327,17 +328,17 @@ def test_damaged_entry_is_replaced_even_at_the_limit(tmp_path):
 
 
 def test_caches_sharing_a_folder_count_each_others_entries(tmp_path):
-    limit_gb = 4 * FILE_BYTES / GB  # a 64th of it is less than one entry, so each recounts at every write
+    limit_gb = 4 * FILE_BYTES / GB  # a 64th of it is less than one entry, so the folder is measured after every write
     first, second = (EmbeddingCache(str(tmp_path), limit_gb=limit_gb) for _ in range(2))
     for n in range(0, 10, 2):
         first.put(key_of(n), embedding_of(n))
         second.put(key_of(n + 1), embedding_of(n + 1))
-    assert 4 <= len(entries(tmp_path)) <= 5  # one too many at most: the last to write had not seen the other's
+    assert 4 <= len(entries(tmp_path)) <= 5  # at most one too many, if the last to write had not counted the other's
     assert first.refused + second.refused == 10 - len(entries(tmp_path))
 
 
 def test_memory_is_limited_and_the_disk_holds_the_rest(tmp_path):
-    cache = EmbeddingCache(str(tmp_path), memory_gb=2.5 * N_BYTES["float16"] / GB)
+    cache = EmbeddingCache(str(tmp_path), memory_gb=2.5 * N_BYTES / GB)
     for n in range(4):
         cache.put(key_of(n), embedding_of(n))
     for path in entries(tmp_path):
@@ -359,18 +360,6 @@ def test_memory_serves_what_the_disk_has_no_room_for(tmp_path):
     cache.put(key_of(0), embedding_of(0))
     assert (cache.refused, entries(tmp_path)) == (1, [])
     assert bits(cache.get(key_of(0))) == bits(embedding_of(0).half())
-
-
-def test_without_a_folder_embeddings_live_in_memory_up_to_its_limit(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cache = EmbeddingCache(None, memory_gb=2.5 * N_BYTES["float32"] / GB, dtype="float32")
-    for n in range(4):
-        assert cache.get(key_of(n)) is None
-        assert torch.equal(cache.put(key_of(n), embedding_of(n)), embedding_of(n))
-    assert [cache.get(key_of(n)) is not None for n in range(4)] == [True, True, False, False]
-    assert (cache.hits, cache.misses, cache.refused) == (2, 6, 2)
-    assert cache.size_bytes() == 2 * N_BYTES["float32"]
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
@@ -414,7 +403,7 @@ def test_home_is_found_in_a_folder_that_no_shell_has_expanded(tmp_path, monkeypa
     assert EmbeddingCache("~/cache").folder == tmp_path / "cache"
 
 
-def test_folder_that_cannot_be_made_is_refused_with_a_way_out(tmp_path):
+def test_folder_that_cannot_be_made_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = EmbeddingCache(str(tmp_path / "file" / "cache"))
     for use in (lambda: cache.get(key_of(0)), lambda: cache.put(key_of(0), embedding_of(0))):
@@ -425,7 +414,7 @@ def test_folder_that_cannot_be_made_is_refused_with_a_way_out(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_that_cannot_be_written_is_refused_with_a_way_out(tmp_path):
+def test_folder_that_cannot_be_written_is_refused_with_a_remedy(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OSError, match=r"expected a folder that can be .*--cache_dir .*'\$None'"):
@@ -467,9 +456,9 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value, dtype):
     assert cache.get(key_of(0)) is None
 
 
-def test_unknown_dtype_is_refused_naming_both():
+def test_unknown_dtype_is_refused_naming_both(tmp_path):
     with pytest.raises(ValueError, match="expected dtype float16 or float32, received 'bfloat16'"):
-        EmbeddingCache(None, dtype="bfloat16")
+        EmbeddingCache(str(tmp_path), dtype="bfloat16")
 
 
 class Encoder(nn.Module):
@@ -479,8 +468,8 @@ class Encoder(nn.Module):
 
 
 def reports(caplog) -> list[str]:
-    """What the cache has logged; ignite may log beside it."""
-    return [record.getMessage() for record in caplog.records if record.name == "components.embedding_cache"]
+    """The messages that the cache has logged, without those of ignite."""
+    return [record.getMessage() for record in caplog.records if record.name == "components.embeddings.cache"]
 
 
 def test_report_logs_where_the_embeddings_are_and_what_the_run_made_of_them(tmp_path, caplog):
@@ -490,7 +479,7 @@ def test_report_logs_where_the_embeddings_are_and_what_the_run_made_of_them(tmp_
             cache.put(key_of(n), embedding_of(n))
     engine = Engine(lambda *_: None)
     EmbeddingCacheReport(nn.Sequential(nn.Linear(1, 1), Encoder(cache))).attach(engine)
-    with caplog.at_level(logging.INFO, logger="components.embedding_cache"):
+    with caplog.at_level(logging.INFO, logger="components.embeddings.cache"):
         engine.run([0])
     (message,) = reports(caplog)
     assert message == (
@@ -499,17 +488,15 @@ def test_report_logs_where_the_embeddings_are_and_what_the_run_made_of_them(tmp_
     )
 
 
-def test_report_of_a_memory_only_cache_says_so():
-    cache = EmbeddingCache(None)
+def test_report_counts_in_units_of_10_to_the_9_bytes(tmp_path):
+    cache = EmbeddingCache(str(tmp_path))
     cache.put(key_of(0), torch.zeros(5_000_000))  # 10 MB at 2 bytes
-    assert cache.describe() == (
-        "embedding cache in memory: 1 embeddings, 0.01 of 4 GB; this run looked up 0, encoded 0"
-    )
+    assert cache.describe().endswith("1 embeddings, 0.01 of 16 GB; this run looked up 0, encoded 0")
 
 
 def test_report_of_a_network_without_a_cache_logs_nothing(caplog):
     engine = Engine(lambda *_: None)
     EmbeddingCacheReport(nn.Sequential(Encoder(None), nn.Linear(1, 1))).attach(engine)
-    with caplog.at_level(logging.INFO, logger="components.embedding_cache"):
+    with caplog.at_level(logging.INFO, logger="components.embeddings.cache"):
         engine.run([0])
     assert reports(caplog) == []

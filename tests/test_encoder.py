@@ -1,9 +1,13 @@
+import copy
 import logging
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import randomise_positions
+from conftest import REPOSITORY, randomise_positions
 from torch import nn
 
 from components.sam.encoder import SamEncoder, fingerprint
@@ -15,7 +19,7 @@ PIXEL_STD = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
 
 
 def build_sam_tiny() -> nn.Module:
-    """A whole SAM around the tiny encoder, put together from `segment_anything`'s classes alone."""
+    """A complete SAM with the tiny encoder, built from `segment_anything`'s classes only."""
     sam = import_from_segment_anything("build_sam").build_sam_vit_b()
     tiny = ARCHITECTURES["vit_tiny"]
     sam.image_encoder = import_from_segment_anything("modeling.image_encoder").ImageEncoderViT(
@@ -89,15 +93,29 @@ def test_constant_pixel_mean_becomes_zero():
     assert encoder.preprocess(PIXEL_MEAN.expand(1, 3, 32, 32)).abs().max() < 1e-5
 
 
-def test_interpolated_positions_keep_left_from_right(tiny_checkpoint):
-    # One white pixel patch at the left: with positions a shifted image gives other embeddings, not shifted ones.
+def test_weights_and_fingerprint_do_not_depend_on_the_image_size(tiny_checkpoint):
     encoder = SamEncoder("vit_tiny", tiny_checkpoint, image_size=320)
     native = SamEncoder("vit_tiny", tiny_checkpoint, image_size=256)
     assert torch.equal(native.fingerprint, encoder.fingerprint)
     for key, value in native.image_encoder.state_dict().items():
         assert torch.equal(value, encoder.image_encoder.state_dict()[key]), key
-    blank = torch.full((1, 3, 64, 64), 100.0)
-    assert encoder(blank).std(dim=(2, 3)).mean() > 0.01
+
+
+def test_interpolated_positions_keep_left_from_right(sam_tiny, tiny_checkpoint):
+    # Within a blank image only positions differ. The reference is SAM's encoder with positions of the larger grid.
+    blank = torch.full((1, 3, 320, 320), 100.0)
+    embedding = SamEncoder("vit_tiny", tiny_checkpoint, image_size=320)(blank)
+    assert embedding.std(dim=(2, 3)).mean() > 0.01
+
+    sams = copy.deepcopy(sam_tiny.image_encoder)
+    native = sams.pos_embed.detach().permute(0, 3, 1, 2)
+    positions = nn.functional.interpolate(native, (20, 20), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    tolerance = 1e-5 * float(embedding.abs().max())
+    for given, same in ((positions, True), (positions.flip(2), False), (positions.transpose(1, 2), False)):
+        sams.pos_embed = nn.Parameter(given)
+        with torch.no_grad():
+            expected = sams((blank - PIXEL_MEAN) / PIXEL_STD)
+        assert torch.allclose(embedding, expected, rtol=0, atol=tolerance) == same
 
 
 def test_frozen_encoder_stays_in_eval_mode_without_gradients():
@@ -132,7 +150,9 @@ def test_random_weights_are_the_same_for_every_seed_and_leave_the_generator_alon
 def test_fingerprint_of_a_trained_encoder_follows_any_optimizer(fused):
     encoder = SamEncoder("vit_tiny", image_size=64, trainable=True)
     before = encoder.state_dict()["fingerprint"].clone()
-    optimizer = torch.optim.AdamW(encoder.parameters(), fused=fused)  # a fused one does not raise tensors' versions
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), fused=fused
+    )  # a fused one does not increment the tensors' versions
     encoder(torch.rand(1, 3, 64, 64) * 255).sum().backward()
     optimizer.step()
     state = encoder.state_dict()
@@ -196,7 +216,46 @@ def test_misshapen_key_is_named(tiny_checkpoint, tmp_path):
         SamEncoder("vit_tiny", path)
 
 
-def test_segment_anything_imports_the_same_modules_later():
-    ours = import_from_segment_anything("modeling.image_encoder")
-    assert ours.__name__ == "segment_anything.modeling.image_encoder"
-    assert import_from_segment_anything("modeling.image_encoder") is ours
+TORCHVISION = {
+    "working": {
+        "__init__.py": "",
+        "ops/boxes.py": "batched_nms = box_area = None",
+        "transforms/functional.py": "resize = to_pil_image = None",
+    },
+    "broken": {"__init__.py": "raise RuntimeError('operator torchvision::nms does not exist')"},
+    "absent": {"__init__.py": "raise ModuleNotFoundError(\"No module named 'torchvision'\")"},
+}
+
+
+@pytest.mark.parametrize("torchvision", TORCHVISION)
+def test_ordinary_import_of_segment_anything_finds_the_same_modules_later(torchvision, tmp_path):
+    # In a separate process; the stub hides a torchvision that may be installed.
+    for name, content in TORCHVISION[torchvision].items():
+        path = tmp_path / "torchvision" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    script = f"""
+import sys
+from components.sam.encoder import ImageEncoder
+from components.sam.segment_anything_import import import_from_segment_anything
+ours = import_from_segment_anything("modeling.image_encoder")
+assert ours.__name__ == "segment_anything.modeling.image_encoder"
+assert "segment_anything" not in sys.modules
+try:
+    import segment_anything
+except Exception as error:
+    assert "torchvision" in str(error), error
+    assert {torchvision != "working"}
+else:
+    assert {torchvision == "working"}
+    from segment_anything.modeling.image_encoder import ImageEncoderViT
+    assert issubclass(ImageEncoder, ImageEncoderViT)
+    assert segment_anything.build_sam_vit_b.__globals__["ImageEncoderViT"] is ImageEncoderViT
+assert import_from_segment_anything("modeling.image_encoder") is ours
+assert import_from_segment_anything("modeling.sam").ImageEncoderViT is ours.ImageEncoderViT
+"""
+    path = os.pathsep.join(map(str, (tmp_path, REPOSITORY)))
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ def cached(folder, **others) -> SamEncoder:
 
 
 def count_encoded(encoder: SamEncoder) -> list[int]:
-    """How many images each pass through the image encoder holds, filled as it happens."""
+    """A list to which each later pass through the image encoder appends its number of images."""
     counts: list[int] = []
     encoder.image_encoder.register_forward_hook(lambda _module, args, _output: counts.append(len(args[0])))
     return counts
@@ -97,7 +97,9 @@ def test_changed_embeddings_of_a_caller_do_not_reach_the_cache(tmp_path):
 
 
 def test_scripting_tracing_and_export_pass_the_cache_by(tmp_path):
-    network = PromptFreeSam(cached(tmp_path / "cache"), LinearHead(4), "fp32").eval()  # as scripted and exported
+    network = PromptFreeSam(
+        cached(tmp_path / "cache"), LinearHead(4), "fp32"
+    ).eval()  # the precision of scripted and exported networks
     expected = build_without_cache(network)(IMAGES)
     torch.testing.assert_close(torch.jit.script(network)(IMAGES), expected)
     traced = torch.jit.trace(network, IMAGES, check_trace=False)
@@ -123,7 +125,7 @@ def test_copied_network_uses_the_same_cache(tmp_path):
 
 
 def test_half_precision_weights_pass_the_cache_by(tmp_path):
-    # Their fingerprint is that of the weights before, so nothing may be looked up under it.
+    # The fingerprint is still that of the fp32 weights, so it must not be used as a key.
     encoder = cached(tmp_path).half()
     assert encoder(IMAGES.half()).dtype == torch.float16
     assert (encoder.cache.hits, encoder.cache.misses) == (0, 0)
@@ -158,7 +160,7 @@ def test_embedding_of_a_blank_image_does_not_outlive_the_weights():
 
 
 def test_large_batch_on_a_cpu_is_encoded_in_parts():
-    # 256 pixels are a quarter of 512x512: parts of four.
+    # Four images of 256x256 have as many pixels as one of 512x512.
     encoder = SamEncoder("vit_tiny", image_size=256)
     counts = count_encoded(encoder)
     encoder(torch.rand(6, 3, 16, 16))

@@ -4,9 +4,9 @@ import torch
 from components.networks.heads import CNNHead, LinearHead, ViTHead
 from components.sam.segment_anything_import import import_from_segment_anything
 
-common = import_from_segment_anything("modeling.common")
-mask_decoder = import_from_segment_anything("modeling.mask_decoder")
-transformer = import_from_segment_anything("modeling.transformer")
+sam_common = import_from_segment_anything("modeling.common")
+sam_mask_decoder = import_from_segment_anything("modeling.mask_decoder")
+sam_transformer = import_from_segment_anything("modeling.transformer")
 
 HEADS = {
     "vit": lambda: ViTHead(4),
@@ -16,7 +16,7 @@ HEADS = {
     "cnn5": lambda: CNNHead(4, depth=5),
     "linear": lambda: LinearHead(4),
 }
-# method: the paper's section 3.2 as this project reads it; k = 2 and 4 are the authors' own counts.
+# Counts of the heads as specified in paper section 3.2; those of k = 2 and 4 are also the authors' own.
 PARAMETERS = {
     "vit": 3_510_144,
     "cnn2": 1_808_132,
@@ -40,7 +40,7 @@ def test_logits_are_raw_and_every_parameter_learns(name):
     head = HEADS[name]()
     logits = head(torch.randn(2, 256, 4, 4))
     assert (logits < 0).any()
-    # Squares, as a plain sum would leave some gradients exactly zero.
+    # Squares, because some gradients of a plain sum are exactly zero.
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
 
@@ -71,12 +71,12 @@ def test_vit_head_with_one_class_and_no_noise_is_sams_decoder_without_prompts(sa
 
 
 def duplicated_decoder(head: ViTHead, embeddings: torch.Tensor) -> torch.Tensor:
-    """What the head computes, by SAM's own modules on an image that is duplicated for each class."""
-    sams = transformer.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048).double()
+    """The head's output as computed by SAM's own modules, on an image duplicated for each class."""
+    sams = sam_transformer.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048).double()
     sams.load_state_dict(head.transformer.state_dict())
-    upscaling = mask_decoder.MaskDecoder(transformer_dim=256, transformer=sams).output_upscaling.double()
+    upscaling = sam_mask_decoder.MaskDecoder(transformer_dim=256, transformer=sams).output_upscaling.double()
     upscaling.load_state_dict(head.output_upscaling.state_dict())
-    # The head's own parameters, so that gradients arrive there.
+    # With the head's own parameters, so that they receive the gradients.
     for module, own in ((sams, head.transformer), (upscaling, head.output_upscaling)):
         for name, parameter in own.named_parameters():
             owner, _, last = name.rpartition(".")
@@ -115,7 +115,7 @@ def test_linear_head_equals_convolutions_of_the_same_weights():
     head = LinearHead(4).double()
     convolutions = torch.nn.Sequential(
         torch.nn.ConvTranspose2d(256, 64, kernel_size=2, stride=2),
-        common.LayerNorm2d(64),
+        sam_common.LayerNorm2d(64),
         torch.nn.GELU(),
         torch.nn.ConvTranspose2d(64, 32, kernel_size=2, stride=2),
         torch.nn.GELU(),
@@ -141,7 +141,7 @@ def test_head_in_bf16_is_near_fp32(name):
 
 
 def test_vit_head_classes_and_images_do_not_mix():
-    # Sharing the image side between classes and batching images must change nothing for either.
+    # Each class and image must have the logits that it has alone.
     torch.manual_seed(0)
     head = ViTHead(3, token_noise=0.5)
     embeddings = torch.randn(2, 256, 4, 4)
@@ -163,8 +163,8 @@ def test_vit_head_token_noise_sets_classes_apart_the_same_way_every_time(sam_che
     silent = ViTHead(4, sam_checkpoint, token_noise=0.0).tokens
     assert torch.equal(silent[0], silent[3])
     assert (tokens - silent).std().item() == pytest.approx(0.02, rel=0.1)
-    untaught = ViTHead(4).tokens
-    assert (untaught[0] - untaught[1]).std().item() == pytest.approx(2**0.5, rel=0.1)
+    without_checkpoint = ViTHead(4).tokens
+    assert (without_checkpoint[0] - without_checkpoint[1]).std().item() == pytest.approx(2**0.5, rel=0.1)
 
 
 def test_vit_head_positions_and_no_mask_embedding_are_frozen_buffers():

@@ -64,8 +64,10 @@ def test_bf16_gives_fp32_logits_near_those_of_fp32_and_trains_fp32_weights(train
     assert {p.grad.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize(("precision", "native", "reduced"), [("auto", True, True), ("auto", False, False)])
-def test_auto_precision_is_bf16_only_where_native(precision, native, reduced, monkeypatch):
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_bf16_is_used_where_asked_for_and_by_auto_only_where_native(precision, native, monkeypatch):
+    reduced = {"fp32": False, "bf16": True, "auto": native}[precision]
     network = build()
     expected = network(IMAGES)
     network.precision = precision

@@ -70,7 +70,7 @@ def test_views_are_the_same_in_another_run_and_beside_other_volumes():
     expected = images(few)
     np.random.seed(1)
     many = SliceDataset([FIRST, SECOND], None, augmentation(), views=4, progress=False)
-    images(many)  # other slices drawn before
+    images(many)  # other slices are augmented before
     assert all_equal(expected, images(many)[3:])
 
 
@@ -122,7 +122,9 @@ def test_order_of_an_epoch_depends_on_seed_and_number_alone():
         seen = []
         trainer = Engine(lambda _engine, batch: seen.append(batch["image"]))
         EpochSeeds(dataset, seed).attach(trainer)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: torch.rand(7))  # as a validation may
+        trainer.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda: torch.rand(7)
+        )  # uses random numbers, as a validation may
 
         @trainer.on(Events.STARTED)
         def go_on(engine):

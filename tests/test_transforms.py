@@ -134,7 +134,7 @@ def test_canvas_is_inverted_to_the_native_grid(tmp_path, shape):
     native = Invertd("pred", transform=canvas, orig_keys="image", nearest_interp=False)(item)["pred"]
     assert native.shape == (1, *shape)
     assert np.allclose(native.affine, nib.load(tmp_path / "ramp.nii.gz").affine)
-    # Interpolation keeps a ramp but for its rim, where the padding's zeros mix in.
+    # Interpolation preserves a ramp except at its border, where it includes zeros of the padding.
     inner = (slice(6, -6), slice(6, -6))
     assert np.abs(native[0].numpy()[inner] - ramp[inner]).max() < 0.02
 

@@ -60,7 +60,7 @@ def test_two_volumes_that_would_overwrite_each_others_prediction_are_refused(tmp
 def test_saved_label_map_has_the_images_shape_affine_and_uint8(tmp_path, shape):
     image = LoadVolumed("image")({"image": save(tmp_path / "x.nii.gz", shape)})["image"]
     labels = (image > 10).float()
-    labels.affine = labels.affine + 1e-9  # what rounding in an inversion may leave behind
+    labels.affine = labels.affine + 1e-9  # a rounding error such as an inversion may cause
     _saver(tmp_path / "out")({"pred": labels})
     written = nib.load(tmp_path / "out" / "x_pred.nii.gz")
     assert written.shape == shape

@@ -1,4 +1,4 @@
-"""How files reach the disk: whole or not at all."""
+"""Atomic writing: after a crash a path holds the previous file or the whole new one."""
 
 import os
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ _PARTIAL_PREFIX = ".partial-"
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file to write; on success it takes the place of `path` in one step.
+    """Yield a temporary file to write; on success it replaces `path` in one step.
 
     Args:
-        path: file to create or replace; missing folders are made.
+        path: file to create or replace; missing folders are created.
 
     Yields:
-        The temporary file's path: hidden, in the same folder, so that the replacement never crosses file systems, and
-        with the same suffix, by which writers choose a format.
+        The temporary file's path: hidden, in the same folder, so that the replacement stays within one file system, and
+        with the same suffix, from which writers infer the format.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -28,29 +28,29 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # before the rename: a power cut could else leave an empty file under the new name
+            os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """Save an object by `torch.save` so that the path holds the older file or the whole new one, never a part.
+    """Save an object by `torch.save`, atomically.
 
     Args:
         content: tensors and plain types.
-        path: file to make or replace.
+        path: file to create or replace.
     """
     with write_atomically(path) as partial:
         torch.save(content, partial)
 
 
 def remove_partial_files(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left of files they were writing.
+    """Remove the temporary files of processes that were killed while writing.
 
     Args:
-        folder: where the files were to be.
-        pattern: of the files' names, such as `model.pt`.
+        folder: where they were writing.
+        pattern: glob pattern of the final names, such as `model.pt`.
     """
     for path in folder.glob(f"{_PARTIAL_PREFIX}*-{pattern}"):
         path.unlink()

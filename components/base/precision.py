@@ -1,4 +1,4 @@
-"""In which number format a network multiplies."""
+"""Precision: the number format in which a network computes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def check_precision(precision: str) -> None:
-    """Raise a ValueError for a precision that no network knows."""
+    """Raise a ValueError unless `precision` is one of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
 
 
 def autocast_to(precision: str, device_type: str) -> AbstractContextManager:
-    """Return the context in which a network of a precision computes on a type of device.
+    """Return the context that makes a network compute in a precision.
 
     Args:
-        precision: `fp32`, `bf16` or `auto`, as of `PromptFreeSam`.
+        precision: `fp32`, `bf16`, or `auto` for bf16 where the device has it natively and fp32 elsewhere.
         device_type: `cpu` or `cuda`.
 
     Returns:
-        autocast to bf16, or a context that changes nothing.
+        autocast to bf16, or a null context.
     """
     native = has_native_bf16(device_type)
     if precision == "bf16" and not native:
@@ -38,15 +38,12 @@ def autocast_to(precision: str, device_type: str) -> AbstractContextManager:
 
 
 def has_native_bf16(device_type: str) -> bool:
-    """Tell whether this machine has instructions for products in bf16, which make them faster than in fp32.
+    """Return whether a device has instructions for bf16 products, which make them faster than fp32.
 
-    A CPU has them in AMX or AVX512_BF16, a GPU from compute capability 8 on.
+    A CPU has them with AMX or AVX512_BF16, a GPU from compute capability 8 on.
 
     Args:
-        device_type: `cpu` or `cuda`.
-
-    Returns:
-        whether; False for other types.
+        device_type: `cpu` or `cuda`; for any other the answer is False.
     """
     if device_type == "cpu":
         capabilities = torch.cpu.get_capabilities()

@@ -1,7 +1,7 @@
 """The ACDC release: listing its patients, splitting them, and choosing the labelled ones.
 
 Layout: `<root>/training/patient001/` holds `Info.cfg`, which names the end-diastolic (ED) and end-systolic (ES) frames,
-one `patient001_frame<NN>.nii.gz` and `patient001_frame<NN>_gt.nii.gz` for either, and the whole 4D series.
+a `patient001_frame<NN>.nii.gz` and `patient001_frame<NN>_gt.nii.gz` for each, and the whole 4D series.
 """
 
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 SUBSETS = ("training", "validation", "test")
 CLASS_NAMES = ("RV", "Myo", "LV")  # labels 1, 2 and 3
 LABEL_UNITS = ("patients", "frames")
-HELD_OUT_PERCENT = 15  # of the patients for validation and as many for test (paper section 4.1)
+HELD_OUT_PERCENT = 15  # of the patients for validation, and the same for test (paper section 4.1)
 
 Case = dict[str, str]  # paths of an `image` and its `label`
 
@@ -30,7 +30,7 @@ def list_cases(
     label_unit: str = "patients",
     include_testing: bool = False,
 ) -> list[Case]:
-    """List the image and label of every case of one subset, as MONAI's datasets take them.
+    """List image and label of every case of a subset, as a data list for MONAI's datasets.
 
     Source: paper sections 4.1 and 4.4.
 
@@ -38,17 +38,17 @@ def list_cases(
         dataset_dir: the release's root or its `training` folder.
         subset: `training`, `validation` or `test`.
         split_seed: seed of the split by patient, 70:15:15, and of the choice of labelled patients.
-        labelled_patients: how many of the training patients count as labelled; None for all. A smaller choice is
+        labelled_patients: how many of the training patients count as labelled; None for all. A smaller selection is
             part of every larger one.
-        label_unit: what `labelled_patients` counts: `patients`, both frames of each, or single `frames`.
-        include_testing: whether the release's `testing` folder takes part in the split.
+        label_unit: what `labelled_patients` counts: `patients`, with both frames each, or single `frames`.
+        include_testing: whether the patients in the release's `testing` folder are split as well.
 
     Returns:
         dictionaries with the paths `image` and `label`, ED before ES.
 
     Raises:
-        ValueError: for a folder that is not ACDC's layout, an unknown subset or unit, more labelled patients than there
-            are, or a training or test subset without patients.
+        ValueError: for a folder without ACDC's layout, an unknown subset or unit, more labelled patients than the
+            training subset has, or a training or test subset without patients.
         FileNotFoundError: for a frame or a label that is missing.
     """
     if subset not in SUBSETS:
@@ -66,22 +66,22 @@ def list_cases(
 
 
 def patient_of(case: str) -> str:
-    """Return the patient of a case by its name: `patient001` of `patient001_frame01`."""
+    """Return the patient in the name of a case: `patient001` for `patient001_frame01`."""
     return case.partition("_frame")[0]
 
 
 def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[str, list[Case]]:
-    """Read the layout of an ACDC release.
+    """List the cases of all patients of an ACDC release.
 
     Args:
         dataset_dir: the release's root or its `training` folder.
         include_testing: whether to list the root's `testing` folder as well.
 
     Returns:
-        the ED and ES cases of every patient, by patient name, in order of name.
+        the ED and ES case of every patient, by patient name, sorted by name.
 
     Raises:
-        ValueError: when no folder is given, or it does not hold patients in ACDC's layout.
+        ValueError: when no folder is given, or it has no patients in ACDC's layout.
         FileNotFoundError: when the folder, a frame or a label is missing.
     """
     if not dataset_dir:
@@ -105,7 +105,7 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
 
 
 def split_patients(patients: Sequence[str], seed: int) -> dict[str, list[str]]:
-    """Split patients 70:15:15, validation and test rounded to the nearest whole patient, the rest training.
+    """Split patients 70:15:15; validation and test are rounded to the nearest integer, training is the rest.
 
     Args:
         patients: their names, in a fixed order.
@@ -124,12 +124,12 @@ def split_patients(patients: Sequence[str], seed: int) -> dict[str, list[str]]:
 
 
 def _choose_labelled(patients: dict[str, list[Case]], training: list[str], count: int, unit: str) -> list[Case]:
-    """Return the cases of the first `count` training patients, or the first frames of a shuffle of their frames."""
+    """Return the cases of the first `count` training patients, or the first `count` frames of all of them."""
     if unit not in LABEL_UNITS:
         raise ValueError(f"unknown label_unit {unit!r}: expected one of {', '.join(LABEL_UNITS)}")
     groups = [patients[patient] for patient in training]
     if unit == "frames":
-        # ED and ES alternate along the shuffled patients, so that one frame a patient comes first.
+        # First one frame of each patient, alternating between ED and ES, then the others.
         groups = [[cases[(index + turn) % 2]] for turn in range(2) for index, cases in enumerate(groups)]
     if not 1 <= count <= len(groups):
         raise ValueError(
@@ -140,7 +140,7 @@ def _choose_labelled(patients: dict[str, list[Case]], training: list[str], count
 
 
 def _list_frames(patient: Path) -> list[Case]:
-    """Return the ED and ES cases of one patient's folder."""
+    """Return the ED and ES case in a patient's folder."""
     info = patient / "Info.cfg"
     if not info.is_file():
         raise ValueError(f"{patient} is not an ACDC patient: expected an Info.cfg that names its ED and ES frames")

@@ -1,4 +1,4 @@
-"""A training set of 2D slices, drawn from labelled 3D volumes."""
+"""A training set of 2D slices of labelled 3D volumes."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -12,26 +12,26 @@ from tqdm import tqdm
 
 
 class SliceDataset(Dataset):
-    """The slices of volumes, each volume loaded and transformed once.
+    """The slices of volumes; each volume is loaded and transformed once.
 
-    With `views` = K, a slice is augmented in K ways only and shows another of them every epoch, the same ones in every
-    run: what draws them is the slice's content and the view's number. So a frozen encoder's embeddings of them can be
-    looked up from the (K+1)th epoch on. Views are kept in memory once made. With `views` = 0 every epoch shows a new
-    one, drawn from the slice's content and the epoch's number, so that a resumed run sees what an unbroken one does.
+    With `views` = K, there are K augmented views of each slice, which take turns from epoch to epoch, so that a frozen
+    encoder's embeddings of them are cache hits from epoch K+1 on. Views are kept in memory. With `views` = 0, every
+    epoch has a new view. The seed of a view is a hash of the slice and of the number of the view (or epoch): views are
+    the same in every run, also in a resumed one.
 
     Args:
-        data: one dictionary a volume, such as the paths `image` and `label`.
-        transform: loads and transforms a volume's dictionary; must leave `keys` as CxHxWxD arrays of whole numbers in
-            0..255 and the same depth D.
+        data: one dictionary per volume, such as the paths `image` and `label`.
+        transform: loads and transforms a volume's dictionary; its result must have `keys` as CxHxWxD arrays of integers
+            in 0..255, all with the same depth D.
         slice_transform: the augmentation; takes and returns a dictionary with `keys` as float32 CxHxW tensors, and
-            with `views` leaves whole numbers in 0..255.
-        views: number of augmented views of each slice, or 0 to augment it afresh in every epoch.
-        final_transform: applied to every slice or view last, whenever it is asked for.
-        keys: the dictionary's items that become slices.
+            with `views` must return integers in 0..255.
+        views: number of augmented views per slice; 0 for a new augmentation in every epoch.
+        final_transform: applied last, to each slice or view, at every access.
+        keys: items of the dictionary that are sliced.
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is no whole number from 0 on.
+        ValueError: when `views` is not a non-negative integer.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class SliceDataset(Dataset):
         self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._slices: list[dict[str, np.ndarray]] = []
         for item in tqdm(data, desc="Loading volumes", disable=not progress):
-            volume: Any = item if transform is None else apply_transform(transform, item)
-            stacks = {key: _in_whole_values(volume[key]) for key in self.keys}
+            volume = _apply(transform, item)
+            stacks = {key: _as_uint8(volume[key]) for key in self.keys}
             depth = next(iter(stacks.values())).shape[-1]
             self._slices += [
                 {key: np.ascontiguousarray(stack[..., index]) for key, stack in stacks.items()}
@@ -71,10 +71,10 @@ class SliceDataset(Dataset):
         return len(self._slices)
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch's views.
+        """Select the views of an epoch.
 
         Args:
-            epoch: its number, from 1 on.
+            epoch: number of the epoch, from 1 on.
         """
         self._epoch = epoch
 
@@ -82,23 +82,23 @@ class SliceDataset(Dataset):
         if self.views:
             item = _as_tensors(self._view(index, (self._epoch - 1) % self.views))
         else:
-            item = self._augmented(index, self._epoch - 1)
-        return _applied(self.final_transform, item)
+            item = self._augment(index, self._epoch - 1)
+        return _apply(self.final_transform, item)
 
     def _view(self, index: int, view: int) -> dict[str, np.ndarray]:
-        """Return an augmented view of a slice, made when first asked for."""
+        """Return a view of a slice, augmenting the slice at the first access only."""
         if (index, view) not in self._views:
-            item = self._augmented(index, view)
-            self._views[index, view] = {key: _in_whole_values(item[key]) for key in self.keys}
+            item = self._augment(index, view)
+            self._views[index, view] = {key: _as_uint8(item[key]) for key in self.keys}
         return self._views[index, view]
 
-    def _augmented(self, index: int, view: int) -> Any:
+    def _augment(self, index: int, view: int) -> Any:
         if isinstance(self.slice_transform, Randomizable):
             self.slice_transform.set_random_state(seed=_seed(self._slices[index], view))
-        return _applied(self.slice_transform, _as_tensors(self._slices[index]))
+        return _apply(self.slice_transform, _as_tensors(self._slices[index]))
 
 
-def _in_whole_values(array: Any) -> np.ndarray:
+def _as_uint8(array: Any) -> np.ndarray:
     return np.asarray(array).astype(np.uint8)
 
 
@@ -106,12 +106,12 @@ def _as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {key: torch.from_numpy(array).float() for key, array in arrays.items()}
 
 
-def _applied(transform: Callable | None, item: Any) -> Any:
+def _apply(transform: Callable | None, item: Any) -> Any:
     return item if transform is None else apply_transform(transform, item)
 
 
 def _seed(arrays: Mapping[str, np.ndarray], view: int) -> int:
-    """Draw a seed from a slice's content and a view's number, alike in every run and whatever else is trained on."""
+    """Return the seed of a view: a hash of the slice's content and the view's number."""
     digest = hashlib.sha256(str(view).encode())
     for key in sorted(arrays):
         digest.update(arrays[key].tobytes())

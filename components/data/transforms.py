@@ -1,4 +1,4 @@
-"""Dictionary transforms that MONAI does not have: checked loading, the square canvas, whole grey values, saving."""
+"""Dictionary transforms that MONAI lacks: loading with checks, padding to a square, rounding to 8-bit values."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -15,20 +15,21 @@ PERCENTILES = (0.5, 99.5)
 
 
 class LoadVolumed(LoadImaged):
-    """Load 3D NIfTI volumes as 1xHxWxD and refuse those that cannot be segmented or learned from.
+    """Load 3D NIfTI volumes as 1xHxWxD and reject those that are unfit for segmentation or training.
 
-    MONAI Label clears the loader's `image_only`: then `<key>_meta_dict` holds the metadata too, as of any `LoadImaged`.
+    With `image_only` cleared, as MONAI Label does, the metadata are also in `<key>_meta_dict`, as for any `LoadImaged`.
 
     Args:
-        keys: items that hold paths.
-        label_key: the item that holds the label, checked against `image_key` where both are present.
-        image_key: the item that holds the image.
-        num_classes: labels must be whole numbers from 0 to `num_classes` - 1.
+        keys: items with paths.
+        label_key: the item with the label, whose shape must be that of the item `image_key` if both are present.
+        image_key: the item with the image.
+        num_classes: labels must be integers from 0 to `num_classes` - 1.
         allow_missing_keys: whether an item may be absent.
 
     Raises:
         ValueError: for a file that is damaged or not 3D; an image with NaN or infinite values or without contrast;
             a label of another shape or with values out of range.
+        FileNotFoundError: when a file is not there.
     """
 
     def __init__(
@@ -106,19 +107,19 @@ class LoadVolumed(LoadImaged):
                 f"received {tuple(label.shape[1:])}"
             )
         allowed = set(range(self.num_classes))
-        strangers = sorted(set(np.unique(np.asarray(label)).tolist()) - allowed)
-        if strangers:
+        unexpected = sorted(set(np.unique(np.asarray(label)).tolist()) - allowed)
+        if unexpected:
             raise ValueError(
-                f"{path} holds labels {strangers[:5]}: expected whole numbers 0..{self.num_classes - 1}; "
+                f"{path} holds labels {unexpected[:5]}: expected whole numbers 0..{self.num_classes - 1}; "
                 "map them to the classes in the bundle's metadata.json"
             )
 
 
 class PadInPlaneToSquare(Pad):
-    """Pad the first two spatial axes to the longer one, evenly on both sides, with zeros."""
+    """Pad the shorter of the first two spatial axes to the longer one, evenly on both sides, with zeros."""
 
     def compute_pad_width(self, spatial_shape: Sequence[int]) -> tuple[tuple[int, int]]:
-        """Return how much to add before and after each axis, channels first."""
+        """Return the padding before and after each axis, channels first."""
         side = max(spatial_shape[:2])
         return SpatialPad(spatial_size=[side, side, *spatial_shape[2:]]).compute_pad_width(spatial_shape)
 
@@ -136,7 +137,7 @@ class PadInPlaneToSquared(Padd):
 
 
 class RoundIntensityd(MapTransform):
-    """Clip to 0..255 and round to whole grey values, as images of 8 bits have them.
+    """Clip to 0..255 and round, to the values of 8-bit images.
 
     Args:
         keys: items to round.

@@ -1,4 +1,4 @@
-"""What a volume says about itself: its name and its voxel spacing."""
+"""A volume's metadata: the name of its case and its voxel spacing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 
 def case_name(path: str | os.PathLike[str]) -> str:
-    """Return the name of a case: its image file's name without folder and NIfTI suffix.
+    """Return the name of a case: the name of its image file without folder and NIfTI suffix.
 
     Args:
         path: image file, such as `patient001/patient001_frame01.nii.gz`.
@@ -34,13 +34,13 @@ def case_name_of(volume: torch.Tensor) -> str:
     """Return the name of the case a loaded volume belongs to.
 
     Args:
-        volume: MetaTensor of one volume, its `meta["filename_or_obj"]` as set by `LoadImaged`.
+        volume: MetaTensor of one volume, with `meta["filename_or_obj"]` as set by `LoadImaged`.
 
     Returns:
         The name, see `case_name`.
 
     Raises:
-        ValueError: if the volume carries no file name.
+        ValueError: if the volume's metadata have no file name.
     """
     path = volume.meta.get("filename_or_obj") if isinstance(volume, MetaTensor) else None
     if not isinstance(path, str | os.PathLike):
@@ -52,7 +52,7 @@ def case_name_of(volume: torch.Tensor) -> str:
 
 
 def header_spacing_mm(volume: torch.Tensor) -> tuple[float, ...]:
-    """Return a volume's voxel spacing as its affine states it.
+    """Return a volume's voxel spacing according to its affine.
 
     Args:
         volume: channel-first MetaTensor `(C,spatial...)` of one volume, with 1 to 3 spatial axes.
@@ -61,7 +61,7 @@ def header_spacing_mm(volume: torch.Tensor) -> tuple[float, ...]:
         One spacing in mm per spatial axis, in array order.
 
     Raises:
-        ValueError: if there is no affine, or only the identity that MONAI fills in for a tensor without a header.
+        ValueError: if there is no affine, or only the identity that MONAI sets for a tensor without a header.
     """
     if isinstance(volume, MetaTensor):
         affine = volume.affine.double().cpu()

@@ -1,4 +1,4 @@
-"""NIfTI volumes on disk: finding those to segment and writing predictions beside them."""
+"""NIfTI files: finding the volumes to segment and writing their predictions."""
 
 import logging
 from collections import defaultdict
@@ -16,7 +16,7 @@ from components.data.volume_metadata import NIFTI_SUFFIXES, case_name
 logger = logging.getLogger(__name__)
 
 PREDICTION_POSTFIX = "pred"
-NOT_IMAGES = ("_gt", "_" + PREDICTION_POSTFIX)  # names of labels and predictions end in these
+NOT_IMAGES = ("_gt", "_" + PREDICTION_POSTFIX)  # postfixes of labels and predictions
 
 
 def find_volumes(dataset_dir: str) -> list[dict[str, str]]:
@@ -27,10 +27,10 @@ def find_volumes(dataset_dir: str) -> list[dict[str, str]]:
             hidden files and files that are not 3D are left out.
 
     Returns:
-        one dictionary with the path `image` a volume, in order of path.
+        one dictionary per volume with its path as `image`, sorted by path.
 
     Raises:
-        ValueError: when none is given, none is found, or two would be saved under one name.
+        ValueError: when `dataset_dir` is empty or has no volume, or two predictions would have the same name.
         FileNotFoundError: when the file or folder is not there.
     """
     if not dataset_dir:
@@ -59,33 +59,33 @@ def find_volumes(dataset_dir: str) -> list[dict[str, str]]:
 
 
 def _is_image(path: Path) -> bool:
-    """Tell whether a file is a NIfTI image that is not known to be something else than a 3D volume."""
+    """Return whether a file is a NIfTI image and 3D, as far as it can be read."""
     if not path.name.endswith(NIFTI_SUFFIXES) or path.name.startswith("."):
         return False
     if case_name(path).endswith(NOT_IMAGES):
         return False
     try:
         return len(nib.load(path).shape) == 3  # type: ignore[attr-defined]
-    except Exception:  # a damaged file must not drop out unseen: the loader names it and stops
+    except Exception:  # a damaged file must not be skipped silently: the loader reports it
         return True
 
 
 class VolumeWriter(NibabelWriter):
-    """Write a label map as a 3D NIfTI file with its image's shape and affine, whole or not at all.
+    """Write a label map atomically as a 3D NIfTI file with its image's shape and affine.
 
-    Differs: MONAI's writer drops a last axis of length 1, so that a volume of a single slice comes back as an image,
-    and a run killed while writing leaves half a file.
+    Differs: MONAI's writer drops a last axis of length 1, so that a volume of a single slice becomes a 2D image, and a
+    run that is killed while writing leaves a partial file.
     """
 
     def set_data_array(  # type: ignore[override]
         self, data_array: NdarrayOrTensor, channel_dim: int | None = 0, **_: Any
     ) -> None:
-        """Take the only channel of a channel-first array.
+        """Set the label map from a channel-first array with one channel.
 
         Args:
             data_array: 1xHxWxD.
             channel_dim: must be 0.
-            _: MONAI's other options, of which none applies: all three spatial axes are kept.
+            _: MONAI's other options, ignored: all three spatial axes are kept.
 
         Raises:
             ValueError: when the array has another number of axes or channels.
@@ -95,11 +95,11 @@ class VolumeWriter(NibabelWriter):
         self.data_obj = data_array[0]
 
     def set_metadata(self, meta_dict: Mapping | None, **_: Any) -> None:  # type: ignore[override]
-        """Take the affine of the image's file, to the last bit.
+        """Set the affine, exactly as in the image's file.
 
         Args:
-            meta_dict: metadata of the image, with the `original_affine` and `spatial_shape` of its file.
-            _: MONAI's options of resampling: the label map must be on the image's grid already.
+            meta_dict: metadata of the image, with `original_affine` and `spatial_shape` of its file.
+            _: MONAI's options for resampling, ignored: the label map must already be on the image's grid.
 
         Raises:
             ValueError: when the label map is on another grid.
@@ -114,7 +114,7 @@ class VolumeWriter(NibabelWriter):
         super().set_metadata({"affine": meta["original_affine"]}, resample=False)
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs: Any) -> None:
-        """Write to a temporary file in the same folder and move it into place.
+        """Write the file atomically.
 
         Args:
             filename: the file to create or replace, ending in `.nii.gz` or `.nii`.

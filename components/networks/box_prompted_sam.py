@@ -1,4 +1,4 @@
-"""The baseline that is SAM itself: one box prompt a class, drawn around the truth, and no training."""
+"""The baseline of SAM itself, untrained: one box prompt per class, taken from the ground truth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OVERLAPS = ("smallest", "logit", "argmax")
 
 
 class BoxPromptedSam(nn.Module):
-    """SAM's masks of the boxes of the true classes, made into one label map.
+    """Segment images by SAM, prompted with the bounding box of each class in the ground truth.
 
     Source: the row "SAM" of the paper's table 1. Differs: the authors feed images in 0..1 to a network that expects
     0..255, and resolve overlaps by `argmax`.
@@ -24,15 +24,14 @@ class BoxPromptedSam(nn.Module):
     Args:
         encoder: SAM's image encoder.
         out_channels: classes C, background included.
-        checkpoint: SAM checkpoint of prompt encoder and mask decoder; None for random weights, the
-            same in every run.
-        overlaps: what a pixel in the masks of several classes becomes: `smallest`, the class of the smallest mask, so
-            that the LV survives a mask of the Myo without its hole; `logit`, that of the highest logit; or `argmax`,
-            the first of them, as the authors do.
-        precision: as of `components.networks.PromptFreeSam`.
+        checkpoint: SAM checkpoint of prompt encoder and mask decoder; None for random weights, the same in every run.
+        overlaps: which class a pixel in several masks gets: `smallest`, that of the smallest mask, so that the LV
+            remains visible within a filled mask of the Myo; `logit`, that of the highest logit; or `argmax`, the first
+            of the classes, as in the authors' code.
+        precision: as for `components.networks.PromptFreeSam`.
 
     Raises:
-        ValueError: for another rule or precision, or when the checkpoint does not fit.
+        ValueError: for an unknown rule or precision, or when the checkpoint does not fit.
         FileNotFoundError: when the checkpoint is not there.
     """
 
@@ -61,13 +60,13 @@ class BoxPromptedSam(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Segment images whose truth is known.
+        """Segment images whose ground truth is known.
 
         Args:
-            images: Bx4xHxW: RGB in 0..255, and the true labels 0..C-1, of which the boxes alone are used.
+            images: Bx4xHxW: RGB in 0..255, and the true labels 0..C-1, used for the boxes only.
 
         Returns:
-            BxCxHxW, 1 for the class of a pixel and 0 for the others.
+            one-hot segmentation BxCxHxW.
         """
         rgb, truths = images[:, :3], images[:, 3].round().long()
         with autocast_to(self.precision, images.device.type):
@@ -76,7 +75,7 @@ class BoxPromptedSam(nn.Module):
         return F.one_hot(torch.stack(maps), self.out_channels).movedim(3, 1).to(images.dtype)
 
     def _label_map(self, embedding: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-        """Prompt with the boxes of one image's classes: embedding 256xhxw and labels HxW to labels HxW."""
+        """Segment one image: from its embedding 256xhxw and true labels HxW to predicted labels HxW."""
         classes = [value for value in range(1, self.out_channels) if bool((truth == value).any())]
         if not classes:
             return torch.zeros_like(truth)
@@ -97,20 +96,20 @@ class BoxPromptedSam(nn.Module):
 
 
 def tight_box(mask: torch.Tensor) -> torch.Tensor:
-    """Return the box of a mask HxW: left, upper, right and lower edge in pixels, 0 at the image's corner."""
+    """Return the tight box of a mask HxW: left, top, right and bottom edge in pixels from the top left corner."""
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
 
 
 def resolve_overlaps(logits: torch.Tensor, overlaps: str) -> torch.Tensor:
-    """Make one map of the masks of several classes.
+    """Combine the masks of several classes into one label map.
 
     Args:
-        logits: KxHxW, a mask is where its logits are above 0.
-        overlaps: as of `BoxPromptedSam`.
+        logits: KxHxW; a mask is where its logits are above 0.
+        overlaps: as for `BoxPromptedSam`.
 
     Returns:
-        HxW: 0 where there is no mask, else 1 + the index of the mask that the pixel belongs to.
+        HxW: 0 outside all masks, else 1 + the index of the mask that the pixel is assigned to.
     """
     masks = logits > 0
     if overlaps == "smallest":

@@ -1,4 +1,4 @@
-"""Pre-training of the UNet without labels: SimCLR (Chen et al. 2020) on its contracting path."""
+"""Pre-training of the UNet's contracting path without labels, by SimCLR (Chen et al. 2020)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TwoViews(Randomizable):
     """Two augmented views of an image, drawn independently.
 
     Args:
-        transform: the augmentation, of a dictionary with `image`.
+        transform: the augmentation; takes and returns a dictionary with `image`.
     """
 
     def __init__(self, transform: Callable[[dict], dict]) -> None:
@@ -30,27 +30,28 @@ class TwoViews(Randomizable):
         return self
 
     def randomize(self, data: Any) -> None:
-        """Do nothing: the augmentation draws for itself."""
+        """Do nothing: the augmentation draws its own random numbers."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
-        """Return `image` and `other`, two views of the image of `data`."""
+        """Return two views of `data["image"]` as `image` and `other`."""
         first, second = (self.transform({"image": data["image"].clone()})["image"] for _ in range(2))
         return {"image": first, "other": second}
 
 
 class ContrastiveUNet(nn.Module):
-    """From images to vectors that tell them apart: a UNet's contracting path, its maxima over space, two linear layers.
+    """Map images to vectors for a contrastive loss: a UNet's contracting path, global max pooling, two linear layers.
 
-    Maxima, not means: the path ends on an instance norm, which leaves nearly the same mean in every channel and image.
-    Its checkpoints name the path as `components.networks.GreyUNet` does, which takes them for its `start_checkpoint`.
+    Max instead of mean pooling, because the path ends on an instance norm, after which every channel of every image has
+    nearly the same mean. The path's keys in the state dict are those of `components.networks.GreyUNet`, which accepts
+    a checkpoint of this network as its `start_checkpoint`.
 
     Args:
-        width: of the UNet.
-        precision: as of `components.networks.PromptFreeSam`.
-        dimension: of the vectors.
+        width: as for `components.networks.GreyUNet`.
+        precision: as for `components.networks.PromptFreeSam`.
+        dimension: length of the vectors.
 
     Raises:
-        ValueError: for another precision.
+        ValueError: for an unknown precision.
     """
 
     def __init__(self, width: int = 64, precision: str = "auto", *, dimension: int = 128) -> None:
@@ -66,7 +67,7 @@ class ContrastiveUNet(nn.Module):
         """Embed images.
 
         Args:
-            images: Bx3xHxW in 0..255, grey: the first channel counts.
+            images: Bx3xHxW in 0..255, grey; only the first channel is used.
 
         Returns:
             vectors Bx`dimension`, fp32.

@@ -14,23 +14,23 @@ from components.sam.layers import TokenUpscale, image_of_tokens
 
 TOKEN_NOISE_SEED = 0
 SAM_TOKEN_NOISE = 0.02
-RANDOM_TOKEN_NOISE = 1.0  # less, and the classes of a random decoder take hundreds of steps to part
+RANDOM_TOKEN_NOISE = 1.0  # with less, the classes of a random decoder become distinct only after hundreds of steps
 
 
 class ViTHead(nn.Module):
-    """SAM's mask decoder without prompts, one set of output tokens a class ("AutoSAM").
+    """SAM's mask decoder without prompts, with one set of output tokens per class ("AutoSAM").
 
     Source: paper section 3.2, "Vision Transformer", and `segment_anything/modeling/mask_decoder.py`.
-    Differs: the authors' code draws a random positional encoding, leaves `no_mask_embed` out, and loads neither IoU nor
-    mask tokens; here all four are SAM's own. The classes share one hypernetwork MLP (that of SAM's mask 0) and differ
-    in their tokens. IoU head and the MLPs of masks 1 to 3 are left out. With one class and no noise this is SAM's
-    decoder given no prompt.
+    Differs: the authors' code uses a random positional encoding, leaves `no_mask_embed` out, and loads neither the IoU
+    nor the mask tokens; here all four are SAM's own. The classes share one hypernetwork MLP (that of SAM's mask 0) and
+    differ in their tokens. The IoU head and the MLPs of masks 1 to 3 are left out. With one class and no noise this is
+    SAM's decoder without prompts.
 
     Args:
         out_channels: number of classes C, background included.
         checkpoint: SAM checkpoint whose mask decoder and prompt encoder the head starts from; None for random weights.
-        token_noise: standard deviation of the seeded noise that sets the classes' copies of SAM's tokens apart; None
-            for 0.02, or without a checkpoint for 1, the spread of the random tokens themselves.
+        token_noise: standard deviation of the seeded noise added to each class's copy of SAM's tokens, so that the
+            copies differ; None for 0.02 with a checkpoint and 1, the spread of the random tokens, without.
 
     Raises:
         ValueError: when the checkpoint's decoder or prompt encoder does not fit.
@@ -53,7 +53,7 @@ class ViTHead(nn.Module):
         self.frequencies = nn.Buffer(prompts.pe_layer.positional_encoding_gaussian_matrix.clone())
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Decode a mask for each class.
+        """Decode the logits of each class.
 
         Args:
             embeddings: Bx256xhxw.
@@ -72,16 +72,17 @@ class ViTHead(nn.Module):
         return image_of_tokens(logits, height, width).view(batch, self.out_channels, 4 * height, 4 * width)
 
     def positional_encoding(self, height: int, width: int) -> torch.Tensor:
-        """Encode the positions of a grid by SAM's random Fourier features.
+        """Return SAM's positional encoding of a grid, by random Fourier features.
 
-        Source: `PositionEmbeddingRandom` of `segment_anything/modeling/prompt_encoder.py`, in a form that scripts.
+        Source: `PositionEmbeddingRandom` of `segment_anything/modeling/prompt_encoder.py`. Differs: torch.jit
+        can script it.
 
         Args:
             height: rows of the grid.
             width: columns of the grid.
 
         Returns:
-            (`height`*`width`)x256, row by row.
+            (`height`*`width`)x256, in row-major order.
         """
         frequencies = self.frequencies
         y = (torch.arange(height, device=frequencies.device, dtype=frequencies.dtype) + 0.5) / height
@@ -93,7 +94,7 @@ class ViTHead(nn.Module):
 
 
 class CNNHead(nn.Sequential):
-    """A convolutional decoder of k stages that upscales by 4 at every k.
+    """A convolutional decoder of k stages that upscales by 4 for every k.
 
     Source: paper section 3.2, "Convolutional Neural Network". Differs: the authors' code drops the transposed
     convolution of the first two stages for every k > 2, so that its upscaling depends on k; here the first k-2 stages
@@ -101,7 +102,7 @@ class CNNHead(nn.Sequential):
 
     Args:
         out_channels: number of classes C, background included.
-        depth: number of stages k, at least 2; stage widths begin at 64 * 2^k channels and halve.
+        depth: number of stages k, at least 2; the first has 64 * 2^k channels, each further one half as many.
 
     Raises:
         ValueError: when `depth` is below 2.
@@ -124,10 +125,10 @@ class CNNHead(nn.Sequential):
 
 
 class LinearHead(nn.Sequential):
-    """Two transposed convolutions, then two point-wise ones, all as matrix products on the positions.
+    """Two transposed convolutions and two point-wise ones, computed as matrix products on tokens.
 
-    Source: paper section 3.2, "Linear Layer". Differs: the authors' code ends on a ReLU, after which a class whose
-    logits fall below zero never learns again; here the logits are raw.
+    Source: paper section 3.2, "Linear Layer". Differs: the authors' code ends on a ReLU, so that a class whose logits
+    become negative gets no gradient any more; here the logits are raw.
 
     Args:
         out_channels: number of classes C, background included.
@@ -146,7 +147,7 @@ class LinearHead(nn.Sequential):
         )
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Decode each position on its own, and bring the results into place at the end.
+        """Decode each position on its own, then rearrange the results to an image.
 
         Args:
             embeddings: Bx256xhxw.

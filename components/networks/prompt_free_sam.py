@@ -1,35 +1,35 @@
-"""The network that joins SAM's image encoder and a prompt-free head."""
+"""The network of SAM's image encoder and a prompt-free head."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from components.base.precision import autocast_to, check_precision
-from components.base.weights import read_start, start_from
+from components.base.weights import load_starting_weights, read_starting_weights
 
-_OTHER_START = (
+_START_REMEDY = (
     "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
 )
 
 
 class PromptFreeSam(nn.Module):
-    """Segment images with an image encoder and a head, without prompts.
+    """Segment images without prompts, by an image encoder and a head.
 
-    Source: paper figure 2. Its checkpoints hold what was trained; `components.sam.SamEncoder` says how.
+    Source: paper figure 2. Its state dict holds the trained parts only; see `components.sam.SamEncoder`.
 
-    Precision is the network's own: it enters autocast for the device that the images are on, so the engines' `amp`
-    stays false. Weights, gradients and logits are fp32 in any case. Scripted, traced and exported, it computes in fp32.
+    The network enters autocast itself, for the device of the images, so the engines' `amp` stays false. Weights,
+    gradients and logits are always fp32. When scripted, traced or exported, it computes in fp32.
 
     Args:
         encoder: from images Bx3xHxW in 0..255 to embeddings Bx256xhxw.
         head: from embeddings to logits BxCx4hx4w.
-        precision: `fp32`; `bf16` (products and convolutions of encoder and head, in training too); or `auto`, bf16
+        precision: `fp32`; `bf16` (products and convolutions of encoder and head, also in training); or `auto`, bf16
             where the device computes it natively and fp32 elsewhere.
-        head_checkpoint: a file to start from, such as another run's `model.pt`: what `state_dict()` of a network with
-            the same head and encoder gave, weights in fp32 or fp16; None for the weights that the parts come with.
+        head_checkpoint: a file to start from, such as another run's `model.pt`: the `state_dict()` of a network with
+            the same head and encoder, weights in fp32 or fp16; None to keep the weights of `encoder` and `head`.
 
     Raises:
-        ValueError: for another precision, or a file that cannot be read or does not fit.
+        ValueError: for an unknown precision, or a file that cannot be read or does not fit.
         FileNotFoundError: when `head_checkpoint` is not there.
     """
 
@@ -47,8 +47,8 @@ class PromptFreeSam(nn.Module):
         self.head = head
         self.precision = precision
         if head_checkpoint is not None:
-            state = read_start(head_checkpoint, kind="head checkpoint", way_out=_OTHER_START)
-            start_from(self, state, path=head_checkpoint, way_out=_OTHER_START)
+            state = read_starting_weights(head_checkpoint, kind="head checkpoint", remedy=_START_REMEDY)
+            load_starting_weights(self, state, path=head_checkpoint, remedy=_START_REMEDY)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
@@ -57,9 +57,9 @@ class PromptFreeSam(nn.Module):
             images: Bx3xHxW in 0..255.
 
         Returns:
-            raw logits BxCxHxW, fp32 if the weights are, interpolated where the head's grid is another.
+            raw logits BxCxHxW, fp32 if the weights are, interpolated if the head's output has another size.
         """
-        if torch.jit.is_scripting():  # noqa: SIM108 - a branch that only a statement leaves out of the script
+        if torch.jit.is_scripting():  # noqa: SIM108 - only a statement keeps the other branch out of the script
             logits = self.head(self.encoder(images))
         else:
             logits = self._segment(images)

@@ -1,4 +1,4 @@
-"""SAM's attention with decomposed relative positions, without a bias of all heads at once and without padded work."""
+"""SAM's attention with decomposed relative positions, with less memory and without work on padding."""
 
 import math
 from typing import Final
@@ -14,16 +14,16 @@ sam_image_encoder = import_from_segment_anything("modeling.image_encoder")
 class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined]
     """Multi-head self-attention with decomposed relative positions.
 
-    Source: `Attention` of `segment_anything/modeling/image_encoder.py`, whose parameters these are. Differs: the
-    numbers are the same, but `scaled_dot_product_attention` does the work, block by block, so that neither the scores
-    nor the bias of all heads ever stand in memory; in windows, padding is neither projected to queries, keys and
-    values (a padded token's are the projection's bias) nor projected back.
+    Source: `Attention` of `segment_anything/modeling/image_encoder.py`, with the same parameters. Differs: the numbers
+    are the same, but `scaled_dot_product_attention` computes them block by block, so that neither the scores nor the
+    bias of all heads are in memory at once. In windows, padded tokens are not projected: their queries, keys and values
+    are the bias of the projection.
     """
 
-    # Elements of bias in memory at a time: on a CPU about what its caches hold, on a GPU enough to keep it busy.
+    # Elements of bias in memory at a time: on a CPU about as many as fit its caches, on a GPU enough to occupy it.
     bias_elements_cpu: Final[int] = 2**20
     bias_elements_gpu: Final[int] = 2**26
-    tile_dims: Final[int] = 32  # of a bf16 matrix unit
+    tile_dims: Final[int] = 32  # side of a tile of a bf16 matrix unit
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend globally.
@@ -36,7 +36,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         """
         batch, height, width, channels = x.shape
         tokens = x.flatten(1, 2)
-        # Three products rather than one: each has a block of memory of its own, small enough to be reused.
+        # Three products rather than one: each result is a block of memory small enough for the allocator to reuse.
         weights = self.qkv.weight.view(3, channels, channels)
         bias = self.qkv.bias
         assert bias is not None
@@ -51,7 +51,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
 
         Args:
             x: tokens BxHxWxC.
-            window_size: side of a window in tokens; windows that reach beyond the grid see padded tokens there.
+            window_size: side of a window in tokens; beyond the grid, windows contain padded tokens.
 
         Returns:
             tokens BxHxWxC.
@@ -68,7 +68,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         bias = self.qkv.bias
         assert bias is not None
         if height % window_size > 0 or width % window_size > 0:
-            # Rather than pad the tokens with zeros: what the projection makes of those.
+            # The projection of a padded token, which is zero, is the bias.
             padded = bias.to(qkv.dtype).repeat(batch, rows * window_size, columns * window_size, 1)
             padded[:, :height, :width] = qkv
             qkv = padded
@@ -80,7 +80,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         return self.proj(attended[:, :height, :width])
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Attend over grids of tokens.
+        """Attend within grids of tokens.
 
         Args:
             q: queries Gx(`height`*`width`)xheadsxD, G grids; keys `k` and values `v` likewise.
@@ -103,9 +103,9 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         return attended.transpose(1, 2).flatten(2)
 
     def _relative_positions(self, q: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what relative positions add to the scores, by the keys' row and by their column.
+        """Return the bias that relative positions add to the scores, for each row and each column of keys.
 
-        The tables are looked up anew, which costs next to nothing, so they are always those of the present weights.
+        The tables are computed from the current weights in every call, which costs almost nothing.
 
         Args:
             q: queries Gxheadsx(`height`*`width`)xD.
@@ -126,19 +126,19 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
 def rows_at_a_time(x: torch.Tensor, channels: int) -> int:
     """Return how many rows of a grid to compute at a time.
 
-    On a CPU, intermediate results of 16 MB stay in its caches, and glibc reuses their memory. Beyond 32 MB it returns
-    each to the system, and clearing new pages for the next one takes longer than filling them. A GPU wants them large.
+    On a CPU, intermediate results of 16 MB stay in the caches, and glibc reuses their memory. It returns blocks beyond
+    32 MB to the system, and clearing new pages takes longer than filling them. A GPU needs large results.
 
     Args:
         x: tokens BxHxWxC.
-        channels: of the largest intermediate result.
+        channels: channels of the largest intermediate result.
     """
     elements = 1 << 22 if x.device.type == "cpu" else 1 << 28
     return max(1, elements // (x.shape[2] * channels))
 
 
 def concatenate(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Join tensors along a dimension, without a copy where there is one only."""
+    """Concatenate tensors along a dimension, without a copy if there is only one."""
     return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
 
 
@@ -151,9 +151,9 @@ def _attend_in_blocks(
         q: queries GxheadsxNxD; keys `k` and values `v` likewise.
         k: keys.
         v: values.
-        bias_h: GxheadsxNxH, added to the scores of a row's keys, N = H*W.
-        bias_w: GxheadsxNxW, added to the scores of a column's keys.
-        limit: elements of bias in memory at a time, for one grid.
+        bias_h: GxheadsxNxH, added to the scores of all keys in a row; N = H*W.
+        bias_w: GxheadsxNxW, added to the scores of all keys in a column.
+        limit: elements of bias in memory at a time, per grid.
 
     Returns:
         GxheadsxNxD.
@@ -182,29 +182,29 @@ def _attend_in_blocks(
 def _attend_with_folded_bias(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor, multiple: int
 ) -> torch.Tensor:
-    """Attend with the bias as further dimensions of the queries, which one-hot dimensions of the keys pick out.
+    """Attend with the bias folded into the queries.
 
-    A bf16 matrix unit does the longer products faster than a bias could be written and read.
-
-    Shapes are those of `_attend_in_blocks`.
+    The queries get the bias as additional dimensions, and the keys a one-hot code of their row and column, so that the
+    product of both contains the bias. A bf16 matrix unit computes the longer products faster than a bias is written to
+    memory and read again.
 
     Args:
-        q: queries.
+        q: queries; all shapes as for `_attend_in_blocks`.
         k: keys.
         v: values.
-        bias_h: added to the scores of a row's keys.
-        bias_w: added to the scores of a column's keys.
-        multiple: to which the number of dimensions is filled up with zeros.
+        bias_h: added to the scores of all keys in a row.
+        bias_w: added to the scores of all keys in a column.
+        multiple: the number of dimensions is padded with zeros to a multiple of it.
     """
     dim, height, width = q.shape[3], bias_h.shape[3], bias_w.shape[3]
     scale = 1 / math.sqrt(dim)
     row_of_key = torch.eye(height, dtype=k.dtype, device=k.device).repeat_interleave(width, 0)
     column_of_key = torch.eye(width, dtype=k.dtype, device=k.device).repeat(height, 1)
-    spare = -(dim + height + width) % multiple
+    padding = -(dim + height + width) % multiple
     shape = [k.shape[0], k.shape[1], -1, -1]
     long_q = torch.cat([q, bias_h / scale, bias_w / scale], dim=3)
     long_k = torch.cat([k, row_of_key.expand(shape), column_of_key.expand(shape)], dim=3)
     attended = F.scaled_dot_product_attention(
-        F.pad(long_q, [0, spare]), F.pad(long_k, [0, spare]), F.pad(v, [0, height + width + spare]), scale=scale
+        F.pad(long_q, [0, padding]), F.pad(long_k, [0, padding]), F.pad(v, [0, height + width + padding]), scale=scale
     )
     return attended[..., :dim]

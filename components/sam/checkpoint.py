@@ -1,4 +1,4 @@
-"""Checkpoint files in SAM's own layout: where they lie, reading them, loading their parts."""
+"""Checkpoint files in SAM's own layout: their paths, reading them, loading their parts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import nn
 
 from components.base.weights import read_state_dict
 
-# Meta's file names by model type; their addresses and hashes stand in each bundle's `large_files.yml`.
+# Meta's file names by model type; URLs and hashes are in each bundle's `large_files.yml`.
 CHECKPOINT_FILES = {
     "vit_b": "sam_vit_b_01ec64.pth",
     "vit_l": "sam_vit_l_0b3195.pth",
@@ -28,7 +28,7 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
         the path, whether or not the file is there.
 
     Raises:
-        ValueError: for a model type of which no checkpoint is published.
+        ValueError: for a model type without a published checkpoint.
     """
     if model_type not in CHECKPOINT_FILES:
         raise ValueError(
@@ -50,7 +50,7 @@ def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no such state dict; names the keys that do not belong.
+        ValueError: when it is not such a state dict; the message names the unexpected keys.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -58,34 +58,34 @@ def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
             "`python -m monai.bundle download_large_files`, give --sam_checkpoint another file, "
             "or '$None' for an encoder with random weights"
         )
-    state = read_state_dict(path, kind="SAM checkpoint", way_out="download it again")
+    state = read_state_dict(path, kind="SAM checkpoint", remedy="download it again")
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in CHECKPOINT_PARTS}
-    strangers = []
+    unexpected = []
     for key, value in state.items():
         part, _, rest = key.partition(".")
         if part in parts and rest:
             parts[part][rest] = value
         else:
-            strangers.append(key)
-    if strangers:
+            unexpected.append(key)
+    if unexpected:
         raise ValueError(
             f"{path} is not a SAM checkpoint: expected only keys that begin with "
-            f"{', '.join(part + '.' for part in CHECKPOINT_PARTS)}; received also {_listing(strangers)}"
+            f"{', '.join(part + '.' for part in CHECKPOINT_PARTS)}; received also {_join_keys(unexpected)}"
         )
     return parts
 
 
 def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *, path: str) -> None:
-    """Load one part of a SAM checkpoint strictly, before anything is changed naming what does not fit.
+    """Load one part of a SAM checkpoint strictly; if a key does not fit, nothing is changed.
 
     Args:
-        module: the network part to fill.
+        module: receives the weights.
         part: its name in the checkpoint, such as `image_encoder`.
         state: its state dict, as `read_sam_checkpoint` returns it.
         path: the checkpoint's file, for messages.
 
     Raises:
-        ValueError: when a key is missing, extra or misshapen.
+        ValueError: when a key is missing, extra or misshapen; the message names it.
     """
     expected = module.state_dict()
     faults = []
@@ -98,7 +98,7 @@ def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *
     ]
     for fault, keys in (("missing", missing), ("extra", extra), ("misshapen", misshapen)):
         if keys:
-            faults.append(f"{fault}: {_listing(keys)}")
+            faults.append(f"{fault}: {_join_keys(keys)}")
     if faults:
         raise ValueError(
             f"{path} does not fit this {part} ({'; '.join(faults)}): "
@@ -107,7 +107,7 @@ def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *
     module.load_state_dict(state)
 
 
-def _listing(keys: list[str], limit: int = 8) -> str:
-    """Join keys for a message, the first few in full."""
+def _join_keys(keys: list[str], limit: int = 8) -> str:
+    """Join the first `limit` keys for a message, and count the rest."""
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + more

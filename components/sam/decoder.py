@@ -1,4 +1,4 @@
-"""SAM's mask decoder and prompt encoder, as `segment_anything` builds them or on this project's layers."""
+"""SAM's mask decoder and prompt encoder, made of `segment_anything`'s layers or of this project's."""
 
 from typing import Any
 
@@ -23,9 +23,9 @@ def build_decoder(
     """Build SAM's mask decoder and prompt encoder as `segment_anything/build_sam.py` does.
 
     Args:
-        grid: side of the embeddings; serves prompts only, as `image_size` does.
-        image_size: side in pixels of the images in which prompts are given.
-        on_tokens: whether transformer and upscaling are this project's, which work on tokens; parameters and their
+        grid: side of the embeddings in tokens; it matters for prompts only, as does `image_size`.
+        image_size: side in pixels of the images that the prompts refer to.
+        on_tokens: whether to use this project's transformer and upscaling, which work on tokens; parameters and their
             names are the same.
         checkpoint: a SAM checkpoint to load both from; None for random weights.
 

@@ -1,4 +1,4 @@
-"""SAM's image encoder as a frozen (or trainable) module that knows its own identity."""
+"""SAM's image encoder as a frozen (or trainable) module that verifies its weights by a fingerprint."""
 
 import hashlib
 import logging
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from components.base.weights import fixed_random_weights
-from components.embeddings.cache import BlankImages, EmbeddingCache
+from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_sam_checkpoint
 from components.sam.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder
 
@@ -21,37 +21,37 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class SamEncoder(nn.Module):
-    """SAM's image encoder from pixels to embeddings, frozen unless told otherwise.
+    """SAM's image encoder from pixels to embeddings, frozen unless `trainable`.
 
     Source: paper section 3.1. Differs: pixels are normalised as SAM does, which the authors' code leaves out.
 
-    A frozen encoder stays in eval mode and runs under `no_grad`. Its `state_dict()` holds its fingerprint alone: 32
-    bytes that tell its weights from any other's at every image size and precision. Loading goes by content: a state
-    dict with encoder weights must hold all of them and describe them truly, and is loaded; one without must carry the
-    fingerprint of the weights already here. A trainable encoder's `state_dict()` holds its weights as well.
+    A frozen encoder stays in eval mode and runs under `no_grad`. Its `state_dict()` holds only the fingerprint: 32
+    bytes that identify the weights, independently of image size and precision. A trainable encoder's `state_dict()`
+    holds the weights as well. A state dict with encoder weights is loaded if it has all of them and its fingerprint
+    matches them; one without is accepted if its fingerprint matches the weights already in this encoder.
 
-    With `cache_dir`, an image seen before is looked up instead of encoded, also by other runs and processes: by its
-    exact content, under the fingerprint of the weights as they are now, `image_size` and precision. A new image's
-    embedding is rounded to the cache's storage type as well, so that no epoch differs from the next. Without it,
-    blank images alone are remembered. Scripted, traced and exported, the encoder encodes everything, in fp32.
+    With `cache_dir`, the embedding of an image that was encoded before, also by another run or process, is read from
+    the cache. Its key is the exact image, the fingerprint of the current weights, `image_size` and precision. New
+    embeddings are rounded to `cache_dtype` too, so that the first epoch equals the later ones. Without `cache_dir`,
+    only the last blank image is cached. When scripted, traced or exported, the encoder runs without cache, in fp32.
 
     Args:
         model_type: `vit_b`, `vit_l`, `vit_h` or `vit_tiny`.
-        checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, always the same ones.
+        checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
         image_size: side in pixels to which images are resized, a multiple of 16.
-        trainable: whether the encoder's weights train too (the paper's "AutoSAM (ft all)").
-        cache_dir: folder in which embeddings are kept; None for no cache.
-        cache_gb: most that this folder may hold, in units of 10^9 bytes; beyond it nothing more is kept.
-        cache_dtype: type in which they are kept, `float16` or `float32` (twice the space, nothing rounded).
+        trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)").
+        cache_dir: folder of the embedding cache; None for no cache.
+        cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
+        cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).
 
     Raises:
         ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, a `trainable`
-            that is no bool (a command line's `false` arrives as a word, which would count as true), or a cache for a
-            trainable encoder.
+            that is no bool (`false` on a command line arrives as a string, which would count as true), or a cache for
+            a trainable encoder.
         FileNotFoundError: when the checkpoint is not there.
     """
 
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["_hashed", "cache", "_known"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions"]
 
     def __init__(
         self,
@@ -89,11 +89,11 @@ class SamEncoder(nn.Module):
         self.cache = None
         if cache_dir is not None:
             self.cache = EmbeddingCache(cache_dir, limit_gb=cache_gb, dtype=cache_dtype)
-        self._known = BlankImages() if self.cache is None else self.cache
-        self._hashed: list[tuple[int, int]] = []
-        _refresh_fingerprint(self)
-        self.register_state_dict_post_hook(_reduce_to_what_was_trained)
-        self.register_load_state_dict_pre_hook(_check_identity)
+        self._active_cache = BlankImageCache() if self.cache is None else self.cache
+        self._versions: list[tuple[int, int]] = []
+        _update_fingerprint(self)
+        self.register_state_dict_post_hook(_drop_frozen_weights)
+        self.register_load_state_dict_pre_hook(_check_fingerprint)
         self.train(self.training)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -105,15 +105,15 @@ class SamEncoder(nn.Module):
         Returns:
             embeddings Bx256x(image_size/16)x(image_size/16).
         """
-        # A single return: torch.jit.script cannot leave a `with` block early.
+        # A single return, because torch.jit.script cannot return from within a `with` block.
         if self.trainable:
             embeddings = self._encode(images)
         else:
             with torch.no_grad():
-                if torch.jit.is_scripting():  # noqa: SIM108 - a branch that only a statement leaves out of the script
+                if torch.jit.is_scripting():  # noqa: SIM108 - only a statement keeps the other branch out of the script
                     embeddings = self._encode(images)
                 else:
-                    embeddings = self._encode_once(images)
+                    embeddings = self._encode_with_cache(images)
         return embeddings
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
@@ -123,11 +123,11 @@ class SamEncoder(nn.Module):
             images: Bx3xHxW in 0..255.
 
         Returns:
-            Bx3x`image_size`x`image_size`, about zero mean and unit variance.
+            Bx3x`image_size`x`image_size`, of about zero mean and unit variance.
         """
         height, width = images.shape[2], images.shape[3]
         if height != self.image_size or width != self.image_size:
-            # Low-pass filtering matters only where pixels are thrown away.
+            # A low-pass filter is needed for downsampling only.
             shrinks = height > self.image_size or width > self.image_size
             images = F.interpolate(
                 images,
@@ -139,12 +139,12 @@ class SamEncoder(nn.Module):
         return (images - self.pixel_mean) / self.pixel_std
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode a batch in one piece."""
+        """Encode a whole batch, without cache."""
         return self.image_encoder(self.preprocess(images)).contiguous()
 
     @torch.jit.unused
-    def _encode_once(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode those images of a batch that are not known yet, and each of them once.
+    def _encode_with_cache(self, images: torch.Tensor) -> torch.Tensor:
+        """Look up the images of a batch in the cache, and encode the others, equal ones once.
 
         Args:
             images: Bx3xHxW in 0..255.
@@ -155,33 +155,33 @@ class SamEncoder(nn.Module):
         weights_dtype = self.image_encoder.neck[0].weight.dtype
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or weights_dtype != torch.float32:
             return self._encode(images)
-        images = images.as_subclass(torch.Tensor)  # MONAI's tensors carry metadata through every operation
+        images = images.as_subclass(torch.Tensor)  # MONAI's tensors copy their metadata in every operation
         namespace = self._namespace(images.device.type)
-        keys = [self._known.key(namespace, image) for image in images]
-        known = {key: self._known.get(key) for key in dict.fromkeys(keys)}
-        new = [key for key, embedding in known.items() if embedding is None]
-        # On a CPU more tokens at a time only cost memory.
+        keys = [self._active_cache.key(namespace, image) for image in images]
+        by_key = {key: self._active_cache.get(key) for key in dict.fromkeys(keys)}
+        misses = [key for key, embedding in by_key.items() if embedding is None]
+        # On a CPU, more tokens at a time need more memory and save no time.
         step = max(1, (512 // self.image_size) ** 2) if images.device.type == "cpu" else len(images)
-        for start in range(0, len(new), step):
-            part = new[start : start + step]
+        for start in range(0, len(misses), step):
+            part = misses[start : start + step]
             embeddings = self._encode(images[[keys.index(key) for key in part]])
             for key, embedding in zip(part, embeddings, strict=True):
-                known[key] = self._known.put(key, embedding)
-        shape = cast(torch.Tensor, known[keys[0]]).shape
+                by_key[key] = self._active_cache.put(key, embedding)
+        shape = cast(torch.Tensor, by_key[keys[0]]).shape
         embeddings = torch.empty((len(keys), *shape), device=images.device)
         for index, key in enumerate(keys):
-            embeddings[index].copy_(cast(torch.Tensor, known[key]))  # to fp32 and to the device in one go
+            embeddings[index].copy_(cast(torch.Tensor, by_key[key]))  # converts to fp32 and moves to the device
         return embeddings
 
     def _namespace(self, device_type: str) -> str:
-        """Name all that an embedding depends on besides the image."""
+        """Return a string of all that an embedding depends on besides the image."""
         reduced = torch.is_autocast_enabled(device_type)
         precision = torch.get_autocast_dtype(device_type) if reduced else torch.float32
-        identity = bytes(_refresh_fingerprint(self).tolist()).hex()
+        identity = bytes(_update_fingerprint(self).tolist()).hex()
         return f"{identity} image_size={self.image_size} precision={precision}"
 
     def train(self, mode: bool = True) -> "SamEncoder":
-        """Set training mode, which a frozen encoder ignores."""
+        """Set the training mode; a frozen image encoder stays in eval mode."""
         super().train(mode)
         if not self.trainable:
             self.image_encoder.eval()
@@ -189,13 +189,13 @@ class SamEncoder(nn.Module):
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Hash an image encoder's weights.
+    """Return the fingerprint of an image encoder's weights.
 
     Args:
-        state: its state dict, with SAM's key names and native positional embeddings.
+        state: its state dict, with SAM's key names and positional embeddings at native size.
 
     Returns:
-        uint8 tensor of 32 elements, the SHA-256 of names, shapes and fp32 values.
+        uint8 tensor of 32 elements, the SHA-256 of keys, shapes and fp32 values.
     """
     digest = hashlib.sha256()
     for key in sorted(state):
@@ -206,7 +206,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _build(model_type: str, checkpoint: str | None) -> ImageEncoder:
-    """Build an image encoder and fill it from a checkpoint, or from a constant seed and with a warning."""
+    """Build an image encoder with the weights of a checkpoint or, with a warning, random ones of a fixed seed."""
     with fixed_random_weights():
         encoder = ImageEncoder(ARCHITECTURES[model_type])
     if checkpoint is None:
@@ -223,7 +223,7 @@ def _build(model_type: str, checkpoint: str | None) -> ImageEncoder:
 
 
 def _check_model_type(state: Mapping[str, torch.Tensor], model_type: str, path: str) -> None:
-    """Raise ValueError when the weights are plainly those of another model type."""
+    """Raise ValueError if width and depth of the weights are those of another model type."""
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 4:
         return
@@ -237,66 +237,67 @@ def _check_model_type(state: Mapping[str, torch.Tensor], model_type: str, path: 
             )
 
 
-def _refresh_fingerprint(encoder: SamEncoder) -> torch.Tensor:
-    """Bring an encoder's fingerprint up to date with its weights, hashing them only if they may have changed."""
+def _update_fingerprint(encoder: SamEncoder) -> torch.Tensor:
+    """Update and return an encoder's fingerprint; the weights are hashed only if they may have changed."""
     weights = list(encoder.image_encoder.parameters())
-    # A change in place raises a tensor's version, except those of fused optimizers. Weights cast to less than fp32
-    # cannot be hashed as they were.
-    hashed = [(weight.data_ptr(), weight._version) for weight in weights]
-    if (encoder.trainable or hashed != encoder._hashed) and all(weight.dtype == torch.float32 for weight in weights):
+    # An in-place change increments a tensor's version, except by a fused optimizer. Weights that were cast to a lower
+    # precision keep their fingerprint, which cannot be computed from them any more.
+    versions = [(weight.data_ptr(), weight._version) for weight in weights]
+    in_fp32 = all(weight.dtype == torch.float32 for weight in weights)
+    if in_fp32 and (encoder.trainable or versions != encoder._versions):
         with torch.no_grad():
             encoder.fingerprint.copy_(fingerprint(encoder.image_encoder.state_dict()))
-        encoder._hashed = hashed
+        encoder._versions = versions
     return encoder.fingerprint
 
 
-def _weights(state: Mapping[str, Any], prefix: str) -> dict[str, torch.Tensor]:
-    """Return the image encoder's entries of a larger state dict, without their prefix."""
+def _encoder_weights(state: Mapping[str, Any], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the image encoder's weights from a larger state dict, by key without prefix."""
     start = f"{prefix}image_encoder."
     return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
 
 
-def _reduce_to_what_was_trained(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Bring the fingerprint in a state dict up to date, and leave a frozen encoder's weights out."""
+def _drop_frozen_weights(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Update the fingerprint in a state dict, and remove a frozen encoder's weights from it."""
     assert isinstance(module, SamEncoder)
-    _refresh_fingerprint(module)  # in place, so in the state dict as well
+    _update_fingerprint(module)  # in place, so in the state dict as well
     if not module.trainable:
-        for key in _weights(state, prefix):
+        for key in _encoder_weights(state, prefix):
             del state[f"{prefix}image_encoder.{key}"]
 
 
-def _check_identity(
+def _check_fingerprint(
     module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, *_reports: list[str]
 ) -> None:
-    """Refuse a state dict of another encoder before anything is loaded, and fill in frozen weights left out.
+    """Reject a state dict of another encoder before anything is loaded; add the current weights if it has none.
 
     Raises:
-        RuntimeError: when the weights are incomplete or are not those that the fingerprint describes.
+        RuntimeError: when the weights are incomplete or the fingerprint does not match them.
     """
     assert isinstance(module, SamEncoder)
     stored = state.get(f"{prefix}fingerprint")
-    received = _weights(state, prefix)
-    present = dict(module.image_encoder.state_dict())
+    received = _encoder_weights(state, prefix)
+    current = dict(module.image_encoder.state_dict())
     if received:
-        missing = [f"{prefix}image_encoder.{key}" for key in present if key not in received]
+        missing = [f"{prefix}image_encoder.{key}" for key in current if key not in received]
         if missing:
             raise RuntimeError(f"the checkpoint holds the image encoder only in part; missing: {', '.join(missing)}")
-        described, what = fingerprint(received), "the encoder weights beside it: the checkpoint is damaged"
-        state.setdefault(f"{prefix}fingerprint", described)
+        expected, owner = fingerprint(received), "the encoder weights beside it: the checkpoint is damaged"
+        state.setdefault(f"{prefix}fingerprint", expected)
     else:
-        described = _refresh_fingerprint(module).clone()  # loading is about to write into the buffer
-        what = (
+        expected = _update_fingerprint(module).clone()  # loading writes into the buffer
+        owner = (
             f"the {module.model_type} encoder in use: give the --model_type and --sam_checkpoint "
             "that the head was trained with"
         )
-        for key, value in present.items():
+        for key, value in current.items():
             state[f"{prefix}image_encoder.{key}"] = value
-    if stored is not None and not torch.equal(stored.cpu(), described.cpu()):
+    if stored is not None and not torch.equal(stored.cpu(), expected.cpu()):
         raise RuntimeError(
-            f"the checkpoint's encoder fingerprint {_short(stored)} is not {_short(described)}, that of {what}"
+            f"the checkpoint's encoder fingerprint {_short_hex(stored)} is not {_short_hex(expected)}, that of {owner}"
         )
 
 
-def _short(value: torch.Tensor) -> str:
+def _short_hex(value: torch.Tensor) -> str:
     """Return the first eight bytes of a fingerprint in hexadecimal."""
     return bytes(value.cpu().tolist()[:8]).hex()

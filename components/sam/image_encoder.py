@@ -1,4 +1,4 @@
-"""SAM's image encoder, which `segment_anything` defines, in a form that costs less and takes any image size."""
+"""A faster form of `segment_anything`'s image encoder, for any image size."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ WINDOW_SIZE = 14
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one SAM image encoder from another."""
+    """Hyperparameters by which SAM's image encoders differ."""
 
     embed_dim: int
     depth: int
@@ -29,7 +29,7 @@ class Architecture:
     native_size: int
 
 
-# Source: `segment_anything/build_sam.py` for b, l and h; `vit_tiny` is this project's own, of the same classes.
+# Source: `segment_anything/build_sam.py` for b, l and h; `vit_tiny` is this project's own.
 ARCHITECTURES = {
     "vit_b": Architecture(768, 12, 12, (2, 5, 8, 11), 1024),
     "vit_l": Architecture(1024, 24, 16, (5, 11, 17, 23), 1024),
@@ -39,7 +39,7 @@ ARCHITECTURES = {
 
 
 class EncoderBlock(sam_image_encoder.Block):  # type: ignore[name-defined]
-    """One transformer block of SAM's image encoder, on this project's attention; the numbers are the same."""
+    """A transformer block of SAM's image encoder with this project's attention; the numbers are the same."""
 
     def __init__(self, dim: int, num_heads: int, *, window_size: int, input_size: tuple[int, int]) -> None:
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -66,10 +66,10 @@ class EncoderBlock(sam_image_encoder.Block):  # type: ignore[name-defined]
 
 
 class ImageEncoder(sam_image_encoder.ImageEncoderViT):  # type: ignore[name-defined]
-    """SAM's image encoder with SAM's parameter names, for input of any multiple of the patch size.
+    """SAM's image encoder, with SAM's parameter names, for images of any multiple of the patch size.
 
-    Positional embeddings are kept at the native size and interpolated on the way (absolute ones here, relative ones in
-    SAM's own attention), so a state dict is the same whatever the image size.
+    Positional embeddings are stored at the native size and interpolated in the forward pass (absolute ones here,
+    relative ones in the attention), so the state dict does not depend on the image size.
     """
 
     def __init__(self, architecture: Architecture) -> None:

@@ -1,4 +1,4 @@
-"""The one place that imports the `segment_anything` package."""
+"""Import of the `segment_anything` package without torchvision."""
 
 import importlib
 import importlib.util
@@ -10,9 +10,10 @@ from typing import Any
 def import_from_segment_anything(submodule: str) -> Any:
     """Import `segment_anything.<submodule>` without running `segment_anything/__init__.py`.
 
-    That file imports torchvision for the predictor, which no bundle needs and which is often absent or built for
-    another torch. While the submodule is imported, an empty stand-in takes the package's place, so the modules loaded
-    are the very ones that an ordinary `import segment_anything` finds later.
+    That file imports torchvision for the predictor, which no bundle uses; torchvision is often absent or built for
+    another version of torch. While the submodule is imported, an empty module takes the place of the package. Ordinary
+    imports of `segment_anything` find the same submodules later (as the target of an `import` statement; the package
+    has no attribute for a submodule loaded here).
 
     Args:
         submodule: dotted name below the package, such as `modeling` or `build_sam`.
@@ -29,9 +30,9 @@ def import_from_segment_anything(submodule: str) -> Any:
     spec = importlib.util.find_spec("segment_anything")
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError("segment_anything is not installed: pip install segment-anything")
-    stand_in = types.ModuleType("segment_anything")
-    stand_in.__path__ = list(spec.submodule_search_locations)
-    sys.modules["segment_anything"] = stand_in
+    placeholder = types.ModuleType("segment_anything")
+    placeholder.__path__ = list(spec.submodule_search_locations)
+    sys.modules["segment_anything"] = placeholder
     try:
         return importlib.import_module(name)
     finally:

@@ -1,8 +1,9 @@
-"""How embeddings lie in a folder: one `.npy` file each, with its key and a checksum behind it.
+"""The files of an embedding cache: one `.npy` file per embedding, followed by its key and a checksum.
 
-LMDB reads no faster, and its map of a truncated file kills the process (SIGBUS), where here damage costs one embedding.
-diskcache takes about three times as long to write; safetensors does not, but has no checksum either. CRC-32, less than
-half the price of a cryptographic hash, guards against accidents.
+Alternatives: LMDB reads no faster, and reading a truncated file through its memory map kills the process (SIGBUS),
+whereas here a damaged file costs one embedding. diskcache takes about three times as long to write. safetensors is as
+fast, but has no checksum either. The checksum is CRC-32, which detects accidental damage and costs less than half of a
+cryptographic hash.
 """
 
 import io
@@ -23,22 +24,22 @@ _MAX_NPY_HEADER_BYTES = 4096
 
 
 def locked(folder: Path) -> AbstractContextManager[Any]:
-    """Give the folder's lock, to be held while writing; a holder that hangs is an OSError after a minute."""
+    """Acquire the folder's lock for writing; raises an OSError if it is not free within a minute."""
     return FileLock(folder / ".lock", timeout=_LOCK_TIMEOUT_S).acquire(poll_interval=_LOCK_POLL_S)
 
 
 def entry_path(folder: Path, key: bytes) -> Path:
-    """Return an embedding's file, in one of 256 subfolders."""
+    """Return the path of an embedding's file, in one of 256 subfolders."""
     return folder / key.hex()[:2] / f"{key.hex()}.npy"
 
 
 def entry_sizes(folder: Path) -> Iterator[int]:
-    """Give the sizes in bytes of the folder's embeddings."""
+    """Yield the size in bytes of each embedding's file in the folder."""
     return map(size_in_bytes, folder.glob("[0-9a-f][0-9a-f]/*.npy"))
 
 
 def size_in_bytes(path: Path) -> int:
-    """Return a file's size, 0 if there is none (a user may be emptying the folder)."""
+    """Return the size of a file, 0 if it is missing (a user may be emptying the folder)."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -46,7 +47,7 @@ def size_in_bytes(path: Path) -> int:
 
 
 def pack(embedding: torch.Tensor, key: bytes) -> memoryview:
-    """Lay out an embedding's file: NumPy's format, which holds dtype and shape, the key, and the CRC-32 of both.
+    """Return the content of an embedding's file: NumPy's format (with dtype and shape), the key, the CRC-32 of both.
 
     Args:
         embedding: on the CPU, of any shape and of a dtype that NumPy has.
@@ -61,12 +62,12 @@ def pack(embedding: torch.Tensor, key: bytes) -> memoryview:
 
 
 def unpack(content: np.ndarray, key: bytes, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the embedding in a file's bytes, without copying; None unless whole, of that key and of that dtype.
+    """Return the embedding in a file's content, without a copy; None if damaged, or of another key or dtype.
 
     Args:
         content: uint8, the file's bytes.
-        key: as it was packed with.
-        dtype: as it was packed with.
+        key: the expected key.
+        dtype: the expected dtype.
     """
     checked, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
     if zlib.crc32(checked.data) != int.from_bytes(checksum.tobytes(), "little"):
@@ -78,6 +79,6 @@ def unpack(content: np.ndarray, key: bytes, dtype: torch.dtype) -> torch.Tensor 
         with torch.inference_mode(False):
             values = torch.from_numpy(checked[header.tell() : -len(key)].view(stored_dtype))
             embedding = values.reshape(shape)
-    except Exception:  # a whole file, but none of ours, whose header can be wrong in many ways
+    except Exception:  # an intact file that is no embedding; its header can be invalid in many ways
         return None
     return embedding if embedding.dtype == dtype and checked[-len(key) :].tobytes() == key else None
