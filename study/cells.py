@@ -95,7 +95,7 @@ def list_stages(
     knobs |= {"ckpt_dir": str(folder / "models"), **method.knobs}
     evaluate = ("train", "evaluate", *method.overlays)
     if cell.labelled_patients == 0:
-        knobs["validate#handlers#0#load_path"] = start or "$@head_checkpoint"  # instead of the trained model
+        knobs["ckpt_path"] = start or "$@head_checkpoint"  # instead of the trained model
         return [Stage("evaluating", method, evaluate, knobs)]
     knobs["labelled_patients"] = cell.labelled_patients
     training = knobs | {"resume": True} | ({"start_checkpoint": start} if start else {})

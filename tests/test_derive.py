@@ -127,8 +127,9 @@ def repository(tmp_path_factory) -> Path:
     assert count == 1
     contents.write_text(changed)
     entries = root / "bundles/bundles.json"
-    text = entries.read_text()
-    entries.write_text(text.replace('    "heads": {\n', f'    "heads": {{\n{block.rstrip()},\n', 1))
+    content = json.loads(entries.read_text())
+    content["heads"] |= json.loads(block)
+    entries.write_text(json.dumps(content))
     subprocess.run([sys.executable, "bundles/derive.py"], cwd=root, check=True)
     return root
 

@@ -1,8 +1,8 @@
 """The documentation: its commands, options, configs, code, links and pictures, checked without running any of it."""
 
-import ast
 import configparser
 import csv
+import functools
 import inspect
 import json
 import os
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fire
 import monai.bundle
 import pytest
 from conftest import REPOSITORY, succeeds
@@ -20,7 +21,7 @@ from test_architecture import COMPONENTS, SUB_PACKAGES, imported_sub_packages
 from torch.distributed.run import get_args_parser
 
 from benchmarks.__main__ import parse_arguments
-from components.training.command_line import parse_options, refuse_unknown_knobs
+from components.training.command_line import refuse_unknown_knobs
 from release.__main__ import build
 from serving.__main__ import serve
 from study.__main__ import report, run
@@ -110,28 +111,37 @@ def check_installation(arguments, folder):
             pytest.fail(f"no check for the installation: {shlex.join(arguments)}")
 
 
+def bound_by_fire(function, arguments):
+    """The arguments by name with which python-fire would call a function; it exits where some do not fit."""
+    bound = {}
+
+    @functools.wraps(function)
+    def record(*values, **options):
+        bound.update(zip(inspect.signature(function).parameters, values, strict=False), **options)
+
+    fire.Fire(record, command=list(arguments))
+    return bound
+
+
 def check_fire_command(name, arguments, folder):
     assert folder == REPOSITORY
-    options, positionals = parse_options(arguments)
-    inspect.signature(FIRE_COMMANDS[name]).bind(*positionals, **options)
-    assert "config" not in options or (folder / options["config"][1]).is_file()
+    options = bound_by_fire(FIRE_COMMANDS[name], arguments)
+    assert "config" not in options or (folder / options["config"]).is_file()
 
 
 def check_bundle_command(command, arguments, folder):
     """Check that a bundle's folder has all that a command of MONAI's names."""
     assert folder.parent == REPOSITORY / "bundles", "a command for a bundle, outside of its folder"
-    options, positionals = parse_options(arguments)
-    values = {name: value for name, (_, value) in options.items()}
-    files = values.get("config_file", "[]")
-    files = ast.literal_eval(files) if files.startswith("[") else [files]
+    values = bound_by_fire(getattr(monai.bundle, command), arguments)
+    files = values.get("config_file") or []
+    files = [files] if isinstance(files, str) else files
     missing = [path for path in (*files, *filter(None, [values.get("meta_file")])) if not (folder / path).is_file()]
     assert missing == []
     config = monai.bundle.ConfigParser.load_config_files(files) if files else {}
     if command == "run":
         refuse_unknown_knobs(["monai.bundle", command, *arguments])
-        assert isinstance(config.get(*positionals or ["run"]), list | str), "no run_id of the configs"
+        assert isinstance(config.get(values.get("run_id") or "run"), list | str), "no run_id of the configs"
     else:
-        inspect.signature(getattr(monai.bundle, command)).bind(*positionals, **values)
         assert "net_id" not in values or values["net_id"] in config
         assert command != "download_large_files" or list(folder.glob("large_files.*"))
 

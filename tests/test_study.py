@@ -151,7 +151,7 @@ def test_a_cell_starts_from_its_preparation(tmp_path):
     assert training.knobs["start_checkpoint"] == pretraining.knobs["ckpt_dir"] + "/model.pt"
     assert "start_checkpoint" not in evaluating.knobs
     (as_it_comes,) = list_stages(Cell(STARTED, 0, 3), dataset_dir="/data", output_dir=tmp_path)
-    assert as_it_comes.knobs["validate#handlers#0#load_path"] == training.knobs["start_checkpoint"]
+    assert as_it_comes.knobs["ckpt_path"] == training.knobs["start_checkpoint"]
 
 
 def test_a_preparation_is_listed_once_before_the_cells_that_start_from_it():
