@@ -161,49 +161,31 @@ def test_stored_embedding_is_a_plain_copy_that_trains_whatever_it_was_made_of(tm
         assert torch.equal(weight.grad, embedding_of(1) * 2)
 
 
-def damage(kind: str, path: Path, other: Path) -> None:
-    content = bytearray(path.read_bytes())
-    if kind == "bit flipped in the values":
-        content[300] ^= 1
-    elif kind == "bit flipped in the header":
-        content[20] ^= 1
-    elif kind == "bit flipped in the checksum":
-        content[-1] ^= 1
-    elif kind == "truncated":
-        del content[-100:]
-    elif kind == "half written":
-        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-    elif kind == "longer":
-        content += b"\0"
-    elif kind == "empty":
-        content.clear()
-    elif kind == "zeros":
-        content[:] = bytes(4)  # the CRC-32 of no bytes
-    elif kind == "another embedding's file":
-        content[:] = other.read_bytes()
-    path.write_bytes(content)
+def flip_bit(content: bytes, index: int) -> bytes:
+    return content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "bit flipped in the values",
-        "bit flipped in the header",
-        "bit flipped in the checksum",
-        "truncated",
-        "half written",
-        "longer",
-        "empty",
-        "zeros",
-        "another embedding's file",
-    ],
-)
+# From the content of an entry's file and that of another one to the damaged content.
+DAMAGES = {
+    "bit flipped in the values": lambda content, _: flip_bit(content, 300),
+    "bit flipped in the header": lambda content, _: flip_bit(content, 20),
+    "bit flipped in the checksum": lambda content, _: flip_bit(content, len(content) - 1),
+    "truncated": lambda content, _: content[:-100],
+    "half written": lambda content, _: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+    "longer": lambda content, _: content + b"\0",
+    "empty": lambda *_: b"",
+    "zeros": lambda *_: bytes(4),  # the CRC-32 of no bytes
+    "another embedding's file": lambda _, other: other,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_damaged_entry_is_a_miss_and_is_replaced(tmp_path, caplog, kind):
     cache = EmbeddingCache(str(tmp_path))
     for n in range(2):
         cache.put(key_of(n), embedding_of(n))
     path, other = (next(p for p in entries(tmp_path) if p.stem == key_of(n).hex()) for n in range(2))
-    damage(kind, path, other)
+    path.write_bytes(DAMAGES[kind](path.read_bytes(), other.read_bytes()))
     fresh = EmbeddingCache(str(tmp_path))
     assert fresh.get(key_of(0)) is None
     assert f"{path} is damaged" in caplog.text
@@ -320,7 +302,8 @@ def test_at_the_limit_nothing_more_is_admitted_and_earlier_entries_stay(tmp_path
 def test_damaged_entry_is_replaced_even_at_the_limit(tmp_path):
     limit_gb = FILE_BYTES / GB
     EmbeddingCache(str(tmp_path), limit_gb=limit_gb).put(key_of(0), embedding_of(0))
-    damage("bit flipped in the values", entries(tmp_path)[0], tmp_path)
+    (path,) = entries(tmp_path)
+    path.write_bytes(flip_bit(path.read_bytes(), 300))
     cache = EmbeddingCache(str(tmp_path), limit_gb=limit_gb)
     cache.put(key_of(0), embedding_of(0))
     assert cache.refused == 0
