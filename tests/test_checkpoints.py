@@ -155,13 +155,13 @@ def test_fresh_run_keeps_the_best_model_and_the_last_two_checkpoints(tmp_path):
 
 
 def fail_at_writing(run, path, epoch):
-    """Train until the epoch, whose file cannot be written since a folder has taken its name."""
+    """Train until an epoch whose file cannot be written, because a folder has its name, and remove that folder."""
 
-    def take_its_name(_):
+    def put_a_folder(_):
         path.unlink(missing_ok=True)
         path.mkdir()
 
-    run.trainer.add_event_handler(Events.EPOCH_STARTED(once=epoch), take_its_name)
+    run.trainer.add_event_handler(Events.EPOCH_STARTED(once=epoch), put_a_folder)
     with pytest.raises(IsADirectoryError):
         run.trainer.run()
     path.rmdir()

@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 
 import nibabel as nib
@@ -7,7 +8,6 @@ import pytest
 import torch
 from conftest import seeded
 
-from components.phantom import dataset as phantom_dataset
 from components.phantom.anatomy import AnatomyRanges, anatomy, draw_anatomy
 from components.phantom.appearance import AppearanceRanges, appearance, draw_appearance, signal
 from components.phantom.dataset import MANIFEST, write_phantom_dataset
@@ -293,26 +293,20 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(phantom_dataset.nib, "save", fail)
+    monkeypatch.setattr(nib, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         write_phantom_dataset(str(tmp_path / "data"), patients=1, size_hw_d=(32, 24, 2))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_is_overtaken_takes_the_winner_s_folder(tmp_path, monkeypatch):
+def test_writers_of_the_same_folder_at_the_same_time_all_get_it_whole(tmp_path):
     root = str(tmp_path / "data")
     call = {"patients": 1, "seed": 3, "size_hw_d": (32, 24, 2)}
-    write_patient = phantom_dataset._write_patient
-
-    def be_overtaken(*args, **kwargs):
-        monkeypatch.setattr(phantom_dataset, "_write_patient", write_patient)
-        write_phantom_dataset(root, **call)
-        write_patient(*args, **kwargs)
-
-    monkeypatch.setattr(phantom_dataset, "_write_patient", be_overtaken)
-    assert write_phantom_dataset(root, **call) == root
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda _: write_phantom_dataset(root, **call), range(3))) == [root] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert json.loads((tmp_path / "data" / MANIFEST).read_text())["arguments"]["seed"] == 3
+    assert write_phantom_dataset(root, **call) == root
 
 
 def test_the_size_can_be_asked_for_and_keeps_the_field_of_view(tmp_path):

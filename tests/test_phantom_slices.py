@@ -18,7 +18,7 @@ def subjects(count=8, seed=1, **ranges):
 
 
 def flat_signal(tissues, **ranges):
-    """Signals without texture, blur, bias and noise: each tissue's own, and what `ranges` adds."""
+    """Signals without texture, blur, bias and noise: those of the tissues, and the effects that `ranges` adds."""
     silent = dict.fromkeys(("coil_log", "bias_log", "noise", "blur_px", "texture"), (0, 0))
     look = draw_appearance(len(tissues), AppearanceRanges(**silent, **ranges), seeded(5))
     return signal(tissues, look, seeded(6))
@@ -68,7 +68,7 @@ def test_some_slices_have_no_heart_and_hearts_have_any_size_and_place():
     area = hearts.sum((1, 2))
     assert 10 < (area == 0).sum() < 80
     assert area.max() > 10 * area[area > 0].min()
-    assert hearts.any(0).float().mean() > 0.35  # of the canvas has been heart in some slice
+    assert hearts.any(0).float().mean() > 0.35  # fraction of the canvas that is heart in some slice
 
 
 def test_black_bars_cover_image_and_label_alike():

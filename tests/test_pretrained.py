@@ -1,4 +1,4 @@
-"""The weights that come with the package: what they are made of, and that they do what their record says."""
+"""The weights shipped with the package: their files, and the scores that their record states."""
 
 import hashlib
 import json

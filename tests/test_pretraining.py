@@ -52,7 +52,7 @@ def is_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The checkpoints of a run of two epochs that nothing interrupted."""
+    """The checkpoints of an uninterrupted run of two epochs."""
     folder = tmp_path_factory.mktemp("trained")
     train(folder)
     return folder
@@ -60,7 +60,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def export_dir(trained, tmp_path_factory) -> Path:
-    """What exporting wrote of it."""
+    """The files exported from that run."""
     folder = tmp_path_factory.mktemp("exported")
     folders = {"bundle_root": str(BUNDLE), "ckpt_dir": str(trained), "export_dir": str(folder)}
     monai.bundle.run("exporting", config_file=config("train", "export"), **TINY, **folders)
@@ -68,7 +68,7 @@ def export_dir(trained, tmp_path_factory) -> Path:
 
 
 class Counting(nn.Module):
-    """A head whose logits are its number, and which remembers how many slices it saw."""
+    """A head whose logits tell its number and the slice, and which counts the slices it receives."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_killed_and_resumed_run_ends_in_the_same_weights(killed_at, trained, tmp
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     train(tmp_path, resume=True)
-    begun = killed_at - killed_at % 2  # of the epoch that the kill cut short
+    begun = killed_at - killed_at % 2  # first batch of the interrupted epoch
     assert seen == [*range(killed_at + 1), *range(begun, 4)]
     assert is_same(last_weights(tmp_path), last_weights(trained))
     assert is_same(*(torch.load(path / "model.pt", weights_only=True) for path in (tmp_path, trained)))

@@ -26,7 +26,7 @@ DICE = {"val_mean_dice", *(f"val_mean_dice_{name}" for name in ("RV", "Myo", "LV
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of a head that was trained and evaluated, with an overlay that an earlier run had left."""
+    """The folder of a head that was trained and evaluated, with an overlay of an earlier run in it."""
     folder = tmp_path_factory.mktemp("tracked")
     data = write_phantom_dataset(str(folder / "data"), patients=4, size_hw_d=(64, 48, 3))
     output = folder / "eval"

@@ -70,14 +70,7 @@ _SIGNAL_OF_TISSUE = {  # where it is not that of the tissue's own name
 _HEART = (Tissue.RV_WALL, Tissue.RV_POOL, Tissue.RV_TRABECULA, Tissue.MYO, Tissue.LV_POOL, Tissue.LV_PAPILLARY)
 _POOLS = (Tissue.RV_POOL, Tissue.LV_POOL, Tissue.GREAT_VESSEL)
 _FATS = (Tissue.FAT, Tissue.ABDOMINAL_FAT, Tissue.PERICARDIAL_FAT)
-_UNEVENNESS = {
-    "LUNG": 4.0,
-    "ORGAN": 2.0,
-    "BOWEL": 4.0,
-    "STOMACH": 2.0,
-    "FAT": 0.3,
-    "AIR": 0.0,
-}  # factors of the texture
+_TEXTURE_FACTORS = {"LUNG": 4.0, "ORGAN": 2.0, "BOWEL": 4.0, "STOMACH": 2.0, "FAT": 0.3, "AIR": 0.0}
 
 
 def draw_appearance(count: int, ranges: AppearanceRanges, generator: torch.Generator) -> Draw:
@@ -121,7 +114,7 @@ def signal(tissues: Tensor, draw: Draw, generator: torch.Generator) -> Tensor:
     one = {name: value.view(-1, 1, 1) for name, value in draw.items() if value.dim() == 1}
     sign = torch.ones(len(Tissue), device=device)
     sign[list(_FATS)] = -1
-    uneven = torch.tensor([_UNEVENNESS.get(tissue.name, 1.0) for tissue in Tissue], device=device)
+    uneven = torch.tensor([_TEXTURE_FACTORS.get(tissue.name, 1.0) for tissue in Tissue], device=device)
     table = torch.where(draw["opposed_phase_chance"][:, None] > 0, sign, 1.0) * draw["tissue_signal"]
     codes = tissues.flatten(1).long()
     image = table.gather(1, codes).view(tissues.shape)

@@ -159,10 +159,7 @@ def _paint_basal_gap(tissues: Tensor, along: Tensor, across: Tensor, inner: Tens
 
 
 def _rv_distance(along: Tensor, across: Tensor, shape: Draw) -> Tensor:
-    """Return the distance to the outline of the RV pool (an egg on the septum's chord, and the outflow tract) in mm.
-
-    It is negative inside.
-    """
+    """Return mm to the RV pool's outline (an egg on the septum's chord, and the outflow tract), negative inside."""
     epi, outflow = shape["epi"], shape["outflow"]
     reach = along - shape["rv_chord"]
     length = shape["rv_along"].clamp_min(1)

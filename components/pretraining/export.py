@@ -127,9 +127,7 @@ class ExportRecord:
     ) -> None:
         path = Path(ckpt_dir) / TRAINING_RECORD_FILENAME
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no record of the training at {path}: give its folder of checkpoints by --ckpt_dir"
-            )
+            raise FileNotFoundError(f"no record of the training at {path}: give its checkpoints' folder by --ckpt_dir")
         self.training = json.loads(path.read_text())
         self.folder = Path(export_dir)
         self.heads = tuple(heads)
@@ -162,8 +160,6 @@ class ExportRecord:
 def _save_in_fp16(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Save a state dict in fp16; equal weights give equal bytes."""
     halved = {key: value.cpu().half() if value.is_floating_point() else value.cpu() for key, value in state.items()}
-    with (
-        write_atomically(path) as partial,
-        partial.open("wb") as file,
-    ):  # given a path, torch writes its name into the file
+    # an open file, since torch would write the name of a path into the content
+    with write_atomically(path) as partial, partial.open("wb") as file:
         torch.save(halved, file)
