@@ -106,14 +106,7 @@ class HeadAlone:
         precision: `fp32` or `bf16`.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        batches: list[Batch],
-        *,
-        head: str,
-        precision: str,
-    ) -> None:
+    def __init__(self, settings: Settings, batches: list[Batch], *, head: str, precision: str) -> None:
         self.batches = batches
         self.encoder = StoredEmbeddings()
         parser = training(settings, self.encoder, head=head, precision=precision, dataset_dir="", views=0)

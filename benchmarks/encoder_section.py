@@ -6,15 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.contenders import (
-    OURS,
-    OURS_BF16,
-    REFERENCE,
-    Encode,
-    build_encoder,
-    encoder_names,
-    random_state_dict,
-)
+from benchmarks.contenders import OURS, OURS_BF16, REFERENCE, Encode, build_encoder, encoder_names, random_state_dict
 from benchmarks.flops import encoder_flops
 from benchmarks.memory import Work, peak_mib
 from benchmarks.report import Row, Table

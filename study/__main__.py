@@ -125,9 +125,7 @@ def _dataset(grid: Grid, dataset_dir: str, output: Path) -> str:
 
 
 def _show_costs(tasks: Sequence[Task], dataset: str, output: Path, *, at_a_time: int) -> None:
-    logging.getLogger("components").setLevel(
-        logging.ERROR
-    )  # no warnings about the random weights of the networks to be timed
+    logging.getLogger("components").setLevel(logging.ERROR)  # the networks to be timed have random weights
     table = cost_table(tasks, dataset_dir=dataset, output_dir=output)
     total = 60 * float(table["minutes left"].sum())
     print(table.to_markdown(index=False, floatfmt=".1f"))

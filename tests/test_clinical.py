@@ -14,14 +14,7 @@ from conftest import labels_of, mark_finished
 from components.data.acdc import list_cases
 from components.data.volume_metadata import case_name
 from study.grid import BUNDLES, Cell, Method
-from study.report.clinical import (
-    agreement,
-    agreement_table,
-    measure,
-    patient_pairs,
-    read_measurements,
-    read_volumes_ml,
-)
+from study.report.clinical import agreement, agreement_table, measure, patient_pairs, read_measurements, read_volumes_ml
 from study.report.scores import count_training_patients
 
 NAN = float("nan")
@@ -61,12 +54,7 @@ def measurements(*pairs, quantity="LV EF (%)", method=CNN, labelled_patients=1, 
     """A row for each pair of a true and a predicted value, of patient1, patient2, ..."""
     return pd.DataFrame(
         labels_of(method, labelled_patients, split, value)
-        | {
-            "patient": f"patient{number}",
-            "quantity": quantity,
-            "truth": float(truth),
-            "predicted": float(predicted),
-        }
+        | {"patient": f"patient{number}", "quantity": quantity, "truth": float(truth), "predicted": float(predicted)}
         for number, (truth, predicted) in enumerate(pairs, start=1)
     )
 

@@ -163,12 +163,7 @@ def scores(method, *percent, labelled_patients=1, split=0, value=""):
     """One volume for each given number, with this Dice in all classes."""
     cases = [f"patient{number:03d}_frame01" for number in range(1, len(percent) + 1)]
     return pd.DataFrame(
-        labels_of(method, labelled_patients, split, value)
-        | {
-            "case": case,
-            "class": name,
-            "dice": p / 100,
-        }
+        labels_of(method, labelled_patients, split, value) | {"case": case, "class": name, "dice": p / 100}
         for case, p in zip(cases, percent, strict=True)
         for name in ("RV", "Myo", "LV")
     )

@@ -32,12 +32,7 @@ def rows(method, dice, *, labelled_patients=1, split=0, value="", case="patient0
     """One volume's rows, with the Dice of RV, Myo and LV in percent."""
     return [
         labels_of(method, labelled_patients, split, value)
-        | {
-            "case": case,
-            "class": name,
-            "dice": percent / 100,
-            "assd_mm": mm,
-        }
+        | {"case": case, "class": name, "dice": percent / 100, "assd_mm": mm}
         for name, percent, mm in zip(("RV", "Myo", "LV"), dice, assd_mm, strict=True)
     ]
 

@@ -27,8 +27,7 @@ _DPI = 150
 _METADATA: Mapping[str, Mapping[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 _SALT = "study"  # any fixed value: without one, the ids in an SVG are random
 _METHODS_IN_A_BAND = 6
-# Okabe and Ito's colour-blind-safe palette without yellow, which is hard to see on white; colours repeat with other
-# markers.
+# Okabe and Ito's colour-blind-safe palette without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _METHOD_COLOURS = (*COLOURS, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")

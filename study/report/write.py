@@ -14,12 +14,7 @@ from study.grid import Cell, Grid
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
 from study.report.contours import draw_contours
 from study.report.embeddings import draw_embeddings, embed_slices, embedding_method
-from study.report.figures import (
-    BLAND_ALTMAN_QUANTITIES,
-    draw_bland_altman,
-    draw_dice_by_patients,
-    save_figure,
-)
+from study.report.figures import BLAND_ALTMAN_QUANTITIES, draw_bland_altman, draw_dice_by_patients, save_figure
 from study.report.page import Figure, Section, Table, write_page
 from study.report.scores import count_training_patients, finished_cells, read_misses, read_scores
 from study.report.significance import (
@@ -188,9 +183,7 @@ def _state(grid: Grid, cells: Sequence[Cell], output_dir: Path) -> Section:
     text = f"{len(cells)} of {len(grid.cells)} cells are finished."
     table = pd.DataFrame({"cell": missing, "state": [last_error(output_dir / name) or "not run" for name in missing]})
     return Section(
-        "State",
-        text="\n\n".join([text, *versions]),
-        tables=[Table("Missing cells.", table)] if missing else [],
+        "State", text="\n\n".join([text, *versions]), tables=[Table("Missing cells.", table)] if missing else []
     )
 
 
