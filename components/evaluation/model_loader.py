@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
+
+logger = logging.getLogger(__name__)
 
 
 class ModelCheckpointLoader(CheckpointLoader):
@@ -20,6 +23,11 @@ class ModelCheckpointLoader(CheckpointLoader):
         FileNotFoundError: when the run starts and ``load_path`` is no file.
         RuntimeError: when the run starts and ``load_path`` cannot be read (not a checkpoint, truncated, ...).
     """
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler, which logs by this module's name: the bundles' logging.conf silences the engines."""
+        super().attach(engine)
+        self.logger = logger
 
     def __call__(self, engine: Engine) -> None:
         """Load the file into the objects of ``load_dict``.

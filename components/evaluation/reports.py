@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from monai.utils import string_list_all_gather
 from components.base.atomic_write import write_atomically
 from components.data.acdc import CLASS_NAMES
 from components.data.volume_metadata import case_name_of
+
+logger = logging.getLogger(__name__)
 
 METRICS_COLUMNS = ("case", "class", "dice", "assd_mm")
 SUMMARY_COLUMNS = (
@@ -134,7 +137,7 @@ class EvaluationReport:
         )
         metrics_path = _write_csv(self.output_dir / "metrics.csv", METRICS_COLUMNS, scores)
         summary_path = _write_csv(self.output_dir / "summary.csv", SUMMARY_COLUMNS, summary)
-        engine.logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{_as_table(summary)}")
+        logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{_as_table(summary)}")
 
     def _forget_cases(self, _: Engine) -> None:
         self._cases = []
