@@ -308,6 +308,15 @@ def test_one_worker_runs_tasks_in_the_order_given():
     assert [task for task, _ in run_locally(tasks, lambda *_, **__: None, [{}])] == tasks
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """Python's own handler of Ctrl-C, which a job in the background inherits as ignored, and its sub-processes too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("received_by", ["the study", "a runner"])  # a terminal's Ctrl-C reaches both, in any order
 def test_an_interrupted_study_ends_its_runners_and_records_no_failure(tmp_path, monkeypatch, received_by):
     popen, both_run, started = subprocess.Popen, threading.Barrier(2), []
