@@ -8,7 +8,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from benchmarks.settings import Settings
-from bundles.derive import read_entries
+from bundles.derive import own_tiny_knobs, read_entries
 from components.phantom.dataset import write_phantom_dataset
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -21,8 +21,7 @@ def _heads() -> dict[str, dict[str, Any]]:
     heads = {}
     for entry in read_entries()["heads"].values():
         defaults = entry.get("knobs", {})
-        tiny = {name: value for name, value in entry.get("tiny", {}).get("knobs", {}).items() if name in defaults}
-        for knobs in (defaults, defaults | tiny):
+        for knobs in (defaults, defaults | own_tiny_knobs(entry)):
             name = ", ".join([entry["head"]["_target_"].split(".")[-1], *(f"{k} {v}" for k, v in knobs.items())])
             heads[name] = {key: knobs.get(str(value).removeprefix("@"), value) for key, value in entry["head"].items()}
     return heads

@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,13 @@ def _find(config: Config, name: str) -> tuple[Any, Any]:
     return parent, key
 
 
+def own_tiny_knobs(head: Config) -> Config:
+    """Return those knobs that the tiny overlay sets which only this head has, such as the CNN head's `depth`."""
+    return {
+        name: value for name, value in head.get("tiny", {}).get("knobs", {}).items() if name in head.get("knobs", {})
+    }
+
+
 def head_edits(head: Config) -> dict[str, Config]:
     """Return how the configs of a head's bundle differ from the source's, as arguments of `edited` by config."""
     network = {"replace": {"network_def#head": head["head"]}}
@@ -127,7 +134,7 @@ def head_edits(head: Config) -> dict[str, Config]:
     pretrained = None
     if "pretrained" in tiny:
         pretrained = {"_target_": "components.pretrained.pretrained_file", "name": tiny["pretrained"]}
-    knobs = {name: value for name, value in tiny.get("knobs", {}).items() if name in head.get("knobs", {})}
+    knobs = own_tiny_knobs(head)
     others = {name: value for name, value in tiny.get("knobs", {}).items() if name not in knobs}
     description = f"SAM's image encoder, frozen, under {head['description']}, trained on 1 or 5 labelled ACDC patients"
     return {
@@ -147,31 +154,19 @@ def with_part(text: str, name: str, part: str) -> str:
     return changed
 
 
-def knob_rows(configs: Mapping[str, Config], meanings: Mapping[str, list[str]]) -> list[tuple[str, str, str]]:
-    """List the knobs of configs in the order of `knobs.json`.
-
-    Args:
-        configs: by any name; the first to have a knob gives its default.
-        meanings: `knobs.json`.
-
-    Returns:
-        for each knob its name, its default as Markdown, and its meaning.
-    """
-    rows = []
-    for knob, (meaning, *computed) in meanings.items():
-        values = [config[knob] for config in configs.values() if knob in config]
-        if values:
-            rows.append((knob, computed[0] if computed else f"`{_plain(values[0])}`", meaning))
-    return rows
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _default(knob: str, configs: Iterable[Config], computed: Sequence[str]) -> str:
+    """Return a knob's default in the first config to have it as Markdown, or the text for one that is computed."""
+    value = next(config[knob] for config in configs if knob in config)
+    return computed[0] if computed else f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
 def readme_table(config: Config, config_name: str, meanings: Mapping[str, list[str]]) -> str:
-    """Return the table of knobs of a bundle's README."""
-    rows = [f"| `{knob}` | {default} | {meaning} |" for knob, default, meaning in knob_rows({"": config}, meanings)]
+    """Return the table of knobs of a bundle's README, in the order of `knobs.json`."""
+    rows = [
+        f"| `{knob}` | {_default(knob, [config], computed)} | {meaning} |"
+        for knob, (meaning, *computed) in meanings.items()
+        if knob in config
+    ]
     return "\n".join([f"| knob of `{config_name}.json` | default | meaning |", "|---|---|---|", *rows])
 
 
@@ -183,15 +178,15 @@ def knobs_page_table(configs: Mapping[str, Mapping[str, Config]], meanings: Mapp
         meanings: `knobs.json`.
     """
     rows = []
-    for knob, (meaning, *_) in meanings.items():
-        defaults = {
-            bundle: row[1] for bundle, each in configs.items() for row in knob_rows(each, meanings) if row[0] == knob
-        }
-        places = sorted({name for each in configs.values() for name in each if knob in each[name]})
-        default = next(iter(defaults.values()))
-        default += "".join(f", {other} in `{bundle}`" for bundle, other in defaults.items() if other != default)
-        only = f" of `{next(iter(defaults))}`" if len(defaults) == 1 else ""
-        place = "both" if {"train", "inference"} <= set(places) else f"`{places[-1]}.json`"
+    for knob, (meaning, *computed) in meanings.items():
+        having = {bundle: {name for name in each if knob in each[name]} for bundle, each in configs.items()}
+        having = {bundle: names for bundle, names in having.items() if names}
+        default, *others = (_default(knob, configs[bundle].values(), computed) for bundle in having)
+        differing = zip(list(having)[1:], others, strict=True)
+        default += "".join(f", {other} in `{bundle}`" for bundle, other in differing if other != default)
+        only = f" of `{next(iter(having))}`" if len(having) == 1 else ""
+        places = set().union(*having.values())
+        place = "both" if {"train", "inference"} <= places else f"`{max(places)}.json`"
         rows.append(f"| `{knob}` | {default} | {place}{only} | {meaning} |")
     return "\n".join(["| knob | default | in | meaning |", "|---|---|---|---|", *rows])
 

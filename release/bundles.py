@@ -150,7 +150,10 @@ def _complete(root: Path, bundle: str) -> None:
     del knobs["_desc_"]
     knobs |= {name: f"$@bundle_root + '/{file}'" for name, file in files.items()}
     _set_knobs(root / "configs/train.json", knobs)
-    _set_knobs(root / "configs/inference.json", knobs | {"ckpt_path": "$@bundle_root + '/models/model.pt'"})
+    inference = json.loads((root / "configs/inference.json").read_text())
+    of_inference = {name: value for name, value in knobs.items() if name in inference}  # without those of training
+    of_inference["ckpt_path"] = "$@bundle_root + '/models/model.pt'"
+    _set_knobs(root / "configs/inference.json", of_inference)
     _rename(root, "tiny encoder", "; here a tiny one, trained on synthetic slices only, which comes with the bundle")
 
     readme = (root / "docs/README.md").read_text()
@@ -204,10 +207,7 @@ def _rename(root: Path, addition: str, description: str) -> None:
 
 
 def _set_knobs(path: Path, knobs: Mapping[str, Any]) -> None:
-    """Set those of the knobs that a config has."""
-    text = path.read_text()
-    present = json.loads(text)
-    path.write_text(edited(text, replace={name: value for name, value in knobs.items() if name in present}))
+    path.write_text(edited(path.read_text(), replace=knobs))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -69,8 +69,8 @@ def header_spacing_mm(volume: torch.Tensor) -> tuple[float, ...]:
         if from_file or not torch.equal(affine, torch.eye(len(affine), dtype=affine.dtype)):
             return tuple(affine_to_spacing(affine, r=volume.ndim - 1).tolist())
     raise ValueError(
-        "Expected a voxel spacing: a MetaTensor with the affine of its file, or the argument spacing_mm. Received "
-        f"{type(volume).__name__} without a header's affine: keep the metadata of LoadImaged, or pass spacing_mm."
+        "Expected a voxel spacing: a MetaTensor with the affine of its file. Received "
+        f"{type(volume).__name__} without a header's affine: keep the metadata of LoadImaged."
     )
 
 

@@ -10,7 +10,6 @@ from components.base.precision import autocast_to, check_precision
 from components.base.weights import fixed_random_weights
 from components.sam.decoder import build_decoder
 from components.sam.encoder import SamEncoder
-from components.sam.image_encoder import PATCH_SIZE
 
 OVERLAPS = ("smallest", "logit", "argmax")
 
@@ -52,11 +51,8 @@ class BoxPromptedSam(nn.Module):
         self.out_channels = out_channels
         self.overlaps = overlaps
         self.precision = precision
-        size = encoder.image_size
         with fixed_random_weights():
-            self.mask_decoder, self.prompt_encoder = build_decoder(
-                grid=size // PATCH_SIZE, image_size=size, checkpoint=checkpoint
-            )
+            self.mask_decoder, self.prompt_encoder = build_decoder(image_size=encoder.image_size, checkpoint=checkpoint)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

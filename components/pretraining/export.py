@@ -20,7 +20,6 @@ from components.pretraining.joint_head import JointHead
 from components.pretraining.record import TRAINING_RECORD_FILENAME, package_versions
 from components.sam.decoder import build_decoder
 from components.sam.encoder import SamEncoder
-from components.sam.image_encoder import PATCH_SIZE
 from components.training.checkpoint_folder import MODEL_FILENAME
 
 ENCODER_FILENAME = "phantom_encoder.pth"
@@ -81,7 +80,7 @@ def sam_state(encoder: SamEncoder, head: ViTHead) -> dict[str, torch.Tensor]:
         a flat state dict in SAM's own layout, detached, on the CPU.
     """
     with fixed_random_weights():
-        decoder, prompts = build_decoder(grid=encoder.image_size // PATCH_SIZE, image_size=encoder.image_size)
+        decoder, prompts = build_decoder(image_size=encoder.image_size)
     decoder.transformer.load_state_dict(head.transformer.state_dict())
     decoder.output_upscaling.load_state_dict(head.output_upscaling.state_dict())
     for mlp in decoder.output_hypernetworks_mlps:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from components.sam.checkpoint import load_part, read_sam_checkpoint
-from components.sam.image_encoder import EMBEDDING_CHANNELS
+from components.sam.image_encoder import EMBEDDING_CHANNELS, PATCH_SIZE
 from components.sam.layers import TokenUpscale
 from components.sam.segment_anything_import import import_from_segment_anything
 from components.sam.token_attention import TwoWayTransformer
@@ -17,14 +17,11 @@ sam_transformer = import_from_segment_anything("modeling.transformer")
 TRANSFORMER = {"depth": 2, "embedding_dim": EMBEDDING_CHANNELS, "num_heads": 8, "mlp_dim": 2048}
 
 
-def build_decoder(
-    *, grid: int = 64, image_size: int = 1024, on_tokens: bool = False, checkpoint: str | None = None
-) -> tuple[Any, Any]:
+def build_decoder(*, image_size: int = 1024, on_tokens: bool = False, checkpoint: str | None = None) -> tuple[Any, Any]:
     """Build SAM's mask decoder and prompt encoder as `segment_anything/build_sam.py` does.
 
     Args:
-        grid: side of the embeddings in tokens; it matters for prompts only, as does `image_size`.
-        image_size: side in pixels of the images that the prompts refer to.
+        image_size: side in pixels of the images that the prompts refer to; it matters for prompts only.
         on_tokens: whether to use this project's transformer and upscaling, which work on tokens; parameters and their
             names are the same.
         checkpoint: a SAM checkpoint to load both from; None for random weights.
@@ -42,6 +39,7 @@ def build_decoder(
         decoder.output_upscaling[0] = TokenUpscale(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS // 4)
         decoder.output_upscaling[1] = nn.LayerNorm(EMBEDDING_CHANNELS // 4, eps=1e-6)
         decoder.output_upscaling[3] = TokenUpscale(EMBEDDING_CHANNELS // 4, EMBEDDING_CHANNELS // 8)
+    grid = image_size // PATCH_SIZE
     prompts = sam_prompt_encoder.PromptEncoder(
         EMBEDDING_CHANNELS, (grid, grid), (image_size, image_size), mask_in_chans=16
     )
