@@ -14,6 +14,23 @@ from monai.data.utils import affine_to_spacing
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 
+def volume_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Return which axes of a file's array are those of its volume.
+
+    Args:
+        shape: of the array as stored.
+
+    Returns:
+        three axes: all of a 3D array; of one with more axes those that are left when axes of length 1 are dropped, the
+        last first. None where three do not result: a series, channels, a flat image.
+    """
+    axes = list(range(len(shape)))
+    for axis in reversed(range(len(shape))):
+        if len(axes) > 3 and shape[axis] == 1:
+            axes.remove(axis)
+    return tuple(axes) if len(axes) == 3 else None
+
+
 def case_name(path: str | os.PathLike[str]) -> str:
     """Return the name of a case: the name of its image file without folder and NIfTI suffix.
 
