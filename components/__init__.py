@@ -23,13 +23,16 @@ call on a single element, which never leaves the calling thread, takes that firs
 """
 
 import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
 
 __version__ = "0.1.0"
 
-# Modules of version 0.1 that configs of users may still name, and where what they held is now.
+# Modules of version 0.1 that configs and scripts of users may still name, and where what they held is now.
 _MOVED = {
     "acdc": "data.acdc",
     "box_prompts": "networks.box_prompted_sam",
@@ -58,10 +61,22 @@ def __getattr__(name: str) -> ModuleType:
     return importlib.import_module(f"components.{_MOVED[name]}")
 
 
+class _MovedModules(MetaPathFinder, Loader):
+    """Import the module that holds now what a module of version 0.1 held."""
+
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
+        package, dot, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package + dot == f"{__name__}." and name in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = __getattr__(module.__name__.partition(".")[2])
+
+
 def _warm_up_cpu_math() -> None:
     one = torch.ones(1)
     for function in (torch.sqrt, torch.rsqrt, torch.exp, torch.log, torch.sin, torch.cos, torch.tanh, torch.erf):
         function(one)
 
 
+sys.meta_path.append(_MovedModules())
 _warm_up_cpu_math()

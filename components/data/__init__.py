@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "acdc": ["list_cases"],
         "slices": ["SliceDataset"],
-        "transforms": ["LoadVolumed", "PadInPlaneToSquared", "RoundIntensityd"],
+        "transforms": ["LoadVolumed", "PadInPlaneToSquared", "RoundIntensityd", "SlicesLastd"],
         "volumes": ["VolumeWriter", "find_volumes"],
     },
 )

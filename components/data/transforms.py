@@ -1,17 +1,31 @@
 """Dictionary transforms that MONAI lacks: loading with checks, padding to a square, rounding to 8-bit values."""
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImaged, MapTransform, Pad, Padd, SpatialPad
+from monai.data.utils import affine_to_spacing
+from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, Orientation, Pad, Padd, SpatialPad
 from monai.utils import ImageMetaKey
 
+from components.data.reader import VolumeReader
+from components.data.volume_metadata import find_slice_axis
+
+logger = logging.getLogger(__name__)
+
+_RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
+_POSE = "LPS"  # of axial slices
+
 PERCENTILES = (0.5, 99.5)
+NO_DATA_BEYOND = 1e9  # no scanner gives such grey values, but 1e20 and the largest float32 stand for "no data"
+ROUNDING_ERROR = 1e-3  # of a label that was stored as a fraction
+SAME_PLACE_VOXELS = 1e-3  # up to which a label's voxels count as lying on its image's
 
 
 class LoadVolumed(LoadImaged):
@@ -26,9 +40,13 @@ class LoadVolumed(LoadImaged):
         num_classes: labels must be integers from 0 to `num_classes` - 1.
         allow_missing_keys: whether an item may be absent.
 
+    Grey values beyond what scanners give count as no data, see `NO_DATA_BEYOND`, and become the darkest of the others;
+    so does a repeated negative minimum, such as -9999, that lies farther from the others than these lie apart. A label
+    whose voxels are stored in another order or direction than its image's is brought to the image's grid.
+
     Raises:
-        ValueError: for a file that is damaged or not 3D; an image with NaN or infinite values or without contrast;
-            a label of another shape or with values out of range.
+        ValueError: for a file that `VolumeReader` cannot read; an image with NaN or infinite values or without
+            contrast; a label of another shape, in another place, or with values out of range.
         FileNotFoundError: when a file is not there.
     """
 
@@ -43,7 +61,8 @@ class LoadVolumed(LoadImaged):
     ) -> None:
         super().__init__(
             keys,
-            reader="NibabelReader",
+            reader=VolumeReader,
+            dtype=np.float64,
             image_only=True,
             ensure_channel_first=True,
             allow_missing_keys=allow_missing_keys,
@@ -65,54 +84,193 @@ class LoadVolumed(LoadImaged):
         loaded = dict(data)
         for key, meta_key, postfix in self.key_iterator(loaded, self.meta_keys, self.meta_key_postfix):
             path = str(data[key])
-            try:
-                loaded[key] = self._loader(path, reader)
-            except Exception as error:
-                if not Path(path).is_file():
-                    raise FileNotFoundError(f"there is no {key} {path}") from error
-                raise ValueError(f"{path} cannot be read: expected a complete NIfTI file; copy it again") from error
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"there is no {key} {path}")
+            loaded[key] = self._loader(path, reader or VolumeReader())
             if not self._loader.image_only:
                 loaded[key], loaded[meta_key or f"{key}_{postfix}"] = loaded[key]
-            if loaded[key].ndim != 4 or loaded[key].shape[0] != 1:
-                received = (*loaded[key].shape[1:], *loaded[key].shape[:1])
-                raise ValueError(
-                    f"{path} is not one 3D volume: expected (H, W, D), received {received} with the channels last; "
-                    "give single frames of a series"
-                )
-        if self.image_key in self.keys and self.image_key in loaded:
-            self._check_image(loaded[self.image_key])
-        if self.label_key in self.keys and self.label_key in loaded:
-            self._check_label(loaded[self.label_key], loaded.get(self.image_key))
+        image, label = (loaded.get(key) if key in self.keys else None for key in (self.image_key, self.label_key))
+        if image is not None:
+            loaded[self.image_key] = _with_grey_values(image)
+        if label is not None:
+            label = label if image is None else _on_grid_of(image, label)
+            loaded[self.label_key] = _with_classes(label, self.num_classes)
         return loaded
 
-    @staticmethod
-    def _check_image(image: MetaTensor) -> None:
-        path = image.meta[ImageMetaKey.FILENAME_OR_OBJ]
-        values = np.asarray(image)
-        unusable = int((~np.isfinite(values)).sum())
-        if unusable:
-            raise ValueError(f"{path} holds {unusable} NaN or infinite voxels: expected finite grey values")
-        low, high = np.percentile(values, PERCENTILES)
-        if low == high:
-            raise ValueError(
-                f"{path} has no contrast: expected grey values that differ, received {low:g} from the "
-                f"{PERCENTILES[0]}th to the {PERCENTILES[1]}th percentile"
-            )
 
-    def _check_label(self, label: MetaTensor, image: MetaTensor | None) -> None:
-        path = label.meta[ImageMetaKey.FILENAME_OR_OBJ]
-        if image is not None and label.shape != image.shape:
+def _with_grey_values(image: torch.Tensor) -> torch.Tensor:
+    """Return an image as float32, without values that are no data, or raise if it is unfit for segmentation."""
+    path, values = _path_of(image), image.numpy()
+    unusable = int((~np.isfinite(values)).sum())
+    if unusable:
+        raise ValueError(f"{path} holds {unusable} NaN or infinite voxels: expected finite grey values")
+    no_data = _no_data(values)
+    if no_data.any() and not no_data.all():
+        darkest = values[~no_data].min()
+        logger.warning(
+            "%s: %d voxels hold %g, which counts as no data: they are set to the darkest of the others, %g",
+            path,
+            no_data.sum(),
+            values[no_data][0],
+            darkest,
+        )
+        image = image.masked_fill(torch.from_numpy(no_data), float(darkest))
+        values = image.numpy()
+    low, high = np.percentile(values, PERCENTILES)
+    if low == high:
+        raise ValueError(
+            f"{path} has no contrast: expected grey values that differ, received {low:g} from the "
+            f"{PERCENTILES[0]}th to the {PERCENTILES[1]}th percentile"
+        )
+    return image.float()
+
+
+def _no_data(values: np.ndarray) -> np.ndarray:
+    """Return which grey values are no data, as a mask of their shape."""
+    beyond = np.abs(values) > NO_DATA_BEYOND
+    rest = values[~beyond]
+    lowest = rest.min(initial=0)
+    others = rest[rest > lowest]
+    if lowest < 0 and others.size:
+        next_lowest = others.min()
+        if next_lowest - lowest > others.max() - next_lowest > 0:
+            return beyond | (values == lowest)
+    return beyond
+
+
+def _with_classes(label: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Return a label map as float32 with whole numbers, or raise if it has others than the classes'."""
+    whole = label.round()
+    unexpected = (whole < 0) | (whole > num_classes - 1) | ((label - whole).abs() > ROUNDING_ERROR)
+    if unexpected.any():
+        raise ValueError(
+            f"{_path_of(label)} holds labels {label[unexpected].unique().tolist()[:5]}: expected whole numbers "
+            f"0..{num_classes - 1}; map them to the classes in the bundle's metadata.json"
+        )
+    return whole.float()
+
+
+def _on_grid_of(image: MetaTensor, label: MetaTensor) -> MetaTensor:
+    """Return a label map with its voxels in the order of its image's, or raise if they lie elsewhere."""
+    path, size = _path_of(label), np.asarray(image.shape[1:])
+    to_image = np.linalg.inv(image.affine) @ label.affine.numpy()  # from indices of the label to those of the image
+    axes = np.abs(to_image[:3, :3]).argmax(axis=1)  # of the label, in the order of the image's
+    if sorted(axes) != [0, 1, 2]:
+        axes = np.arange(3)
+    turned = label.numpy().transpose(0, *axes + 1)
+    if turned.shape != image.shape:
+        raise ValueError(
+            f"{path} does not belong to its image: expected the image's shape {tuple(image.shape[1:])}, "
+            f"received {tuple(label.shape[1:])}"
+        )
+    mirrored = np.flatnonzero(to_image[range(3), axes] < 0)
+    order = np.zeros((4, 4))
+    order[range(3), axes] = 1
+    order[3, 3] = 1
+    order[mirrored] *= -1
+    order[mirrored, 3] = size[mirrored] - 1
+    corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in label.shape[1:]], indexing="ij"), np.ones((2, 2, 2))])
+    if np.abs((to_image - order) @ corners.reshape(4, -1)).max() > SAME_PLACE_VOXELS:
+        raise ValueError(
+            f"{path} does not lie where its image does: expected the image's affine {_as_rows(image.affine)}, or one "
+            f"with its axes in another order or direction, received {_as_rows(label.affine)}; resample the label to "
+            "its image's grid, or give it its image's header if only the header is wrong"
+        )
+    turned = np.flip(turned, tuple(mirrored + 1))
+    on_grid = MetaTensor(turned.copy(), meta=label.meta)
+    on_grid.affine = image.affine
+    on_grid.meta.update({key: image.meta[key] for key in ("original_affine", "spatial_shape")})
+    return on_grid
+
+
+def _path_of(volume: torch.Tensor) -> str:
+    return cast(MetaTensor, volume).meta[ImageMetaKey.FILENAME_OR_OBJ]
+
+
+def _as_rows(affine: torch.Tensor) -> str:
+    return str(np.round(affine.numpy()[:3], 4).tolist())
+
+
+class SlicesLastd(MapTransform, InvertibleTransform):
+    """Turn volumes so that slices follow each other along the last axis and lie as on a radiologist's screen.
+
+    The axis across the slices is the file's third, or another one where its spacing is at least twice that of both
+    others. Within a slice, the first axis runs to the patient's left, the second to the back, where they run so at all,
+    and to the feet otherwise: the order in which scanners store and screens show slices, ACDC's among them. So a
+    volume whose file has its axes in another order or direction looks the same to the network, and the inverse brings
+    labels back to the file's order.
+
+    Args:
+        keys: items 1xHxWxD, MetaTensors with an affine.
+        slice_axis: the file's axis across the slices, 0, 1 or 2; None to find it by the spacing.
+        allow_missing_keys: whether an item may be absent.
+
+    Raises:
+        ValueError: for another `slice_axis`.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, *, slice_axis: int | None = None, allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if slice_axis not in (None, 0, 1, 2) or isinstance(slice_axis, bool):
             raise ValueError(
-                f"{path} does not belong to its image: expected the image's shape {tuple(image.shape[1:])}, "
-                f"received {tuple(label.shape[1:])}"
+                f"expected slice_axis 0, 1 or 2, the file's axis across the slices, received {slice_axis!r}: "
+                "give for example --slice_axis 0, or leave it out to go by the spacing"
             )
-        allowed = set(range(self.num_classes))
-        unexpected = sorted(set(np.unique(np.asarray(label)).tolist()) - allowed)
-        if unexpected:
-            raise ValueError(
-                f"{path} holds labels {unexpected[:5]}: expected whole numbers 0..{self.num_classes - 1}; "
-                "map them to the classes in the bundle's metadata.json"
-            )
+        self.slice_axis = slice_axis
+        self.orientation = Orientation(axcodes=_POSE, labels=_RAS_LABELS)
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Turn the items of one dictionary.
+
+        Args:
+            data: MetaTensors 1xHxWxD by key.
+
+        Returns:
+            the dictionary with turned ones in their place.
+        """
+        turned = dict(data)
+        for key in self.key_iterator(turned):
+            self.orientation.axcodes = _pose(turned[key], self.slice_axis)
+            turned[key] = self.orientation(turned[key])
+        return turned
+
+    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Turn the items of one dictionary back to their files' order.
+
+        Args:
+            data: as `__call__` returns it, with any number of channels.
+
+        Returns:
+            the dictionary with the items turned back.
+        """
+        turned_back = dict(data)
+        for key in self.key_iterator(turned_back):
+            turned_back[key] = self.orientation.inverse(turned_back[key])
+        return turned_back
+
+
+def slices_last(volume: torch.Tensor, slice_axis: int | None = None) -> torch.Tensor:
+    """Turn one volume as `SlicesLastd` does.
+
+    Args:
+        volume: MetaTensor 1xHxWxD.
+        slice_axis: as for `SlicesLastd`.
+
+    Returns:
+        the turned volume, with its affine.
+    """
+    return Orientation(axcodes=_pose(volume, slice_axis), labels=_RAS_LABELS)(volume)
+
+
+def _pose(volume: torch.Tensor, slice_axis: int | None) -> str:
+    """Return in nibabel's letters where the axes of a volume run after it is turned."""
+    affine = cast(MetaTensor, volume).affine.double().cpu().numpy()
+    across = find_slice_axis(affine_to_spacing(affine, r=3).tolist()) if slice_axis is None else slice_axis
+    world = [int(axis) for axis in nib.io_orientation(affine)[:, 0]]  # of each of the file's axes
+    in_plane = sorted(axis for n, axis in enumerate(world) if n != across)
+    return "".join(["LPI"[axis] for axis in in_plane] + ["LPS"[world[across]]])
 
 
 class PadInPlaneToSquare(Pad):

@@ -7,15 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 from monai.config import NdarrayOrTensor, PathLike
 from monai.data import NibabelWriter
 
 from components.base.atomic_write import write_atomically
+from components.data.reader import NIFTI_HEADER, STORED_SHAPE
 from components.data.volume_metadata import NIFTI_SUFFIXES, case_name
 
 logger = logging.getLogger(__name__)
 
 PREDICTION_POSTFIX = "pred"
+GEOMETRY_FIELDS = (
+    "pixdim",
+    "xyzt_units",
+    "toffset",
+    "qform_code",
+    "sform_code",
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z"),
+)
 NOT_IMAGES = ("_gt", "_" + PREDICTION_POSTFIX)  # postfixes of labels and predictions
 
 
@@ -71,11 +82,14 @@ def _is_image(path: Path) -> bool:
 
 
 class VolumeWriter(NibabelWriter):
-    """Write a label map atomically as a 3D NIfTI file with its image's shape and affine.
+    """Write a label map atomically as a NIfTI file with the shape and the geometry of its image's.
 
-    Differs: MONAI's writer drops a last axis of length 1, so that a volume of a single slice becomes a 2D image, and a
-    run that is killed while writing leaves a partial file.
+    Both forms, their codes, voxel sizes and units are those of the image's header, bit for bit. Differs: MONAI's writer
+    makes both forms of one affine, drops a last axis of length 1, so that a volume of a single slice becomes a 2D
+    image, and leaves a partial file when the run is killed while writing.
     """
+
+    header: bytes | None = None
 
     def set_data_array(  # type: ignore[override]
         self, data_array: NdarrayOrTensor, channel_dim: int | None = 0, **_: Any
@@ -95,10 +109,11 @@ class VolumeWriter(NibabelWriter):
         self.data_obj = data_array[0]
 
     def set_metadata(self, meta_dict: Mapping | None, **_: Any) -> None:  # type: ignore[override]
-        """Set the affine, exactly as in the image's file.
+        """Take the geometry of the image's file, and give the label map the shape of its array.
 
         Args:
-            meta_dict: metadata of the image, with `original_affine` and `spatial_shape` of its file.
+            meta_dict: metadata of the image as `VolumeReader` sets them: `original_affine` and `spatial_shape`, and for
+                a NIfTI file its header.
             _: MONAI's options for resampling, ignored: the label map must already be on the image's grid.
 
         Raises:
@@ -112,16 +127,34 @@ class VolumeWriter(NibabelWriter):
                 "invert the preprocessing first, and keep the metadata of LoadVolumed"
             )
         super().set_metadata({"affine": meta["original_affine"]}, resample=False)
+        self.data_obj = self.data_obj.reshape([int(size) for size in meta.get(STORED_SHAPE, expected)])
+        self.header = bytes(np.asarray(meta[NIFTI_HEADER], np.uint8)) if NIFTI_HEADER in meta else None
 
-    def write(self, filename: PathLike, verbose: bool = False, **kwargs: Any) -> None:
+    def write(self, filename: PathLike, verbose: bool = False, **_: Any) -> None:
         """Write the file atomically.
 
         Args:
             filename: the file to create or replace, ending in `.nii.gz` or `.nii`.
             verbose: whether to log the file's name.
-            kwargs: passed on to MONAI's writer.
+            _: MONAI's options for nibabel, ignored.
         """
+        labels = np.asarray(self.data_obj).astype(self.output_dtype, copy=False)
         with write_atomically(filename) as temporary:
-            super().write(temporary, verbose=False, **kwargs)
+            nib.save(_with_geometry(labels, self.affine, self.header), temporary)
         if verbose:
             logger.info("Saved %s", filename)
+
+
+def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None) -> nib.Nifti1Image:
+    """Return an image with the geometry of a NIfTI header, bit for bit, or with an affine if there is none."""
+    if header is None:
+        image = nib.Nifti1Image(labels, affine)
+        image.set_qform(affine, code=1)
+        image.set_sform(affine, code=1)
+        return image
+    image_class = nib.Nifti1Image if len(header) == nib.Nifti1Header.sizeof_hdr else nib.Nifti2Image
+    of_image = image_class.header_class(header, check=False).as_byteswapped("<")
+    image = image_class(labels, None)
+    for field in GEOMETRY_FIELDS:  # set one by one, since nibabel mends what it finds unusual in a whole header
+        image.header[field] = of_image[field]
+    return image

@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from components.base.atomic_write import write_atomically
 from components.data.acdc import CLASS_NAMES
+from components.data.transforms import slices_last
 from components.data.volume_metadata import case_name_of, checked_spacing_mm, header_spacing_mm
 
 # Okabe and Ito's colour-blind-safe palette, starting with the colours that stand out on grey; reused beyond 7 classes.
@@ -86,6 +88,8 @@ def draw_overlay(
 class SaveOverlayd(MapTransform):
     """Write `<output_dir>/<case>_overlay.png` of every case, see `draw_overlay`, and pass the data on unchanged.
 
+    Slices are shown as the network sees them, see `components.data.SlicesLastd`.
+
     The case's name and spacing come from the image's metadata.
 
     Args:
@@ -95,6 +99,7 @@ class SaveOverlayd(MapTransform):
             prediction is drawn.
         pred_key: key of the predicted label map `(1,H,W,D)` on the same grid.
         class_names: names of labels 1, 2, ...
+        slice_axis: the axis across the slices, see `components.data.SlicesLastd`.
         dpi: dots per inch of the picture.
     """
 
@@ -106,6 +111,7 @@ class SaveOverlayd(MapTransform):
         label_key: str | None = "label",
         pred_key: str = "pred",
         class_names: Sequence[str] = CLASS_NAMES,
+        slice_axis: int | None = None,
         dpi: int = 150,
     ) -> None:
         super().__init__([key for key in (image_key, label_key, pred_key) if key is not None])
@@ -114,6 +120,7 @@ class SaveOverlayd(MapTransform):
         self.label_key = label_key
         self.pred_key = pred_key
         self.class_names = tuple(class_names)
+        self.slice_axis = slice_axis
         self.dpi = dpi
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -126,11 +133,13 @@ class SaveOverlayd(MapTransform):
         image = data[self.image_key]
         label = data.get(self.label_key)
         case = case_name_of(image)
+        header_spacing_mm(image)  # raises if there is none
+        turned = slices_last(image[:1], self.slice_axis)
         figure = draw_overlay(
-            _as_array(image[0]),
-            None if label is None else self._label_array(label, self.label_key),
-            self._label_array(data[self.pred_key], self.pred_key),
-            spacing_mm=header_spacing_mm(image),
+            _as_array(turned[0]),
+            None if label is None else self._label_array(label, self.label_key, image),
+            self._label_array(data[self.pred_key], self.pred_key, image),
+            spacing_mm=header_spacing_mm(turned),
             title=case,
             class_names=self.class_names,
         )
@@ -138,15 +147,14 @@ class SaveOverlayd(MapTransform):
             figure.savefig(temporary, format="png", dpi=self.dpi)
         return dict(data)
 
-    @staticmethod
-    def _label_array(labels: torch.Tensor, key: str | None) -> np.ndarray:
-        """Return a label map `(1,H,W,D)` as an array `(H,W,D)`."""
+    def _label_array(self, labels: torch.Tensor, key: str | None, image: MetaTensor) -> np.ndarray:
+        """Return a label map `(1,H,W,D)` on an image's grid as an array `(H,W,D)`, turned like the image."""
         if labels.shape[0] != 1:
             raise ValueError(
                 f"Expected {key!r} a label map (1,H,W,D), received {tuple(labels.shape)}: "
                 "apply AsDiscreted(argmax=True) before, and to_onehot only after the overlay."
             )
-        return _as_array(labels[0])
+        return _as_array(slices_last(MetaTensor(torch.as_tensor(labels), affine=image.affine), self.slice_axis)[0])
 
 
 def _as_array(tensor: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -1,0 +1,241 @@
+"""Reading of volumes from files: by their content, with their geometry in millimetres as their header says."""
+
+import glob
+import gzip
+import logging
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from monai.config import PathLike
+from monai.data import ImageReader, ITKReader
+from monai.data.utils import affine_to_spacing
+from monai.utils import MetaKeys, OptionalImportError, SpaceKeys, ensure_tuple
+
+from components.data.volume_metadata import volume_axes
+
+logger = logging.getLogger(__name__)
+
+# Keys of a volume's metadata: the bytes of its file's NIfTI header, and the shape that its array has there.
+NIFTI_HEADER = "nifti_header"
+STORED_SHAPE = "stored_shape"
+
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
+_MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes: metre, millimetre, micrometre
+_CONTRADICTION = 1e-3  # relative difference beyond which two voxel sizes of one header contradict each other
+_GZIP = b"\x1f\x8b"
+_OTHER_FORMATS = {
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"NRRD": "an NRRD file: name it .nrrd",
+    b"ObjectType": "a MetaImage file: name it .mha",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"version https://git-lfs": "the pointer of a file that Git LFS has not fetched",
+    b"/annex/objects": "the pointer of a file that git-annex has not fetched",
+}
+
+
+class _Opened(NamedTuple):
+    """What a file holds: its array as stored, its affine in mm, and the bytes of its NIfTI header, if it has one."""
+
+    path: Path
+    array: np.ndarray
+    affine_mm: np.ndarray
+    header: bytes | None
+
+
+class VolumeReader(ImageReader):
+    """Read one 3D volume as float64 (H, W, D), with its affine in mm.
+
+    NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, whatever the name. `.mha`, `.mhd`,
+    `.nrrd` and `.nhdr` are read by MONAI's `ITKReader`, for which the package `itk-io` must be installed.
+
+    The affine is that of the header's sform if its code is set, else of its qform, else of its voxel sizes; a form
+    that is no affine (a row of zeros, say) counts as not set. MONAI's reader differs: it changes a voxel size that
+    contradicts the affine; here both stay and a warning names them. Complex values are read as magnitudes. Of more than
+    three axes those of length 1 are dropped. The metadata keep what a prediction needs to get the same header.
+    """
+
+    def verify_suffix(self, _: Sequence[PathLike] | PathLike) -> bool:
+        """Accept any name, since the content decides."""
+        return True
+
+    def read(self, data: Sequence[PathLike] | PathLike, **_: Any) -> Any:
+        """Read a file.
+
+        Args:
+            data: one path.
+            _: MONAI's options for readers, ignored.
+
+        Returns:
+            what `get_data` takes.
+
+        Raises:
+            ValueError: for a file of no known format, without geometry, of colours, or damaged.
+            OptionalImportError: for a format that needs `itk-io`, which is not installed.
+        """
+        (path,) = (Path(name) for name in ensure_tuple(data))
+        return _read_with_itk(path) if path.name.lower().endswith(ITK_SUFFIXES) else _read_nifti(path)
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the volume and its metadata.
+
+        Args:
+            img: as `read` returns it.
+
+        Returns:
+            float64 (H, W, D), and metadata with the keys of MONAI's readers, `NIFTI_HEADER` and `STORED_SHAPE`.
+
+        Raises:
+            ValueError: when the array is no 3D volume.
+        """
+        shape = img.array.shape
+        axes = volume_axes(shape)
+        if axes is None:
+            raise ValueError(
+                f"{img.path} is not one 3D volume: expected (H, W, D), received {shape}; give single frames of a series"
+            )
+        # The affine knows a file's first three axes; a further one takes the place of one of these that is dropped.
+        dropped = [axis for axis in range(3) if axis not in axes]
+        columns = [axis if axis < 3 else dropped.pop(0) for axis in axes]
+        affine = img.affine_mm[:, [*columns, 3]]
+        volume = np.abs(img.array) if np.iscomplexobj(img.array) else img.array
+        metadata = {
+            MetaKeys.AFFINE: affine,
+            MetaKeys.ORIGINAL_AFFINE: affine.copy(),
+            MetaKeys.SPATIAL_SHAPE: np.asarray([shape[axis] for axis in axes]),
+            MetaKeys.SPACE: SpaceKeys.RAS,
+            MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),
+            STORED_SHAPE: np.asarray(shape),
+        }
+        if img.header is not None:
+            metadata[NIFTI_HEADER] = np.frombuffer(img.header, np.uint8).copy()
+        return volume.reshape([shape[axis] for axis in axes]).astype(np.float64), metadata
+
+
+def _read_nifti(path: Path) -> _Opened:
+    """Read a NIfTI or Analyze file."""
+    image, header = _open_nifti(path)
+    colours = image.get_data_dtype().names
+    if colours:
+        raise ValueError(
+            f"{path} is a colour image ({', '.join(colours)} in each voxel): expected one grey value; convert it to "
+            "grey, or give the volume that it was made from"
+        )
+    try:
+        array = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise _damaged(path, error) from error
+    # NIfTI-2's header is a subclass of NIfTI-1's; Analyze has voxel sizes only
+    is_nifti = isinstance(image.header, nib.Nifti1Header)
+    affine_mm = _affine_mm(image.header, path) if is_nifti else np.asarray(image.affine, np.float64)
+    return _Opened(path, array, affine_mm, header if is_nifti else None)
+
+
+def _open_nifti(path: Path) -> tuple[Any, bytes]:
+    """Return nibabel's image of a file, and the bytes of its header before nibabel repairs any."""
+    of_pair = path.suffix.lower() == ".img"
+    content = _header_beside(path).read_bytes() if of_pair else path.read_bytes()
+    if content.startswith(_GZIP):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise _damaged(path, error) from error
+    for image_class in (nib.Nifti1Image, nib.Nifti2Image, nib.Nifti1Pair, nib.AnalyzeImage):
+        size = image_class.header_class.sizeof_hdr
+        if not image_class.header_class.may_contain_header(content[:size]):
+            continue
+        try:
+            of_pair = of_pair or content[344:347] == b"ni1" or image_class is nib.AnalyzeImage
+            return nib.load(path) if of_pair else image_class.from_bytes(content), content[:size]  # type: ignore
+        except Exception as error:  # nibabel raises many types of errors on damaged headers
+            raise _damaged(path, error) from error
+    raise ValueError(f"{path} is not a NIfTI file but {_kind_of(content)}: expected a volume as .nii.gz or .nii")
+
+
+def _header_beside(path: Path) -> Path:
+    """Return the `.hdr` that belongs to an `.img`."""
+    beside = [other for other in path.parent.glob(f"{glob.escape(path.stem)}.*") if other.suffix.lower() == ".hdr"]
+    if not beside:
+        raise ValueError(f"{path} has no header: expected {path.with_suffix('.hdr').name} beside it; copy both files")
+    return beside[0]
+
+
+def _kind_of(content: bytes) -> str:
+    """Say what a file is that is no NIfTI file."""
+    if not content:
+        return "empty"
+    if content[128:132] == b"DICM":
+        return "a DICOM file: convert its series to NIfTI, for example with dcm2niix"
+    known = (kind for start, kind in _OTHER_FORMATS.items() if content.startswith(start))
+    return next(known, f"something that begins with {content[:8]!r}")
+
+
+def _damaged(path: Path, error: Exception, kind: str = "NIfTI") -> ValueError:
+    return ValueError(
+        f"{path} cannot be read: expected a complete {kind} file, this one is cut off or damaged ({error})"
+    )
+
+
+def _affine_mm(header: Any, path: Path) -> np.ndarray:
+    """Return the affine of a NIfTI header in mm, and warn where the header gives two voxel sizes."""
+    name, affine = "voxel sizes", header.get_base_affine()
+    for form, get in (("sform", header.get_sform), ("qform", header.get_qform)):
+        try:
+            matrix = get(coded=True)[0]
+        except ValueError:  # a quaternion that is none
+            matrix = np.full((4, 4), np.nan)
+        if matrix is not None and _is_affine(matrix):
+            name, affine = form, matrix
+            break
+        if matrix is not None:
+            logger.warning("%s: the %s of its header is no affine and counts as not set", path, form)
+    if not _is_affine(affine):
+        raise ValueError(
+            f"{path} has no geometry: expected a header whose sform, qform or voxel sizes make an affine, received "
+            f"voxel sizes {header.get_zooms()[:3]}; set them"
+        )
+    sizes, of_header = affine_to_spacing(affine, r=3), np.asarray(header["pixdim"][1:4], np.float64)
+    if not np.allclose(sizes, of_header, rtol=_CONTRADICTION, atol=0):
+        logger.warning(
+            "%s: its header gives two voxel sizes, %s by the %s and %s by pixdim: lengths are those of the %s",
+            path,
+            _sizes(sizes),
+            name,
+            _sizes(of_header),
+            name,
+        )
+    mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    return np.diag([mm, mm, mm, 1.0]) @ affine
+
+
+def _is_affine(matrix: np.ndarray) -> bool:
+    """Return whether a 4x4 matrix is finite and its three axes span space."""
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    return bool(np.isfinite(matrix).all() and lengths.all()) and abs(np.linalg.det(matrix[:3, :3] / lengths)) > 1e-3
+
+
+def _sizes(values: np.ndarray) -> str:
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def _read_with_itk(path: Path) -> _Opened:
+    """Read a MetaImage or NRRD file."""
+    try:
+        reader = ITKReader()
+    except OptionalImportError as error:
+        raise OptionalImportError(
+            f"{path} needs the package itk-io to be read: `pip install itk-io`, or convert the volume to .nii.gz"
+        ) from error
+    try:
+        array, metadata = reader.get_data(reader.read(path))
+    except Exception as error:  # itk raises RuntimeError for everything
+        raise _damaged(path, error, path.suffix) from error
+    return _Opened(path, array, np.asarray(metadata[MetaKeys.AFFINE], np.float64), None)
