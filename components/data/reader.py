@@ -19,9 +19,10 @@ from components.data.volume_metadata import volume_axes
 
 logger = logging.getLogger(__name__)
 
-# Keys of a volume's metadata: the bytes of its file's NIfTI header, and the shape that its array has there.
+# Keys of a volume's metadata: the bytes of its file's NIfTI header, the shape that its array has there.
 NIFTI_HEADER = "nifti_header"
 STORED_SHAPE = "stored_shape"
+UNIT_MM = "unit_mm"  # the unit of its file's lengths; nan where the header names none, which is taken for mm
 
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes: metre, millimetre, micrometre
@@ -48,6 +49,7 @@ class _Opened(NamedTuple):
     path: Path
     array: np.ndarray
     affine_mm: np.ndarray
+    unit_mm: float
     header: bytes | None
 
 
@@ -91,7 +93,7 @@ class VolumeReader(ImageReader):
             img: as `read` returns it.
 
         Returns:
-            float64 (H, W, D), and metadata with the keys of MONAI's readers, `NIFTI_HEADER` and `STORED_SHAPE`.
+            float64 (H, W, D), and metadata with keys of MONAI's readers and this module's.
 
         Raises:
             ValueError: when the array is no 3D volume.
@@ -99,9 +101,9 @@ class VolumeReader(ImageReader):
         shape = img.array.shape
         axes = volume_axes(shape)
         if axes is None:
-            raise ValueError(
-                f"{img.path} is not one 3D volume: expected (H, W, D), received {shape}; give single frames of a series"
-            )
+            is_one_hot = img.array.ndim == 4 and np.isin(img.array, (0, 1)).all()
+            remedy = "give the argmax of one-hot labels" if is_one_hot else "give single frames of a series"
+            raise ValueError(f"{img.path} is not one 3D volume: expected (H, W, D), received {shape}; {remedy}")
         # The affine knows a file's first three axes; a further one takes the place of one of these that is dropped.
         dropped = [axis for axis in range(3) if axis not in axes]
         columns = [axis if axis < 3 else dropped.pop(0) for axis in axes]
@@ -114,6 +116,7 @@ class VolumeReader(ImageReader):
             MetaKeys.SPACE: SpaceKeys.RAS,
             MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),
             STORED_SHAPE: np.asarray(shape),
+            UNIT_MM: img.unit_mm,
         }
         if img.header is not None:
             metadata[NIFTI_HEADER] = np.frombuffer(img.header, np.uint8).copy()
@@ -135,8 +138,11 @@ def _read_nifti(path: Path) -> _Opened:
         raise _damaged(path, error) from error
     # NIfTI-2's header is a subclass of NIfTI-1's; Analyze has voxel sizes only
     is_nifti = isinstance(image.header, nib.Nifti1Header)
-    affine_mm = _affine_mm(image.header, path) if is_nifti else np.asarray(image.affine, np.float64)
-    return _Opened(path, array, affine_mm, header if is_nifti else None)
+    if not is_nifti:
+        return _Opened(path, array, np.asarray(image.affine, np.float64), np.nan, None)
+    unit_mm = _MM_PER_UNIT.get(int(image.header["xyzt_units"]) & 7, np.nan)
+    affine = scaled(_affine(image.header, path), np.nan_to_num(unit_mm, nan=1.0))
+    return _Opened(path, array, affine, unit_mm, header)
 
 
 def _open_nifti(path: Path) -> tuple[Any, bytes]:
@@ -184,8 +190,13 @@ def _damaged(path: Path, error: Exception, kind: str = "NIfTI") -> ValueError:
     )
 
 
-def _affine_mm(header: Any, path: Path) -> np.ndarray:
-    """Return the affine of a NIfTI header in mm, and warn where the header gives two voxel sizes."""
+def scaled(affine: np.ndarray, factor: float) -> np.ndarray:
+    """Return a 4x4 affine in another unit of length."""
+    return np.diag([factor, factor, factor, 1.0]) @ affine
+
+
+def _affine(header: Any, path: Path) -> np.ndarray:
+    """Return the affine of a NIfTI header in its own unit, and warn where the header gives two voxel sizes."""
     name, affine = "voxel sizes", header.get_base_affine()
     for form, get in (("sform", header.get_sform), ("qform", header.get_qform)):
         try:
@@ -212,8 +223,7 @@ def _affine_mm(header: Any, path: Path) -> np.ndarray:
             _sizes(of_header),
             name,
         )
-    mm = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
-    return np.diag([mm, mm, mm, 1.0]) @ affine
+    return affine
 
 
 def _is_affine(matrix: np.ndarray) -> bool:
@@ -238,4 +248,4 @@ def _read_with_itk(path: Path) -> _Opened:
         array, metadata = reader.get_data(reader.read(path))
     except Exception as error:  # itk raises RuntimeError for everything
         raise _damaged(path, error, path.suffix) from error
-    return _Opened(path, array, np.asarray(metadata[MetaKeys.AFFINE], np.float64), None)
+    return _Opened(path, array, np.asarray(metadata[MetaKeys.AFFINE], np.float64), 1.0, None)

@@ -5,27 +5,21 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
 from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, Orientation, Pad, Padd, SpatialPad
 from monai.utils import ImageMetaKey
 
+from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
 from components.data.reader import VolumeReader
-from components.data.volume_metadata import find_slice_axis
 
 logger = logging.getLogger(__name__)
-
-_RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
-_POSE = "LPS"  # of axial slices
 
 PERCENTILES = (0.5, 99.5)
 NO_DATA_BEYOND = 1e9  # no scanner gives such grey values, but 1e20 and the largest float32 stand for "no data"
 ROUNDING_ERROR = 1e-3  # of a label that was stored as a fraction
-SAME_PLACE_VOXELS = 1e-3  # up to which a label's voxels count as lying on its image's
 
 
 class LoadVolumed(LoadImaged):
@@ -93,7 +87,7 @@ class LoadVolumed(LoadImaged):
         if image is not None:
             loaded[self.image_key] = _with_grey_values(image)
         if label is not None:
-            label = label if image is None else _on_grid_of(image, label)
+            label = label if image is None else on_grid_of(image, label)
             loaded[self.label_key] = _with_classes(label, self.num_classes)
         return loaded
 
@@ -150,45 +144,8 @@ def _with_classes(label: torch.Tensor, num_classes: int) -> torch.Tensor:
     return whole.float()
 
 
-def _on_grid_of(image: MetaTensor, label: MetaTensor) -> MetaTensor:
-    """Return a label map with its voxels in the order of its image's, or raise if they lie elsewhere."""
-    path, size = _path_of(label), np.asarray(image.shape[1:])
-    to_image = np.linalg.inv(image.affine) @ label.affine.numpy()  # from indices of the label to those of the image
-    axes = np.abs(to_image[:3, :3]).argmax(axis=1)  # of the label, in the order of the image's
-    if sorted(axes) != [0, 1, 2]:
-        axes = np.arange(3)
-    turned = label.numpy().transpose(0, *axes + 1)
-    if turned.shape != image.shape:
-        raise ValueError(
-            f"{path} does not belong to its image: expected the image's shape {tuple(image.shape[1:])}, "
-            f"received {tuple(label.shape[1:])}"
-        )
-    mirrored = np.flatnonzero(to_image[range(3), axes] < 0)
-    order = np.zeros((4, 4))
-    order[range(3), axes] = 1
-    order[3, 3] = 1
-    order[mirrored] *= -1
-    order[mirrored, 3] = size[mirrored] - 1
-    corners = np.stack([*np.meshgrid(*[(0, n - 1) for n in label.shape[1:]], indexing="ij"), np.ones((2, 2, 2))])
-    if np.abs((to_image - order) @ corners.reshape(4, -1)).max() > SAME_PLACE_VOXELS:
-        raise ValueError(
-            f"{path} does not lie where its image does: expected the image's affine {_as_rows(image.affine)}, or one "
-            f"with its axes in another order or direction, received {_as_rows(label.affine)}; resample the label to "
-            "its image's grid, or give it its image's header if only the header is wrong"
-        )
-    turned = np.flip(turned, tuple(mirrored + 1))
-    on_grid = MetaTensor(turned.copy(), meta=label.meta)
-    on_grid.affine = image.affine
-    on_grid.meta.update({key: image.meta[key] for key in ("original_affine", "spatial_shape")})
-    return on_grid
-
-
 def _path_of(volume: torch.Tensor) -> str:
     return cast(MetaTensor, volume).meta[ImageMetaKey.FILENAME_OR_OBJ]
-
-
-def _as_rows(affine: torch.Tensor) -> str:
-    return str(np.round(affine.numpy()[:3], 4).tolist())
 
 
 class SlicesLastd(MapTransform, InvertibleTransform):
@@ -219,7 +176,7 @@ class SlicesLastd(MapTransform, InvertibleTransform):
                 "give for example --slice_axis 0, or leave it out to go by the spacing"
             )
         self.slice_axis = slice_axis
-        self.orientation = Orientation(axcodes=_POSE, labels=_RAS_LABELS)
+        self.orientation = Orientation(axcodes=AXIAL_POSE, labels=RAS_LABELS)
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         """Turn the items of one dictionary.
@@ -232,7 +189,7 @@ class SlicesLastd(MapTransform, InvertibleTransform):
         """
         turned = dict(data)
         for key in self.key_iterator(turned):
-            self.orientation.axcodes = _pose(turned[key], self.slice_axis)
+            self.orientation.axcodes = pose(turned[key], self.slice_axis)
             turned[key] = self.orientation(turned[key])
         return turned
 
@@ -249,28 +206,6 @@ class SlicesLastd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(turned_back):
             turned_back[key] = self.orientation.inverse(turned_back[key])
         return turned_back
-
-
-def slices_last(volume: torch.Tensor, slice_axis: int | None = None) -> torch.Tensor:
-    """Turn one volume as `SlicesLastd` does.
-
-    Args:
-        volume: MetaTensor 1xHxWxD.
-        slice_axis: as for `SlicesLastd`.
-
-    Returns:
-        the turned volume, with its affine.
-    """
-    return Orientation(axcodes=_pose(volume, slice_axis), labels=_RAS_LABELS)(volume)
-
-
-def _pose(volume: torch.Tensor, slice_axis: int | None) -> str:
-    """Return in nibabel's letters where the axes of a volume run after it is turned."""
-    affine = cast(MetaTensor, volume).affine.double().cpu().numpy()
-    across = find_slice_axis(affine_to_spacing(affine, r=3).tolist()) if slice_axis is None else slice_axis
-    world = [int(axis) for axis in nib.io_orientation(affine)[:, 0]]  # of each of the file's axes
-    in_plane = sorted(axis for n, axis in enumerate(world) if n != across)
-    return "".join(["LPI"[axis] for axis in in_plane] + ["LPS"[world[across]]])
 
 
 class PadInPlaneToSquare(Pad):

@@ -11,9 +11,6 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 
-THICK_SLICES = (
-    2.0  # how many times the spacing within a slice its thickness is at least, to tell the axis across slices
-)
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 
@@ -32,21 +29,6 @@ def volume_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
         if len(axes) > 3 and shape[axis] == 1:
             axes.remove(axis)
     return tuple(axes) if len(axes) == 3 else None
-
-
-def find_slice_axis(spacing: Sequence[float]) -> int:
-    """Return which axis of a volume runs across its slices.
-
-    Args:
-        spacing: of the voxels along the file's three axes, in any unit.
-
-    Returns:
-        the axis whose spacing is at least twice that of both others, else the last.
-    """
-    for axis, across in enumerate(spacing):
-        if all(across >= THICK_SLICES * other for n, other in enumerate(spacing) if n != axis):
-            return axis
-    return len(spacing) - 1
 
 
 def case_name(path: str | os.PathLike[str]) -> str:

@@ -19,7 +19,7 @@ from monai.transforms import MapTransform
 
 from components.base.atomic_write import write_atomically
 from components.data.acdc import CLASS_NAMES
-from components.data.transforms import slices_last
+from components.data.geometry import slices_last
 from components.data.volume_metadata import case_name_of, checked_spacing_mm, header_spacing_mm
 
 # Okabe and Ito's colour-blind-safe palette, starting with the colours that stand out on grey; reused beyond 7 classes.
