@@ -159,7 +159,7 @@ def _open_nifti(path: Path) -> tuple[Any, bytes]:
         if not image_class.header_class.may_contain_header(content[:size]):
             continue
         try:
-            of_pair = of_pair or content[344:347] == b"ni1" or image_class is nib.AnalyzeImage
+            of_pair = of_pair or image_class is nib.AnalyzeImage or b"ni1" in content[344:347] or b"ni2" in content[4:7]
             return nib.load(path) if of_pair else image_class.from_bytes(content), content[:size]  # type: ignore
         except Exception as error:  # nibabel raises many types of errors on damaged headers
             raise _damaged(path, error) from error
