@@ -96,6 +96,13 @@ def test_pair_of_header_and_image_is_read_by_either_name(tmp_path, kind, suffix)
     assert np.allclose(np.abs(np.diag(image.affine)), [1.5, 1.5, 8, 1])
 
 
+def test_another_format_that_nibabel_knows_is_read(tmp_path):
+    nib.save(nib.MGHImage(GREY, AFFINE), tmp_path / "x.mgz")
+    image = load(tmp_path / "x.mgz")
+    assert np.array_equal(image[0], GREY)
+    assert np.allclose(image.affine, AFFINE)
+
+
 def test_image_without_its_header_is_refused(tmp_path):
     nib.save(nib.Nifti1Pair(GREY, AFFINE), tmp_path / "x.img")
     (tmp_path / "x.hdr").unlink()

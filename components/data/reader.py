@@ -56,7 +56,8 @@ class _Opened(NamedTuple):
 class VolumeReader(ImageReader):
     """Read one 3D volume as float64 (H, W, D), with its affine in mm.
 
-    NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, whatever the name. `.mha`, `.mhd`,
+    NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, whatever the name, and what else nibabel
+    reads by its name. `.mha`, `.mhd`,
     `.nrrd` and `.nhdr` are read by MONAI's `ITKReader`, for which the package `itk-io` must be installed.
 
     The affine is that of the header's sform if its code is set, else of its qform, else of its voxel sizes; a form
@@ -163,7 +164,12 @@ def _open_nifti(path: Path) -> tuple[Any, bytes]:
             return nib.load(path) if of_pair else image_class.from_bytes(content), content[:size]  # type: ignore
         except Exception as error:  # nibabel raises many types of errors on damaged headers
             raise _damaged(path, error) from error
-    raise ValueError(f"{path} is not a NIfTI file but {_kind_of(content)}: expected a volume as .nii.gz or .nii")
+    try:
+        image = nib.load(path)  # FreeSurfer's .mgz and others that nibabel knows
+    except nib.filebasedimages.ImageFileError as error:
+        kind = _kind_of(content)
+        raise ValueError(f"{path} is not a NIfTI file but {kind}: expected a volume as .nii.gz or .nii") from error
+    return image, image.header.binaryblock  # type: ignore[attr-defined]
 
 
 def _header_beside(path: Path) -> Path:
