@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,11 +14,16 @@ from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_sam_checkpoint
 from components.sam.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder
+from components.sam.unet_encoder import UNetEncoder
 
 logger = logging.getLogger(__name__)
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(ImageEncoder, architecture) for name, architecture in ARCHITECTURES.items()},
+    "phantom_unet": UNetEncoder,
+}
 
 
 class SamEncoder(nn.Module):
@@ -36,7 +42,7 @@ class SamEncoder(nn.Module):
     only the last blank image is cached. When scripted, traced or exported, the encoder runs without cache, in fp32.
 
     Args:
-        model_type: `vit_b`, `vit_l`, `vit_h` or `vit_tiny`.
+        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_tiny` or `phantom_unet`.
         checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
         image_size: side in pixels to which images are resized, a multiple of 16.
         trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)").
@@ -65,8 +71,8 @@ class SamEncoder(nn.Module):
         cache_dtype: str = "float16",
     ) -> None:
         super().__init__()
-        if model_type not in ARCHITECTURES:
-            raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(ARCHITECTURES)}")
+        if model_type not in BUILDERS:
+            raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(BUILDERS)}")
         if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
             raise ValueError(f"image_size must be a positive multiple of {PATCH_SIZE}, received {image_size}")
         if not isinstance(trainable, bool):
@@ -103,7 +109,7 @@ class SamEncoder(nn.Module):
             images: Bx3xHxW in 0..255, any height and width.
 
         Returns:
-            embeddings Bx256x(image_size/16)x(image_size/16).
+            embeddings Bx256xhxw, h and w being image_size/16 for SAM's encoders, image_size/4 for `phantom_unet`.
         """
         # A single return, because torch.jit.script cannot return from within a `with` block.
         if self.trainable:
@@ -205,10 +211,10 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def _build(model_type: str, checkpoint: str | None) -> ImageEncoder:
+def _build(model_type: str, checkpoint: str | None) -> nn.Module:
     """Build an image encoder with the weights of a checkpoint or, with a warning, random ones of a fixed seed."""
     with fixed_random_weights():
-        encoder = ImageEncoder(ARCHITECTURES[model_type])
+        encoder = BUILDERS[model_type]()
     if checkpoint is None:
         logger.warning(
             "*** The %s image encoder has RANDOM weights, as no SAM checkpoint was given. ***\n"
