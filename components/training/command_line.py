@@ -64,7 +64,7 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
     resolved = names[ReferenceResolver._vars]
     for option, value in options.items():
         name = option.removeprefix("+")
-        if value is None and name not in _runner_arguments():
+        if value is None:
             raise ValueError(
                 f"MONAI's runner ignores `--{option} None`: write `--{option} '$None'` for no value, "
                 "or leave it out for the configs' own."
@@ -141,7 +141,8 @@ def _bound_arguments(command: Callable[..., Any], arguments: Sequence[str]) -> d
 
     @functools.wraps(command)  # fire binds arguments by the signature of the wrapped function
     def record(*values: Any, **options: Any) -> None:
-        bound.update(zip(inspect.signature(command).parameters, values, strict=False), **options)
+        given = zip(inspect.signature(command).parameters, values, strict=False)
+        bound.update({name: value for name, value in given if value is not None}, **options)  # None: by default
 
     # fire reports superfluous arguments only after the call: the fire that runs the command will do so
     with contextlib.suppress(fire.core.FireExit), contextlib.redirect_stderr(io.StringIO()):
