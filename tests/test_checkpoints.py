@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from monai.handlers import LrScheduleHandler
 from monai.optimizers import WarmupCosineSchedule
 from torch.nn.parallel import DistributedDataParallel
 
-from components.base.atomic_write import save_atomically
+from components.base.atomic_write import save_atomically, write_atomically
 from components.evaluation.model_loader import ModelCheckpointLoader
 from components.training.checkpoints import TrainingCheckpoints
 from components.training.epoch_handlers import LastEpochValidationHandler
@@ -554,18 +555,61 @@ def test_loader_reads_the_model_that_training_wrote(tmp_path):
 
 
 def test_loader_without_a_file_says_to_train_first(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.pt.*monai\.bundle run training.*--ckpt_path.*--ckpt_dir"):
+    with pytest.raises(FileNotFoundError, match=r"model\.pt.*monai\.bundle run training.*--ckpt_path FILE"):
         load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint"])
 def test_loader_names_a_damaged_file(tmp_path, content):
     (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(RuntimeError, match=r"can read at '.*model\.pt', got"):
+    with pytest.raises(ValueError, match=r"model\.pt is not a readable checkpoint \(\w+: .*--ckpt_path FILE"):
         load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
 
 
-def test_loader_names_a_file_of_another_network_and_lets_the_error_through(tmp_path):
+def test_loader_names_a_file_of_another_network_and_what_does_not_fit(tmp_path):
     torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*model\.pt' was read but does not fit"):
+    with pytest.raises(ValueError, match=r"model\.pt does not fit this network: .*size mismatch for weight"):
         load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
+
+
+def test_loader_takes_the_network_out_of_a_checkpoint_of_the_training(tmp_path):
+    run = train(tmp_path)
+    network = torch.nn.Linear(3, 1)
+    load_into(network, tmp_path / "checkpoint_epoch=3.pt")
+    assert same(weights(network), weights(run.network))
+
+
+def test_loader_refuses_weights_that_are_not_finite(tmp_path):
+    state = torch.nn.Linear(3, 1).state_dict()
+    state["weight"][0, 1] = torch.nan
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"model\.pt has weights that are not finite: .* in 1 of its 2 tensors \(weight\)"
+    ):
+        load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 4 kB, as if there were no more space."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_is_named_and_the_older_file_stays(tmp_path):
+    path = tmp_path / "model.pt"
+    save_atomically({"a": 1}, path)
+    with pytest.raises(
+        OSError, match=r"model\.pt cannot be written: the disk, or a quota on it, is full \(\d+ MiB free\)"
+    ):
+        save_atomically({"a": torch.zeros(100_000)}, path)
+    with (
+        pytest.raises(OSError, match=r"table\.csv cannot be written: the disk"),
+        write_atomically(tmp_path / "table.csv") as partial,
+    ):
+        partial.write_text("x" * 100_000)
+    assert names(tmp_path) == ["model.pt"]
+    assert load(path) == {"a": 1}

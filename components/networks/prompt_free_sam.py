@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from components.base.precision import autocast_to, check_precision
-from components.base.weights import load_starting_weights, read_starting_weights
+from components.base.weights import key_test, load_starting_weights, read_starting_weights
 
 _START_REMEDY = (
     "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
@@ -47,7 +47,9 @@ class PromptFreeSam(nn.Module):
         self.head = head
         self.precision = precision
         if head_checkpoint is not None:
-            state = read_starting_weights(head_checkpoint, kind="head checkpoint", remedy=_START_REMEDY)
+            state = read_starting_weights(
+                head_checkpoint, kind="head checkpoint", remedy=_START_REMEDY, is_key=key_test(self)
+            )
             load_starting_weights(self, state, path=head_checkpoint, remedy=_START_REMEDY)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,9 @@ class GreyUNet(nn.Module):
 
     def _load_start(self, path: str) -> None:
         remedy = "give --start_checkpoint a file of a UNet with the same width and classes, or '$None' for none"
-        state = read_starting_weights(path, kind="start checkpoint", remedy=remedy)
+        state = read_starting_weights(
+            path, kind="start checkpoint", remedy=remedy, is_key=lambda key: key.startswith(("unet.", "projection."))
+        )
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {key for key in self.state_dict() if key.split(".")[1] in CONTRACTING_PATH}
         load_starting_weights(self, own, path=path, remedy=remedy, strict=own.keys() != contracting)
