@@ -64,8 +64,8 @@ def find_volumes(dataset_dir: str) -> FoundVolumes:
     """List the volumes to segment.
 
     A folder is searched with all folders below it, links followed, each folder once. Suffixes are those of
-    `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. A damaged file and a link whose target is not
-    there stay in the list, for the loader to name.
+    `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. A damaged file and a link whose target is
+    not there stay in the list, for the loader to name.
 
     Left out, with the reason in `skipped`: files that do not hold one 3D volume; labels and predictions by their
     postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`, `labelsVal`; folders such
@@ -155,7 +155,7 @@ def _reason_to_skip(path: Path) -> str:
     if suffix not in _READ_BY_NIBABEL:
         return ""
     try:
-        image = nib.load(path)  # type: ignore[attr-defined]
+        image: Any = nib.load(path)
         shape, colours = image.shape, image.get_data_dtype().fields
     except Exception:
         return ""

@@ -41,15 +41,18 @@ class SegmentationEvaluator(SupervisedEvaluator):
         self.segmented: list[str] = []
         self.failed: dict[str, str] = {}
 
-    def run(self) -> None:
+    def run(self, global_epoch: int = 1) -> None:
         """Segment all volumes.
+
+        Args:
+            global_epoch: as for `SupervisedEvaluator`.
 
         Raises:
             RuntimeError: at the end, when a volume has failed.
         """
         self.segmented, self.failed = [], {}
         try:
-            super().run()
+            super().run(global_epoch)
         finally:
             if self.state.iteration:  # else the run failed before the first volume, and its error is what matters
                 self._log()

@@ -41,7 +41,7 @@ class TurnedSliceInferer(SliceInferer):
         super().__init__(*args, **kwargs)
         self.test_time_views = test_time_views
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the network on volumes, slice by slice.
 
         Args:
@@ -56,7 +56,7 @@ class TurnedSliceInferer(SliceInferer):
         Raises:
             ValueError: when the network's output is not finite.
         """
-        outputs = super().__call__(inputs, network, *args, **kwargs)
+        outputs: Any = super().__call__(inputs, network, *args, **kwargs)
         unusable = int((~torch.isfinite(outputs)).sum())
         if unusable:
             raise ValueError(
