@@ -159,7 +159,7 @@ def test_adapted_head_is_never_below_its_start(adapted, weights):
     assert last["best_epoch"] == 0
     model = torch.load(folder / "models" / "model.pt", weights_only=True)
     start = torch.load(weights / "linear_head.pt", weights_only=True)
-    assert all(torch.equal(value, start[key].to(value)) for key, value in model.items())
+    assert all(torch.equal(model[key], value.to(model[key])) for key, value in start.items())
 
 
 def test_evaluation_takes_the_adapted_head_whatever_the_start(adapted, weights, phantoms, tmp_path, caplog):
