@@ -83,7 +83,10 @@ class GreyUNet(nn.Module):
     def _load_start(self, path: str) -> None:
         remedy = "give --start_checkpoint a file of a UNet with the same width and classes, or '$None' for none"
         state = read_starting_weights(
-            path, kind="start checkpoint", remedy=remedy, is_key=lambda key: key.startswith(("unet.", "projection.", "trained_with"))
+            path,
+            kind="start checkpoint",
+            remedy=remedy,
+            is_key=lambda key: key.startswith(("unet.", "projection.", "trained_with")),
         )
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
