@@ -92,7 +92,7 @@ def test_a_record_comes_back_from_any_type_of_number():
 
 
 def test_a_record_too_long_is_refused():
-    with pytest.raises(ValueError, match="in 2048 bytes of JSON, received .*shorter class_names"):
+    with pytest.raises(ValueError, match=r"in 2048 bytes of JSON, received .*shorter class_names"):
         unet(class_names=["x" * 3000])
 
 

@@ -172,7 +172,7 @@ def _check_record(
             "the checkpoint is older than the record of what a model was trained with: it is used unchecked, with %s",
             _listed({name: value for name, value in given.items() if name != VIEWS_SHOWN}),
         )
-    shown = [record.get(VIEWS_SHOWN) for record in (given, stored)]
+    shown: list[Any] = [record.get(VIEWS_SHOWN) for record in (given, stored)]
     record = {**given, VIEWS_SHOWN: None if None in shown else max(shown)} if given else stored
     state[key] = encode_record(record).to(network.get_buffer(_KEY).device)
 

@@ -92,7 +92,7 @@ class GreyUNet(nn.Module):
         contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
         is_whole = own.keys() != contracting
         if not is_whole:  # what was trained without classes has no record either
-            own["trained_with"] = self.trained_with
+            own["trained_with"] = self.get_buffer("trained_with")
         load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
 
 
