@@ -108,7 +108,8 @@ def test_overlay_builds_the_network_in_every_run(bundle, names, weights):
         assert parser.get_parsed_content("inferer").test_time_views == 8
         return
     state = torch.load(weights / HEADS[bundle][0], weights_only=True)
-    assert all(torch.equal(value, state[f"head.{key}"].float()) for key, value in network.head.state_dict().items())
+    same = [torch.equal(value, state[f"head.{key}"].float()) for key, value in network.head.state_dict().items()]
+    assert all(same) == ("evaluate" not in names)  # which loads the trained model alone
     assert parser.get_parsed_content("validate#inferer").test_time_views == 8
 
 
