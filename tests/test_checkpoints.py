@@ -1,7 +1,6 @@
-import contextlib
-
 """What a training run writes, keeps and resumes from: tiny trainers with given scores."""
 
+import contextlib
 import logging
 import os
 import resource
@@ -593,7 +592,7 @@ def test_loader_refuses_weights_that_are_not_finite(tmp_path):
 
 @contextlib.contextmanager
 def full_disk():
-    """No file can grow beyond 4 kB, as if there were no more space; not longer, since pytest may write to a file too."""
+    """No file can grow beyond 4 kB, as if there were no more space; within a test, since pytest writes too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:

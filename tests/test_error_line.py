@@ -43,7 +43,8 @@ def test_error_of_a_transform_in_a_loader_of_a_config_is_its_message_alone(damag
     dataset = Dataset([{"image": damaged}], transform=LoadVolumed(keys="image"))
     loader = DataLoader(dataset, num_workers=num_workers)
     line = last_line(evaluate("$list(@loader)", loader=loader), capsys, with_traceback=False)
-    assert line == f"error: {damaged} cannot be read: expected a complete NIfTI file; copy it again"
+    reason = "is not a NIfTI file but something that begins with b'junk': expected a volume as .nii.gz or .nii"
+    assert line == f"error: {damaged} {reason}"
 
 
 def test_error_of_a_component_is_its_message_alone(capsys):
