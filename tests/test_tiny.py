@@ -144,7 +144,7 @@ def adapted(weights, phantoms, tmp_path_factory) -> tuple[Path, str]:
     try:
         overrides = knobs("linearhead_acdc", weights, dataset_dir=phantoms, cache_dir=folder / "embeddings")
         overrides |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval", POOL_SIZE: 16}
-        run("training", "linearhead_acdc", "train", "tiny", **overrides, epochs=2, val_interval=1, learning_rate=1e30)
+        run("training", "linearhead_acdc", "train", "tiny", **overrides, epochs=2, val_interval=1, learning_rate=10)
     finally:
         root.removeHandler(listener)
         root.setLevel(level)
