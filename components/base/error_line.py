@@ -85,7 +85,9 @@ def _error_of(block: str) -> str:
 
 
 def _close_progress_bars() -> None:
-    """Draw the bars that the error interrupted for the last time, which else happens at the interpreter's end."""
-    if "tqdm" in sys.modules:
-        for bar in list(sys.modules["tqdm"].tqdm._instances):
-            bar.close()
+    """End the bars that the error interrupted, which else happens at the interpreter's end, and their line."""
+    bars = list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []
+    for bar in bars:
+        bar.close()
+    if bars:
+        print(file=sys.stderr)

@@ -41,7 +41,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
         self.segmented: list[str] = []
         self.failed: dict[str, str] = {}
 
-    def run(self, global_epoch: int = 1) -> None:
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI's own
         """Segment all volumes.
 
         Args:
