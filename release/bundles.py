@@ -193,7 +193,7 @@ def _put_in(root: Path, head: str, *, sam_checkpoint: str | Path) -> None:
         )
     parser = ConfigParser()
     parser.read_config(root / "configs/inference.json")
-    parser.update({"sam_checkpoint": str(sam_checkpoint), "network_def#head_checkpoint": head})
+    parser.update({"sam_checkpoint": str(sam_checkpoint), "ckpt_path": head, "network_def#head_checkpoint": head})
     parser.get_parsed_content("network_def")
     _copy(Path(head), root / "models/model.pt")
 

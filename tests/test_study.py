@@ -26,8 +26,6 @@ from study.execution import run_locally, run_on_dask, with_preparations, worker_
 from study.grid import Cell, Method, Preparation, Start, read_grid
 
 SMALL = {
-    "canvas_size": 64,
-    "image_size": 64,
     "test_time_views": 1,
     "epochs": 1,
     "views": 1,
