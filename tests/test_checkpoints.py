@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.base.atomic_write import save_atomically, write_atomically
 from components.evaluation.model_loader import ModelCheckpointLoader
+from components.networks.trained_with import remember_training
 from components.training.checkpoints import TrainingCheckpoints
 from components.training.epoch_handlers import LastEpochValidationHandler
 
@@ -338,6 +339,24 @@ def test_checkpoint_of_another_network_is_an_error_that_names_the_file(tmp_path)
     train(tmp_path, scores=[0.1] * 3)
     with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*checkpoint_epoch=3\.pt.*--resume False"):
         train(tmp_path, epochs=4, resume=True, wrap=lambda _: torch.nn.Linear(3, 2))
+
+
+def test_a_run_does_not_resume_what_was_trained_otherwise_and_the_loader_refuses_it_too(tmp_path):
+    def cropped(size):
+        def wrap(network):
+            remember_training(network, {"crop_size": size})
+            return network
+
+        return wrap
+
+    build(tmp_path, scores=[0.5], epochs=1, wrap=cropped(96)).trainer.run()
+    resumed = build(tmp_path, scores=[0.5, 0.6], epochs=2, resume=True, wrap=cropped(64))
+    with pytest.raises(RuntimeError, match=r"(?s)trained with crop_size 96, received 64.*checkpoint_epoch=1\.pt"):
+        resumed.trainer.run()
+    loader = ModelCheckpointLoader(str(tmp_path / "model.pt"), {"model": resumed.network})
+    with pytest.raises(Exception, match="trained with crop_size 96, received 64"):
+        loader(resumed.evaluator)
+    build(tmp_path, scores=[0.5, 0.6], epochs=2, resume=True, wrap=cropped(96)).trainer.run()
 
 
 def test_first_score_counts_even_if_zero_and_nan_never_does(tmp_path):
