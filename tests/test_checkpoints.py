@@ -567,10 +567,11 @@ def load_into(network, path):
     ModelCheckpointLoader(load_path=str(path), load_dict={"model": network})(engine)
 
 
-def test_loader_reads_the_model_that_training_wrote(tmp_path):
+@pytest.mark.parametrize("file", ["model.pt", "checkpoint_epoch=3.pt"])
+def test_loader_reads_the_network_that_training_wrote(tmp_path, file):
     run = train(tmp_path)
     network = torch.nn.Linear(3, 1)
-    load_into(network, tmp_path / "model.pt")
+    load_into(network, tmp_path / file)
     assert same(weights(network), weights(run.network))
 
 
@@ -590,13 +591,6 @@ def test_loader_names_a_file_of_another_network_and_what_does_not_fit(tmp_path):
     torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt does not fit this network: .*size mismatch for weight"):
         load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
-
-
-def test_loader_takes_the_network_out_of_a_checkpoint_of_the_training(tmp_path):
-    run = train(tmp_path)
-    network = torch.nn.Linear(3, 1)
-    load_into(network, tmp_path / "checkpoint_epoch=3.pt")
-    assert same(weights(network), weights(run.network))
 
 
 def test_loader_refuses_weights_that_are_not_finite(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import messages_of
 from monai.data import DataLoader
-from monai.transforms import AsDiscreted, Compose, SaveImaged
+from monai.transforms import AsDiscreted, Compose
 
 from components.data.transforms import LoadVolumed
-from components.data.volumes import VolumeDataset, VolumeWriter, find_volumes, prediction_name
+from components.data.volumes import SavePredictiond, VolumeDataset, find_volumes
 from components.evaluation.segmentation import SegmentationEvaluator
 from components.evaluation.slice_inferer import TurnedSliceInferer
 
@@ -37,22 +37,12 @@ def save(path: Path, high=100) -> Path:
 
 def segment(folder: Path, output_dir: Path, num_workers=0) -> SegmentationEvaluator:
     dataset = VolumeDataset(find_volumes(str(folder)), LoadVolumed("image"))
-    saving = SaveImaged(
-        "pred",
-        output_dir=str(output_dir),
-        output_postfix="pred",
-        output_dtype="uint8",
-        resample=False,
-        separate_folder=False,
-        output_name_formatter=prediction_name,
-        writer=VolumeWriter,
-    )
     evaluator = SegmentationEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(dataset, batch_size=1, num_workers=num_workers),
         network=Threshold(),
         inferer=TurnedSliceInferer(roi_size=SHAPE[:2], spatial_dim=2, sw_batch_size=2),
-        postprocessing=Compose([AsDiscreted("pred", argmax=True), saving]),
+        postprocessing=Compose([AsDiscreted("pred", argmax=True), SavePredictiond("pred", str(output_dir))]),
         skipped=dataset.skipped,
     )
     evaluator.logger.setLevel(logging.ERROR)

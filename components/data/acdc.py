@@ -159,10 +159,9 @@ def _list_frames(patient: Path) -> list[Case]:
         raise ValueError(f"{patient} is not an ACDC patient: expected an Info.cfg that names its ED and ES frames")
     fields = dict(re.findall(r"^\s*(\w+)\s*:\s*(\S+)", _read_text(info), flags=re.MULTILINE))
     by_name: dict[str, Path] = {}  # of several files of one name the one with the release's suffix, which comes first
-    for suffix in VOLUME_SUFFIXES:
-        for path in sorted(patient.iterdir()):
-            if volume_suffix(path) == suffix:
-                by_name.setdefault(case_name(path), path)
+    volumes = [path for path in patient.iterdir() if volume_suffix(path)]
+    for path in sorted(volumes, key=lambda path: (VOLUME_SUFFIXES.index(volume_suffix(path)), path)):
+        by_name.setdefault(case_name(path), path)
     cases = []
     for phase in ("ED", "ES"):
         if not fields.get(phase, "").isdecimal():

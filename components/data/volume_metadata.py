@@ -11,7 +11,8 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img", ".mha", ".mhd", ".nrrd", ".nhdr")
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")  # of the formats that MONAI's `ITKReader` reads
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img", *ITK_SUFFIXES)
 DEAD_LINK = "a link whose target is not there: fetch it (git annex get, datalad get) or mend the link"
 
 
@@ -36,6 +37,12 @@ def volume_suffix(path: str | os.PathLike[str]) -> str:
     """Return which of `VOLUME_SUFFIXES` a file's name ends in, in any case, or an empty string for none."""
     name = Path(path).name.lower()
     return next((suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix)), "")
+
+
+def other_of_pair(path: Path) -> Path | None:
+    """Return where the `.img` of a `.hdr` is expected, or the `.hdr` of an `.img`; None for any other file."""
+    other = {".hdr": ".img", ".img": ".hdr"}.get(path.suffix.lower())
+    return path.with_suffix(other.upper() if path.suffix.isupper() else other) if other else None
 
 
 def is_dead_link(path: Path) -> bool:

@@ -10,17 +10,20 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.config import NdarrayOrTensor, PathLike
+from monai.config import KeysCollection, NdarrayOrTensor, PathLike
 from monai.data import Dataset, NibabelWriter
+from monai.transforms import SaveImaged
 
 from components.base.atomic_write import write_atomically
 from components.base.reasons import is_out_of_memory, reason_of
 from components.data.reader import NIFTI_HEADER, STORED_SHAPE
 from components.data.volume_metadata import (
     DEAD_LINK,
+    ITK_SUFFIXES,
     VOLUME_SUFFIXES,
     case_name,
     is_dead_link,
+    other_of_pair,
     volume_axes,
     volume_suffix,
 )
@@ -43,8 +46,6 @@ FAILURE = "failure"  # the item of a volume that could not be loaded which says 
 _IMAGES = re.compile("(images?|imgs?)(tr|ts|val)?")
 _LABELS_OF_SUBSET = re.compile("labels?(tr|ts|val)")  # as nnU-Net and the Medical Segmentation Decathlon name them
 _LABELS = re.compile("labels?|masks?|seg(mentation)?s?|gts?")
-_PAIR = {".hdr": ".img", ".img": ".hdr"}
-_READ_BY_NIBABEL = (".nii.gz", ".nii", ".hdr")
 
 
 class FoundVolumes(list):
@@ -121,15 +122,16 @@ def find_volumes(dataset_dir: str) -> FoundVolumes:
 
 def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -> Iterator[Path]:
     """Yield the files of a folder and of those below it, but hidden ones and those of label folders."""
-    if folder.resolve() in searched:  # a link back, or a second one to the same folder
+    real = folder.resolve()
+    if real in searched:  # a link back, or a second one to the same folder
         return
-    searched.add(folder.resolve())
+    searched.add(real)
     try:
         paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     except OSError as error:
         left_out[folder] = f"a folder that cannot be listed: {error.strerror}"
         return
-    folders = [path for path in paths if path.is_dir()]
+    folders = {path for path in paths if path.is_dir()}
     has_images = any(_IMAGES.fullmatch(path.name.lower()) for path in folders)
     for path in paths:
         name = path.name.lower()
@@ -148,11 +150,9 @@ def _reason_to_skip(path: Path) -> str:
         return DEAD_LINK if is_dead_link(path) and not path.suffix else ""  # it may have led to a patient's folder
     if case_name(path).lower().endswith(NOT_IMAGES):
         return "a label or prediction by its name"
-    if other := _PAIR.get(suffix):
-        other = other.upper() if path.suffix.isupper() else other
-        if not os.path.lexists(path.with_suffix(other)):
-            return f"half of a pair: there is no {path.with_suffix(other).name} beside it"
-    if suffix not in _READ_BY_NIBABEL:
+    if (other := other_of_pair(path)) and not os.path.lexists(other):
+        return f"half of a pair: there is no {other.name} beside it"
+    if suffix in (".img", *ITK_SUFFIXES):  # a pair is judged by its .hdr, what ITK reads by the loader
         return ""
     try:
         image: Any = nib.load(path)
@@ -181,28 +181,12 @@ class VolumeDataset(Dataset):
     def _transform(self, index: int) -> Any:
         path = self.data[index]["image"]
         try:
-            if is_dead_link(Path(path)):
-                raise FileNotFoundError(f"{path} is {DEAD_LINK}")
             return super()._transform(index)
         except Exception as error:
             if len(self) == 1 or is_out_of_memory(error):
                 raise
             logger.debug("%s cannot be loaded", path, exc_info=True)
             return {"image": str(path), FAILURE: reason_of(error)}
-
-
-def prediction_name(metadata: Mapping[str, Any], _: Any) -> dict[str, Any]:
-    """Name a prediction by its case, an `output_name_formatter` of `SaveImaged`.
-
-    Differs: MONAI's own takes only the last suffix off a name such as `X.NII.GZ`.
-
-    Args:
-        metadata: of the volume, with its file's name.
-
-    Returns:
-        arguments of `FolderLayout.filename`.
-    """
-    return {"subject": f"{case_name(metadata['filename_or_obj'])}.nii.gz"}
 
 
 class VolumeWriter(NibabelWriter):
@@ -282,3 +266,31 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
     for field in GEOMETRY_FIELDS:  # set one by one, since nibabel mends what it finds unusual in a whole header
         image.header[field] = of_image[field]
     return image
+
+
+class SavePredictiond(SaveImaged):
+    """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`.
+
+    Differs: MONAI's own name keeps a part of a suffix such as that of `X.NII.GZ`.
+
+    Args:
+        keys: items 1xHxWxD on their image's grid, with its metadata.
+        output_dir: folder of the files, made if missing.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str) -> None:
+        super().__init__(
+            keys,
+            output_dir=output_dir,
+            output_postfix=PREDICTION_POSTFIX,
+            output_dtype="uint8",
+            resample=False,
+            separate_folder=False,
+            writer=VolumeWriter,
+            output_name_formatter=_named_by_case,
+        )
+
+
+def _named_by_case(metadata: Mapping[str, Any], _: Any) -> dict[str, Any]:
+    """Return the arguments of MONAI's `FolderLayout.filename` for a volume's metadata."""
+    return {"subject": f"{case_name(metadata['filename_or_obj'])}.nii.gz"}
