@@ -78,6 +78,7 @@ def _parser(file: str, settings: Settings, encoder: nn.Module, *, head: str, pre
     parser.read_config(str(CONFIGS / file))
     parser["network_def"] |= {"encoder": encoder, "head": HEADS[head], "precision": precision}
     parser.update({"canvas_size": settings.canvas_size, "sam_checkpoint": None, "device": settings.device})
+    parser.update(training_knobs("out_channels"))  # which inference would take from a trained model
     return parser
 
 

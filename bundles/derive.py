@@ -71,7 +71,7 @@ def edited(
         text: of a JSON object.
         remove: ids, their parts separated by `#` as in MONAI; an item of a list is named by the last word of its
             `_target_`.
-        add: new top-level keys with their values, by the key before which they stand.
+        add: new keys with their values, by the id before which they stand.
         replace: new values by id.
 
     Returns:
@@ -81,13 +81,15 @@ def edited(
         KeyError: for an id or key that the config lacks.
     """
     config, spaced = json.loads(text), set(re.findall(r'\n\n    "(\w[\w#]*)":', text))
-    for key, new in (add or {}).items():
+    for name, new in (add or {}).items():
         if not new:
             continue
-        place = list(config).index(key)
-        items = list(config.items())
-        config = dict([*items[:place], *new.items(), *items[place:]])
-        if key in spaced:
+        parent, key = _find(config, name)
+        items = list(parent.items())
+        place = [item[0] for item in items].index(key)
+        parent.clear()
+        parent.update([*items[:place], *new.items(), *items[place:]])
+        if parent is config and key in spaced:
             spaced = spaced - {key} | {next(iter(new))}
     for name in remove:
         parent, key = _find(config, name)
@@ -128,8 +130,10 @@ def own_tiny_knobs(head: Config) -> Config:
 
 def head_edits(head: Config) -> dict[str, Config]:
     """Return how the configs of a head's bundle differ from the source's, as arguments of `edited` by config."""
-    network = {"replace": {"network_def#head": head["head"]}}
-    network |= {"add": {"precision": head["knobs"]}} if "knobs" in head else {}
+    own = head.get("knobs", {})
+    recorded = {name: f"@{name}" for name in own}
+    resolved = {value: f"$@as_trained['{value[1:]}']" for value in ("@out_channels", *recorded.values())}
+    as_trained = {key: resolved.get(str(value), value) for key, value in head["head"].items()}
     tiny = head.get("tiny", {})
     pretrained = None
     if "pretrained" in tiny:
@@ -138,8 +142,18 @@ def head_edits(head: Config) -> dict[str, Config]:
     others = {name: value for name, value in tiny.get("knobs", {}).items() if name not in knobs}
     description = f"SAM's image encoder, frozen, under {head['description']}, trained on 1 or 5 labelled ACDC patients"
     return {
-        "train": network,
-        "inference": network,
+        "train": {
+            "add": {"precision": own, "trained_with#canvas_size": recorded},
+            "replace": {"network_def#head": head["head"]},
+        },
+        "inference": {
+            "add": {
+                "precision": dict.fromkeys(own),
+                "as_trained#given#canvas_size": recorded,
+                "as_trained#otherwise#canvas_size": own,
+            },
+            "replace": {"network_def#head": as_trained},
+        },
         "tiny": {"add": {"epochs": knobs}, "replace": {"head_checkpoint": pretrained, **others}},
         "metadata": {"replace": {"name": head["name"], "description": description}},
     }

@@ -20,9 +20,13 @@ Importing the package warms up torch's CPU mathematics once. In torch 2.13 (oneM
 vectorised function (`sqrt`, `exp`, ...) in a process may run at reduced precision on one of its threads
 (https://github.com/pytorch/pytorch/issues/188792): an error of 1e-3 in the first forward pass, gone in the second. One
 call on a single element, which never leaves the calling thread, takes that first call out of every real computation.
+
+In a process that is `python -m monai.bundle` it also makes the last line of an error one sentence, by
+`components.base.error_line`; a program that imports the package keeps its own exception hook.
 """
 
 import importlib
+import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -78,5 +82,18 @@ def _warm_up_cpu_math() -> None:
         function(one)
 
 
+def is_bundle_command() -> bool:
+    """Return whether this process is `python -m monai.bundle`, not a host or a test that imports MONAI."""
+    # `python -m` leaves its module's name here, also under torchrun
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == "monai.bundle.__main__"
+
+
+def _end_with_error_line() -> None:
+    if is_bundle_command() and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has a report of its own
+        sys.excepthook = importlib.import_module("components.base.error_line").ErrorLine()
+
+
 sys.meta_path.append(_MovedModules())
 _warm_up_cpu_math()
+_end_with_error_line()

@@ -151,7 +151,8 @@ def _complete(root: Path, bundle: str) -> None:
     knobs |= {name: f"$@bundle_root + '/{file}'" for name, file in files.items()}
     _set_knobs(root / "configs/train.json", knobs)
     inference = json.loads((root / "configs/inference.json").read_text())
-    of_inference = {name: value for name, value in knobs.items() if name in inference}  # without those of training
+    as_trained = inference["as_trained"]["given"]  # null, so that they follow whatever becomes the bundle's model
+    of_inference = {name: value for name, value in knobs.items() if name in inference and name not in as_trained}
     of_inference["ckpt_path"] = "$@bundle_root + '/models/model.pt'"
     _set_knobs(root / "configs/inference.json", of_inference)
     _rename(root, "tiny encoder", "; here a tiny one, trained on synthetic slices only, which comes with the bundle")
@@ -192,7 +193,7 @@ def _put_in(root: Path, head: str, *, sam_checkpoint: str | Path) -> None:
         )
     parser = ConfigParser()
     parser.read_config(root / "configs/inference.json")
-    parser.update({"sam_checkpoint": str(sam_checkpoint), "network_def#head_checkpoint": head})
+    parser.update({"sam_checkpoint": str(sam_checkpoint), "ckpt_path": head, "network_def#head_checkpoint": head})
     parser.get_parsed_content("network_def")
     _copy(Path(head), root / "models/model.pt")
 
@@ -228,7 +229,7 @@ weights; it and the head, `models/model.pt`, were trained on synthetic short-axi
 
 Training starts from that head, kept as `models/*_from_phantoms.pt`, with synthetic slices in each batch, so that it
 keeps what it knew, and replaces `models/model.pt`. `--head_checkpoint '$None' --epochs 120 --learning_rate 0.0005`
-trains a fresh head; other classes than RV, Myo and LV need that, and `--phantom_share 0`.
+trains a fresh head; other classes than RV, Myo and LV need that, and `--phantom_share 0 --test_time_views 1`.
 """
 _TINY_PERFORMANCE = """\
 ## Performance

@@ -31,7 +31,7 @@ _LOG = "log.txt"
 _LOCK = "lock"
 _PACKAGES = ("autosam-bundles", "monai", "torch", "numpy")
 _POLL_S = 0.2  # between checks of a sub-process or a lock
-_EXCEPTION = re.compile(r"^[\w.]+(Error|Exception): .*$", re.MULTILINE)
+_LAST_LINE = re.compile(r"^error: (.*)$", re.MULTILINE)  # of `components.base.error_line`
 
 
 class CellError(RuntimeError):
@@ -247,8 +247,8 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 def _run(stage: Stage, log: Path, *, lock: int, environment: Mapping[str, str], interrupt: threading.Event) -> None:
-    """Run a stage in a sub-process, and append its output to the log."""
-    command = [sys.executable, "-m", "monai.bundle", *stage.arguments]
+    """Run a stage in a sub-process, and append its output to the log, with the traceback of an error."""
+    command = [sys.executable, "-m", "monai.bundle", *stage.arguments, "--debug", "True"]
     with log.open("a") as file:
         start = file.tell()
         with subprocess.Popen(
@@ -268,6 +268,6 @@ def _run(stage: Stage, log: Path, *, lock: int, environment: Mapping[str, str], 
         raise KeyboardInterrupt
     if process.returncode:
         output = log.read_bytes()[start:].decode(errors="replace").strip()
-        cause = _EXCEPTION.search(output)  # the first of a chain of exceptions
-        reason = cause[0] if cause else output[output.rfind("\n") + 1 :]
+        error = _LAST_LINE.search(output)
+        reason = error[1] if error else output[output.rfind("\n") + 1 :]
         raise CellError(f"exit status {process.returncode}: {reason} (whole output: {log})")

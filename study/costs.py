@@ -105,6 +105,8 @@ class _Estimate:
     def _stage_seconds(self, stage: Stage, task: Task) -> float:
         parser = stage.parser()
         parser.update({name: None for name in (*_WEIGHTS, "cache_dir") if name in parser.get()})
+        if "trained_with" in parser.get():
+            parser.update({"trained_with#views_shown": None})  # which a start, left out here, may have been shown
         config: Callable[[str], Any] = parser.get_parsed_content
         network = name_without_split(task).partition("/patients_")[0]
         if network not in self._speeds:

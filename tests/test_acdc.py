@@ -142,3 +142,48 @@ def test_real_release_lists_two_frames_a_patient(acdc_dir):
     patients = list_patients(acdc_dir)
     assert all(len(cases) == 2 for cases in patients.values())
     assert all(Path(path).is_file() for cases in patients.values() for case in cases for path in case.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.encode() + "\nNote: Größe\n".encode("latin-1"),
+        lambda text: text.replace("\n", "\r").encode(),
+    ],
+)
+def test_info_in_any_usual_encoding_is_read(tmp_path, change):
+    root = write_patient(tmp_path, "patient001").parent
+    expected = list_patients(str(root))
+    info = next(root.rglob("Info.cfg"))
+    info.write_bytes(change(info.read_text()))
+    assert list_patients(str(root)) == expected
+
+
+def test_info_that_is_no_text_is_named(tmp_path):
+    root = write_patient(tmp_path, "patient001").parent
+    info = next(root.rglob("Info.cfg"))
+    info.write_bytes(b"ED: 1\0\0")
+    with pytest.raises(ValueError, match=r"Info\.cfg is not text in UTF-8, UTF-16 or Latin-1"):
+        list_patients(str(root))
+
+
+def test_unpacked_frames_are_found(tmp_path):
+    root = write_patient(tmp_path, "patient001").parent
+    for path in list(root.rglob("*.nii.gz")):
+        path.rename(path.with_suffix(""))
+    (cases,) = list_patients(str(root)).values()
+    assert all(path.endswith(".nii") for case in cases for path in case.values())
+
+
+def test_linked_patient_is_found_and_a_dead_link_named(tmp_path):
+    patient = write_patient(tmp_path / "a", "patient001")
+    root = patient.parent
+    patient.rename(tmp_path / "elsewhere")
+    patient.symlink_to(tmp_path / "elsewhere")
+    assert list(list_patients(str(root))) == [patient.name]
+    patient.unlink()
+    patient.symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="is a link whose target is not there"):
+        list_patients(str(root))

@@ -106,3 +106,11 @@ def test_targets_of_version_0_1_in_overlays_of_users_still_resolve(target):
     found = locate(f"components.{target}")
     assert found is not None
     assert found.__name__ == target.rpartition(".")[2]
+
+
+def test_modules_of_version_0_1_in_scripts_of_users_are_still_imported():
+    moved = importlib.import_module("components.acdc")
+    assert moved is importlib.import_module("components.data.acdc")
+    assert moved.__spec__.name == "components.data.acdc"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("components.never_was")

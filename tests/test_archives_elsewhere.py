@@ -154,7 +154,7 @@ def test_vit_b_archive_passes_the_zoos_checks_once_its_checkpoint_is_there(
     run(*monai, *training, "--image_size", "64", "--epochs", "1", "--views", "1", cwd=root)
     net = (*meta, "--net_id", "network_def", "--config_file", "configs/inference.json")
     run(*monai, "verify_metadata", *meta, "--filepath", metadata_schema, cwd=root)
-    run(*monai, "verify_net_in_out", *net, cwd=root)  # at 1024 pixels, as the archive's own default is
+    run(*monai, "verify_net_in_out", *net, cwd=root)  # at 64 pixels, as trained
     run(*monai, "ckpt_export", *net, "--ckpt_file", "models/model.pt", "--filepath", "models/model.ts", cwd=root)
     for workflow_type, config in (("train", "train"), ("infer", "inference")):
         run(python, "-c", CHECK_PROPERTIES, f"configs/{config}.json", workflow_type, data, cwd=root)

@@ -1,7 +1,9 @@
 """What a training run writes, keeps and resumes from: tiny trainers with given scores."""
 
+import contextlib
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,8 +21,9 @@ from monai.handlers import LrScheduleHandler
 from monai.optimizers import WarmupCosineSchedule
 from torch.nn.parallel import DistributedDataParallel
 
-from components.base.atomic_write import save_atomically
+from components.base.atomic_write import save_atomically, write_atomically
 from components.evaluation.model_loader import ModelCheckpointLoader
+from components.networks.trained_with import remember_training
 from components.training.checkpoints import TrainingCheckpoints
 from components.training.epoch_handlers import LastEpochValidationHandler
 
@@ -338,6 +341,24 @@ def test_checkpoint_of_another_network_is_an_error_that_names_the_file(tmp_path)
         train(tmp_path, epochs=4, resume=True, wrap=lambda _: torch.nn.Linear(3, 2))
 
 
+def test_a_run_does_not_resume_what_was_trained_otherwise_and_the_loader_refuses_it_too(tmp_path):
+    def cropped(size):
+        def wrap(network):
+            remember_training(network, {"crop_size": size})
+            return network
+
+        return wrap
+
+    build(tmp_path, scores=[0.5], epochs=1, wrap=cropped(96)).trainer.run()
+    resumed = build(tmp_path, scores=[0.5, 0.6], epochs=2, resume=True, wrap=cropped(64))
+    with pytest.raises(RuntimeError, match=r"(?s)trained with crop_size 96, received 64.*checkpoint_epoch=1\.pt"):
+        resumed.trainer.run()
+    loader = ModelCheckpointLoader(str(tmp_path / "model.pt"), {"model": resumed.network})
+    with pytest.raises(Exception, match="trained with crop_size 96, received 64"):
+        loader(resumed.evaluator)
+    build(tmp_path, scores=[0.5, 0.6], epochs=2, resume=True, wrap=cropped(96)).trainer.run()
+
+
 def test_first_score_counts_even_if_zero_and_nan_never_does(tmp_path):
     run = train(tmp_path, scores=[NAN, 0.0, NAN])
     assert (run.handler.best_score, run.handler.best_epoch) == (0.0, 2)
@@ -546,26 +567,64 @@ def load_into(network, path):
     ModelCheckpointLoader(load_path=str(path), load_dict={"model": network})(engine)
 
 
-def test_loader_reads_the_model_that_training_wrote(tmp_path):
+@pytest.mark.parametrize("file", ["model.pt", "checkpoint_epoch=3.pt"])
+def test_loader_reads_the_network_that_training_wrote(tmp_path, file):
     run = train(tmp_path)
     network = torch.nn.Linear(3, 1)
-    load_into(network, tmp_path / "model.pt")
+    load_into(network, tmp_path / file)
     assert same(weights(network), weights(run.network))
 
 
 def test_loader_without_a_file_says_to_train_first(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.pt.*monai\.bundle run training.*--ckpt_path.*--ckpt_dir"):
+    with pytest.raises(FileNotFoundError, match=r"model\.pt.*monai\.bundle run training.*--ckpt_path FILE"):
         load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint"])
 def test_loader_names_a_damaged_file(tmp_path, content):
     (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(RuntimeError, match=r"can read at '.*model\.pt', got"):
+    with pytest.raises(ValueError, match=r"model\.pt is not a readable checkpoint \(\w+: .*--ckpt_path FILE"):
         load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
 
 
-def test_loader_names_a_file_of_another_network_and_lets_the_error_through(tmp_path):
+def test_loader_names_a_file_of_another_network_and_what_does_not_fit(tmp_path):
     torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "model.pt")
-    with pytest.raises(RuntimeError, match=r"(?s)size mismatch.*model\.pt' was read but does not fit"):
+    with pytest.raises(ValueError, match=r"model\.pt does not fit this network: .*size mismatch for weight"):
         load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
+
+
+def test_loader_refuses_weights_that_are_not_finite(tmp_path):
+    state = torch.nn.Linear(3, 1).state_dict()
+    state["weight"][0, 1] = torch.nan
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"model\.pt has weights that are not finite: .* in 1 of its 2 tensors \(weight\)"
+    ):
+        load_into(torch.nn.Linear(3, 1), tmp_path / "model.pt")
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow beyond 4 kB, as if there were no more space; within a test, since pytest writes too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_is_named_and_the_older_file_stays(tmp_path):
+    path = tmp_path / "model.pt"
+    save_atomically({"a": 1}, path)
+    message = "cannot be written: the disk, or a quota on it, is full"
+    with pytest.raises(OSError, match=rf"model\.pt {message} \(\d+ MiB free\)"), full_disk():
+        save_atomically({"a": torch.zeros(100_000)}, path)
+    with (
+        pytest.raises(OSError, match=rf"table\.csv {message}"),
+        full_disk(),
+        write_atomically(tmp_path / "table.csv") as partial,
+    ):
+        partial.write_text("x" * 100_000)
+    assert names(tmp_path) == ["model.pt"]
+    assert load(path) == {"a": 1}

@@ -1,7 +1,8 @@
-"""Which command lines `refuse_unknown_knobs` accepts and which it refuses."""
+"""What is read from the command line: which options are refused, and which text a path keeps."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import monai.bundle
 import pytest
 
-from components.training.command_line import refuse_unknown_knobs
+from components.training.command_line import read_command_line, refuse_unknown_knobs
 
 ROOT = Path(__file__).parents[1]
-REFUSE = {"_target_": "components.training.refuse_unknown_knobs"}
+READ = {"_target_": "components.training.read_command_line", "names": "$globals()", "debug": "@debug"}
 
 
 @pytest.fixture
@@ -21,8 +22,10 @@ def configs(tmp_path):
         json.dumps(
             {
                 "labelled_patients": 1,
-                "train": {"trainer": {"max_epochs": 3}},
-                "run": [REFUSE, "$print('ran with', @labelled_patients)"],
+                "output_dir": "eval",
+                "debug": False,
+                "train": {"trainer": {"max_epochs": 3, "ckpt_dir": "@output_dir"}},
+                "run": [READ, "$print('ran with', @labelled_patients, @output_dir, @train#trainer#ckpt_dir + '/x')"],
             }
         )
     )
@@ -46,19 +49,20 @@ def run_bundle(*arguments):
 
 def test_command_line_with_a_misspelt_knob_fails_and_names_the_nearest(configs):
     done = run_bundle("--config_file", configs / "train.json", "--labeled_patients", 5)
-    assert done.returncode != 0
-    assert "got '--labeled_patients'" in done.stderr
-    assert "Did you mean '--labelled_patients'?" in done.stderr
+    assert done.returncode == 1
+    last_line = done.stderr.splitlines()[-1]
+    assert last_line.startswith("error: expected options that the configs define, got '--labeled_patients'")
+    assert "Did you mean '--labelled_patients'?" in last_line
+    assert "Traceback" not in done.stderr
     assert "ran with" not in done.stdout
 
 
 def test_command_line_with_known_knobs_runs(configs):
     files = f"['{configs / 'train.json'}','{configs / 'overlay.json'}']"
-    done = run_bundle(
-        f"--config_file={files}", "--labelled-patients", 5, "--port", -1, "--train#trainer#seed", 2, "--run_id", "run"
-    )
+    knobs = ["--labelled-patients", 5, "--port", -1, "--train#trainer#seed", 2, "--run_id", "run"]
+    done = run_bundle(f"--config_file={files}", *knobs, "--output-dir", "a#b/@c $d/1e5")
     assert done.returncode == 0, done.stderr
-    assert "ran with 5" in done.stdout
+    assert "ran with 5 a#b/@c $d/1e5 a#b/@c $d/1e5/x\n" in done.stdout
 
 
 def test_overrides_made_in_code_are_never_judged(configs, monkeypatch):
@@ -114,7 +118,7 @@ def test_args_file_gives_configs_and_its_own_keys(configs, suffix):
         (["--labeled-patients=5"], r"got '--labeled-patients=5' \(read as 'labeled_patients' by python-fire\)"),
         (["-labeled_patients", "5"], "got '-labeled_patients'"),
         (["--trian#trainer#max_epochs", "5"], "no config has the key 'trian'. Did you mean '--train'"),
-        (["--max_epochs", "5"], "The keys are: labelled_patients, run, train"),
+        (["--max_epochs", "5"], "The keys are: debug, labelled_patients, output_dir, run, train"),
         (["--labelled_patients", "5", "--quick"], "got '--quick'"),
         (["--normal"], r"got '--normal' \(read as 'rmal' by python-fire\)"),
         (["--config_fil", "x"], "Did you mean '--config_file'"),
@@ -159,3 +163,78 @@ def test_arguments_file_by_position_is_read(configs):
     judge("run_workflow", "ConfigWorkflow", configs / "args.json", "--labelled_patients", "2")
     with pytest.raises(ValueError, match="'--labeled_patients'"):
         judge("run_workflow", "ConfigWorkflow", configs / "args.json", "--labeled_patients", "2")
+
+
+def paths_read(configs, *arguments):
+    """The values that the paths of a command line get in the config."""
+    names = {"__local_refs": {}, "torch": None}
+    read_command_line(names, argv=["", "run", "--config_file", str(configs / "train.json"), *map(str, arguments)])
+    return names["__local_refs"]
+
+
+ODD_PATHS = """
+run#1|20230712|1e5|0x10|True|(a,b)|[x]|p,q.nii.gz|a b|o'brien/v.nii.gz|run-1|-5|a=b|@host/x|user@host/@x|{v}|a::b
+br[1]/{v}*.nii.gz|Herz Übung/心臓 1.nii.gz|a#b/p%1.nii.gz|./$x|1_000|a\\b|~x/y
+"""
+
+
+@pytest.mark.parametrize("text", re.split(r"[|\n]", ODD_PATHS.strip()))
+def test_path_keeps_the_text_that_was_typed(configs, text, monkeypatch):
+    monkeypatch.chdir(configs)
+    (configs / "~x/y").mkdir(parents=True)
+    assert paths_read(configs, "--output_dir", text) == {"output_dir": text}
+    assert paths_read(configs, f"--output-dir={text}", "--labelled_patients", 5) == {"output_dir": text}
+    assert paths_read(configs, "--output_dir", "x", "--output_dir", text) == {"output_dir": text}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$None",
+        "$@output_dir + '/x'",
+        "$[a for a in torch.y]",
+        "@output_dir",
+        "@train#trainer",
+        "%run",
+        "{'_target_': 'x'}",
+    ],
+)
+def test_path_that_configs_evaluate_is_left_to_them(configs, text):
+    assert paths_read(configs, "--output_dir", text) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output_dir", "None"], r"ignores `--output_dir None`: write `--output_dir '\$None'`"),
+        (["--labelled_patients", "None"], r"write `--labelled_patients '\$None'` for no value"),
+        (["--output_dir"], "expected a path after `--output_dir`, got nothing"),
+        (["--output_dir", "--labelled_patients", 5], "expected a path after `--output_dir`"),
+        (["--nooutput_dir"], "expected a path after `--output_dir`"),
+        (["--output_dir="], "is a variable of the shell unset"),
+        (["--output_dir=~/runs"], r"the shell left `~` as it is .* write `--output_dir ~/runs`"),
+        (["--output_dir", "'12'"], r"the quotes are part of the path .*: leave them out"),
+        (["--output_dir", "$x/v.nii.gz"], r"nothing here has the name v, x: write `--output_dir './\$x/v.nii.gz'`"),
+        (["--output_dir", "$run 1"], r"it is no Python \(invalid syntax\): write `--output_dir './\$run 1'`"),
+        (["--output_dir", "$torch"], r"a file or folder has that name: write `--output_dir './\$torch'`"),
+        (["--output_dir", "@x"], "no config has that key: write `--output_dir './@x'`"),
+        (["--train#trainer#ckpt_dir", "a#1"], "cannot be kept as it is: .* `./a_1`"),
+        (["--train#trainer#ckpt_dir", "2023"], "python-fire reads it as 2023"),
+        (["--output_dir", "a#1", "--tracking", "mlflow"], "MONAI's tracking writes `#` as `::`"),
+    ],
+)
+def test_path_that_cannot_be_kept_is_refused(configs, arguments, message, monkeypatch):
+    monkeypatch.chdir(configs)
+    (configs / "$torch").mkdir()
+    with pytest.raises(ValueError, match=message):
+        paths_read(configs, *arguments)
+
+
+def test_nested_path_that_needs_no_keeping_passes(configs):
+    assert paths_read(configs, "--train#trainer#ckpt_dir", "/a/b") == {}
+
+
+@pytest.mark.parametrize("debug", ["true", 1, None])
+def test_debug_that_is_no_bool_is_an_error(debug):
+    with pytest.raises(TypeError, match="write `--debug True`"):
+        read_command_line({}, debug)

@@ -90,7 +90,11 @@ def test_every_head_differs_in_its_head_its_own_knobs_and_its_start_only():
     for head in read_entries()["heads"].values():
         edits = head_edits(head)
         assert edits["train"]["replace"].keys() == {"network_def#head"}
-        assert edits["train"].get("add", {}) == ({"precision": head["knobs"]} if "knobs" in head else {})
+        knobs = head.get("knobs", {})
+        assert edits["train"]["add"]["precision"] == knobs
+        assert edits["inference"]["add"]["as_trained#otherwise#canvas_size"] == knobs
+        for config in ("train", "inference"):
+            assert all(new.keys() == knobs.keys() for new in edits[config]["add"].values())
         assert edits["tiny"]["replace"].keys() <= {"head_checkpoint", "epochs", "learning_rate", "phantom_share"}
 
 

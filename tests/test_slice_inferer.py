@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.inferers import SliceInferer
 
 from components.evaluation.slice_inferer import TurnedSliceInferer
@@ -82,3 +83,12 @@ def test_condition_beside_several_views_is_refused():
     inferer = TurnedSliceInferer(**SETTINGS, test_time_views=2)
     with pytest.raises(ValueError, match="give --test_time_views 1"):
         inferer(VOLUME, lambda slices, _condition: slices, condition=VOLUME)
+
+
+def test_output_that_is_not_finite_is_refused_with_the_volumes_file():
+    volume = MetaTensor(torch.zeros(1, 3, 8, 8, 2), meta={"filename_or_obj": ["/data/x.nii.gz"]})
+    inferer = TurnedSliceInferer(roi_size=[8, 8], sw_batch_size=2, spatial_dim=2)
+    with pytest.raises(
+        ValueError, match=r"/data/x\.nii\.gz has no segmentation: expected finite values.*received 256 NaN"
+    ):
+        inferer(volume, lambda slices: slices[:, :2] / 0)

@@ -108,7 +108,8 @@ def test_overlay_builds_the_network_in_every_run(bundle, names, weights):
         assert parser.get_parsed_content("inferer").test_time_views == 8
         return
     state = torch.load(weights / HEADS[bundle][0], weights_only=True)
-    assert all(torch.equal(value, state[f"head.{key}"].float()) for key, value in network.head.state_dict().items())
+    same = [torch.equal(value, state[f"head.{key}"].float()) for key, value in network.head.state_dict().items()]
+    assert all(same) == ("evaluate" not in names)  # which loads the trained model alone
     assert parser.get_parsed_content("validate#inferer").test_time_views == 8
 
 
@@ -144,7 +145,7 @@ def adapted(weights, phantoms, tmp_path_factory) -> tuple[Path, str]:
     try:
         overrides = knobs("linearhead_acdc", weights, dataset_dir=phantoms, cache_dir=folder / "embeddings")
         overrides |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval", POOL_SIZE: 16}
-        run("training", "linearhead_acdc", "train", "tiny", **overrides, epochs=2, val_interval=1, learning_rate=1e30)
+        run("training", "linearhead_acdc", "train", "tiny", **overrides, epochs=2, val_interval=1, learning_rate=10)
     finally:
         root.removeHandler(listener)
         root.setLevel(level)
@@ -159,7 +160,7 @@ def test_adapted_head_is_never_below_its_start(adapted, weights):
     assert last["best_epoch"] == 0
     model = torch.load(folder / "models" / "model.pt", weights_only=True)
     start = torch.load(weights / "linear_head.pt", weights_only=True)
-    assert all(torch.equal(value, start[key].to(value)) for key, value in model.items())
+    assert all(torch.equal(model[key], value.to(model[key])) for key, value in start.items() if key != "trained_with")
 
 
 def test_evaluation_takes_the_adapted_head_whatever_the_start(adapted, weights, phantoms, tmp_path, caplog):

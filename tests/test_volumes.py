@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import messages_of
-from monai.transforms import SaveImaged
 
 from components.data.transforms import LoadVolumed
-from components.data.volumes import find_volumes
+from components.data.volumes import SavePredictiond, find_volumes
 
 AFFINE = np.array([[-1.2, 0.3, 0.1, 20.5], [0.2, 1.1, -4.0, -7.25], [0.05, 0.4, 9.0, 3.125], [0, 0, 0, 1]])
 
@@ -61,7 +60,7 @@ def test_saved_label_map_has_the_images_shape_affine_and_uint8(tmp_path, shape):
     image = LoadVolumed("image")({"image": save(tmp_path / "x.nii.gz", shape)})["image"]
     labels = (image > 10).float()
     labels.affine = labels.affine + 1e-9  # a rounding error such as an inversion may cause
-    _saver(tmp_path / "out")({"pred": labels})
+    SavePredictiond("pred", str(tmp_path / "out"))({"pred": labels})
     written = nib.load(tmp_path / "out" / "x_pred.nii.gz")
     assert written.shape == shape
     assert written.get_data_dtype() == np.uint8
@@ -73,18 +72,6 @@ def test_saved_label_map_has_the_images_shape_affine_and_uint8(tmp_path, shape):
 def test_label_map_on_another_grid_is_not_written(tmp_path):
     image = LoadVolumed("image")({"image": save(tmp_path / "x.nii.gz", (5, 7, 3))})["image"]
     with pytest.raises(Exception) as caught:
-        _saver(tmp_path / "out")({"pred": torch.cat([image, image], dim=1)})
+        SavePredictiond("pred", str(tmp_path / "out"))({"pred": torch.cat([image, image], dim=1)})
     assert "image's grid" in messages_of(caught.value)
     assert not list((tmp_path / "out").glob("*"))
-
-
-def _saver(folder):
-    return SaveImaged(
-        "pred",
-        output_dir=str(folder),
-        output_postfix="pred",
-        output_dtype="uint8",
-        resample=False,
-        separate_folder=False,
-        writer="components.data.VolumeWriter",
-    )

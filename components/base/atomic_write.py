@@ -1,6 +1,8 @@
 """Atomic writing: after a crash a path holds the previous file or the whole new one."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PARTIAL_PREFIX = ".partial-"
 
 
@@ -21,6 +24,9 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yields:
         The temporary file's path: hidden, in the same folder, so that the replacement stays within one file system, and
         with the same suffix, from which writers infer the format.
+
+    Raises:
+        OSError: when there is no space; the message names the file and the free space. Other errors pass through.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -30,8 +36,21 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # else a power cut after the rename could leave an empty file
         partial.replace(target)
+    except (OSError, RuntimeError) as error:
+        if not _is_full(error):
+            raise
+        free = shutil.disk_usage(target.parent).free / 2**20
+        raise OSError(
+            f"{target} cannot be written: the disk, or a quota on it, is full ({free:.0f} MiB free). An older file of "
+            "that name is as it was. Free some space, or write to another folder."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    # torch's writer of archives does not say why the position in its file is not what it wrote
+    return getattr(error, "errno", None) in _NO_SPACE or "unexpected pos" in str(error)
 
 
 def save_atomically(content: Any, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,62 +15,154 @@ RANDOM_WEIGHTS_SEED = 20230613
 logger = logging.getLogger(__name__)
 
 
-def read_state_dict(path: str, *, kind: str, remedy: str) -> Mapping[str, torch.Tensor]:
-    """Read a flat state dict onto the CPU, weights only.
+def read_state_dict(path: str, *, kind: str, remedy: str, is_key: Callable[[str], bool]) -> Mapping[str, torch.Tensor]:
+    """Read the state dict of a file onto the CPU, weights only.
+
+    Files of other programs are unwrapped where that is unmistakable: of a dictionary that holds exactly one state dict,
+    beside numbers, texts or the state of an optimizer, that one is taken; and a prefix that all keys share, such as
+    `module.`, is removed if every key without it, and none with it, is one that is expected.
 
     Args:
         path: an existing file.
         kind: what the file should be, such as `SAM checkpoint`, for messages.
         remedy: what to do if it is something else, for messages.
+        is_key: whether a key is one that is expected.
 
     Returns:
         tensors by key.
 
     Raises:
-        ValueError: when the file cannot be read or is no flat state dict of tensors.
+        ValueError: when the file cannot be read, holds no or several state dicts, or has weights that are not finite.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is not a readable checkpoint ({error}): expected a file saved by torch.save; {remedy}"
+            f"{path} is not a readable checkpoint ({_reason(error)}): expected a file saved by torch.save; {remedy}"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a {kind}: expected a flat state dict of tensors; {remedy}")
+    state = _without_prefix(_state_dict_in(content, path=path, kind=kind, remedy=remedy), is_key)
+    bad = [key for key, value in state.items() if not _is_finite(value)]
+    if bad:
+        raise ValueError(
+            f"{path} has weights that are not finite: NaN or infinite values in {len(bad)} of its {len(state)} tensors "
+            f"({join_keys(bad)}). The training that wrote it diverged, or the file is damaged: {remedy}"
+        )
     return state
 
 
-def read_starting_weights(path: str, *, kind: str, remedy: str) -> Mapping[str, torch.Tensor]:
+def _reason(error: Exception) -> str:
+    """Return why a file cannot be read, without torch's advice to load it by running its code."""
+    forbidden = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+    if forbidden:
+        return f"beside tensors it holds a {forbidden[1]}, which is not loaded since that could run code of the file"
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return f"{type(error).__name__}: {found[1] if found else error}"
+
+
+def _state_dict_in(content: object, *, path: str, kind: str, remedy: str) -> Mapping[str, torch.Tensor]:
+    """Return what a file holds if that is a state dict, or else the only state dict in it."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} is not a {kind}: expected a state dict of tensors, got a {_name(content)}; {remedy}")
+    if _is_state_dict(content):
+        return content
+    nested = [value for value in content.values() if value and _is_state_dict(value)]
+    if len(nested) != 1:
+        keys = join_keys([f"{key} ({_name(value)})" for key, value in content.items()])
+        raise ValueError(
+            f"{path} is not a {kind}: expected a flat state dict of tensors, or a dictionary with exactly one, got one "
+            f"with {len(nested)} and the keys {keys}; {remedy}"
+        )
+    return nested[0]
+
+
+def _is_state_dict(content: object) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def _name(value: object) -> str:
+    return type(value).__name__
+
+
+def _without_prefix(state: Mapping[str, torch.Tensor], is_key: Callable[[str], bool]) -> Mapping[str, torch.Tensor]:
+    """Remove the prefix that all keys share if only without it they are as expected."""
+    parts = next(iter(state), "").split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        if any(map(is_key, state)) or not all(key.startswith(prefix) for key in state):
+            break
+        stripped = {key.removeprefix(prefix): value for key, value in state.items()}
+        if all(map(is_key, stripped)):
+            return stripped
+    return state
+
+
+def key_test(network: nn.Module) -> Callable[[str], bool]:
+    """Return whether a key begins with the name of a part of a network, as `is_key` of `read_state_dict`."""
+    names = {name.partition(".")[0] for name, _ in (*network.named_parameters(), *network.named_buffers())}
+    return lambda key: key.partition(".")[0] in names
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    # the sum of finite values may overflow, that of others is never finite; it takes no memory
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def join_keys(keys: Sequence[str], limit: int = 8) -> str:
+    """Join the first `limit` keys for a message, and count the rest."""
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
+
+
+def read_starting_weights(
+    path: str, *, kind: str, remedy: str, is_key: Callable[[str], bool]
+) -> Mapping[str, torch.Tensor]:
     """Read the weights from which a network starts; arguments as for `read_state_dict`.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the file cannot be read or is no flat state dict of tensors.
+        ValueError: as for `read_state_dict`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no {kind} at {path}: {remedy}")
-    return read_state_dict(path, kind=kind, remedy=remedy)
+    return read_state_dict(path, kind=kind, remedy=remedy, is_key=is_key)
 
 
-def load_starting_weights(
+def load_weights(
     network: nn.Module, state: Mapping[str, torch.Tensor], *, path: str, remedy: str, strict: bool = True
 ) -> None:
-    """Load starting weights into a network, and log their file.
+    """Load weights into a network.
 
     Args:
         network: receives the weights.
-        state: as `read_starting_weights` returns it.
+        state: as `read_state_dict` returns it.
         path: their file, for messages.
         remedy: what to do if they do not fit, for messages.
         strict: whether every key of the network must be in `state`.
 
     Raises:
-        ValueError: when `state` does not fit.
+        ValueError: when `state` does not fit; the message names the first keys that are missing, extra or misshapen.
     """
     try:
         network.load_state_dict(state, strict=strict)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this network: {remedy}. {error}") from error
+        raise ValueError(f"{path} does not fit this network: {remedy}. {_brief(str(error))}") from error
+
+
+def _brief(message: str, limit: int = 8) -> str:
+    """Cut the lists of keys in the message of `load_state_dict`, one line a fault."""
+    lines = []
+    for line in message.strip().splitlines():
+        fault, separator, keys = line.strip().partition(" in state_dict: ")
+        lines.append(fault + separator + join_keys(keys.rstrip(". ").split(", "), limit))
+    more = f"; {len(lines) - limit} more lines" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more
+
+
+def load_starting_weights(
+    network: nn.Module, state: Mapping[str, torch.Tensor], *, path: str, remedy: str, strict: bool = True
+) -> None:
+    """Load the weights from which a network starts, and log their file; as `load_weights`."""
+    load_weights(network, state, path=path, remedy=remedy, strict=strict)
     logger.info("the network starts from %s", path)
 
 

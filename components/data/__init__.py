@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "acdc": ["list_cases"],
         "slices": ["SliceDataset"],
         "transforms": ["LoadVolumed", "PadInPlaneToSquared", "RoundIntensityd", "SlicesLastd"],
-        "volumes": ["VolumeWriter", "find_volumes"],
+        "volumes": ["SavePredictiond", "VolumeDataset", "find_volumes"],
     },
 )

@@ -1,15 +1,19 @@
 """The ACDC release: listing its patients, splitting them, and choosing the labelled ones.
 
 Layout: `<root>/training/patient001/` holds `Info.cfg`, which names the end-diastolic (ED) and end-systolic (ES) frames,
-a `patient001_frame<NN>.nii.gz` and `patient001_frame<NN>_gt.nii.gz` for each, and the whole 4D series.
+a `patient001_frame<NN>.nii.gz` and `patient001_frame<NN>_gt.nii.gz` for each, and the whole 4D series. Folders and
+files may be links, and the volumes may be unpacked (`.nii`).
 """
 
+import codecs
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from components.data.volume_metadata import DEAD_LINK, VOLUME_SUFFIXES, case_name, is_dead_link, volume_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +86,7 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
 
     Raises:
         ValueError: when no folder is given, or it has no patients in ACDC's layout.
-        FileNotFoundError: when the folder, a frame or a label is missing.
+        FileNotFoundError: when the folder, a frame or a label, or what a link to one leads to is missing.
     """
     if not dataset_dir:
         raise ValueError(
@@ -94,8 +98,8 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
     folders = [root / "training"] if (root / "training").is_dir() else [root]
     if include_testing:
         folders.append(folders[0].parent / "testing")
-    found = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()]
-    patients = sorted((path for path in found if re.fullmatch(r"patient\d+", path.name)), key=lambda path: path.name)
+    found = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    patients = sorted((path for path in found if _is_patient(path)), key=lambda path: path.name)
     if not patients:
         raise ValueError(
             f"dataset_dir {root} is not the ACDC release: expected folders patient001, patient002, ... in it or in its "
@@ -139,23 +143,51 @@ def _choose_labelled(patients: dict[str, list[Case]], training: list[str], count
     return [case for group in groups[:count] for case in group]
 
 
+def _is_patient(path: Path) -> bool:
+    """Return whether a path is a patient's folder, or a link to one."""
+    if not re.fullmatch(r"patient\d+", path.name):
+        return False
+    if is_dead_link(path):  # leaving the patient out would change the split
+        raise FileNotFoundError(f"the patient {path} is {DEAD_LINK}")
+    return path.is_dir()
+
+
 def _list_frames(patient: Path) -> list[Case]:
     """Return the ED and ES case in a patient's folder."""
     info = patient / "Info.cfg"
     if not info.is_file():
         raise ValueError(f"{patient} is not an ACDC patient: expected an Info.cfg that names its ED and ES frames")
-    fields = dict(re.findall(r"^\s*(\w+)\s*:\s*(\S+)", info.read_text(), flags=re.MULTILINE))
+    fields = dict(re.findall(r"^\s*(\w+)\s*:\s*(\S+)", _read_text(info), flags=re.MULTILINE))
+    by_name: dict[str, Path] = {}  # of several files of one name the one with the release's suffix, which comes first
+    volumes = [path for path in patient.iterdir() if volume_suffix(path)]
+    for path in sorted(volumes, key=lambda path: (VOLUME_SUFFIXES.index(volume_suffix(path)), path)):
+        by_name.setdefault(case_name(path), path)
     cases = []
     for phase in ("ED", "ES"):
-        if not fields.get(phase, "").isdigit():
+        if not fields.get(phase, "").isdecimal():
             raise ValueError(f"{info} does not name the {phase} frame: expected a line such as `{phase}: 1`")
         stem = f"{patient.name}_frame{int(fields[phase]):02d}"
-        case = {"image": str(patient / f"{stem}.nii.gz"), "label": str(patient / f"{stem}_gt.nii.gz")}
-        for role, path in case.items():
-            if not Path(path).is_file():
+        for role, name in (("image", stem), ("label", f"{stem}_gt")):
+            if name in by_name and is_dead_link(by_name[name]):
+                raise FileNotFoundError(f"the {role} {by_name[name]} is {DEAD_LINK}")
+            if name not in by_name:
+                found = sorted(path.name for path in patient.iterdir() if "frame" in path.name)
                 raise FileNotFoundError(
-                    f"{patient.name} has no {role} of its {phase} frame: expected {path}; "
-                    "complete the patient or take its folder out of dataset_dir"
+                    f"{patient.name} has no {role} of its {phase} frame: expected {patient / name}.nii.gz, found "
+                    f"{', '.join(found) or 'no frames'}; complete the patient or take its folder out of dataset_dir"
                 )
-        cases.append(case)
+        cases.append({"image": str(by_name[stem]), "label": str(by_name[f"{stem}_gt"])})
     return cases
+
+
+def _read_text(file: Path) -> str:
+    """Read text in UTF-8, in UTF-16 with its mark, or else in Latin-1."""
+    content = file.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    if "\0" in text:
+        raise ValueError(f"{file} is not text in UTF-8, UTF-16 or Latin-1: copy it from the release again")
+    return "\n".join(text.splitlines())

@@ -1,12 +1,11 @@
 """Reading of volumes from files: by their content, with their geometry in millimetres as their header says."""
 
-import glob
 import gzip
 import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
@@ -15,7 +14,7 @@ from monai.data import ImageReader, ITKReader
 from monai.data.utils import affine_to_spacing
 from monai.utils import MetaKeys, OptionalImportError, SpaceKeys, ensure_tuple
 
-from components.data.volume_metadata import volume_axes
+from components.data.volume_metadata import ITK_SUFFIXES, other_of_pair, volume_axes, volume_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,6 @@ NIFTI_HEADER = "nifti_header"
 STORED_SHAPE = "stored_shape"
 UNIT_MM = "unit_mm"  # the unit of its file's lengths; nan where the header names none, which is taken for mm
 
-ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes: metre, millimetre, micrometre
 _CONTRADICTION = 1e-3  # relative difference beyond which two voxel sizes of one header contradict each other
 _GZIP = b"\x1f\x8b"
@@ -85,7 +83,7 @@ class VolumeReader(ImageReader):
             OptionalImportError: for a format that needs `itk-io`, which is not installed.
         """
         (path,) = (Path(name) for name in ensure_tuple(data))
-        return _read_with_itk(path) if path.name.lower().endswith(ITK_SUFFIXES) else _read_nifti(path)
+        return _read_with_itk(path) if volume_suffix(path) in ITK_SUFFIXES else _read_nifti(path)
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """Return the volume and its metadata.
@@ -138,8 +136,7 @@ def _read_nifti(path: Path) -> _Opened:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _damaged(path, error) from error
     # NIfTI-2's header is a subclass of NIfTI-1's; Analyze has voxel sizes only
-    is_nifti = isinstance(image.header, nib.Nifti1Header)
-    if not is_nifti:
+    if not isinstance(image.header, nib.Nifti1Header):
         return _Opened(path, array, np.asarray(image.affine, np.float64), np.nan, None)
     unit_mm = _MM_PER_UNIT.get(int(image.header["xyzt_units"]) & 7, np.nan)
     affine = scaled(_affine(image.header, path), np.nan_to_num(unit_mm, nan=1.0))
@@ -174,10 +171,10 @@ def _open_nifti(path: Path) -> tuple[Any, bytes]:
 
 def _header_beside(path: Path) -> Path:
     """Return the `.hdr` that belongs to an `.img`."""
-    beside = [other for other in path.parent.glob(f"{glob.escape(path.stem)}.*") if other.suffix.lower() == ".hdr"]
-    if not beside:
-        raise ValueError(f"{path} has no header: expected {path.with_suffix('.hdr').name} beside it; copy both files")
-    return beside[0]
+    header = cast(Path, other_of_pair(path))
+    if not header.is_file():
+        raise ValueError(f"{path} has no header: expected {header.name} beside it; copy both files")
+    return header
 
 
 def _kind_of(content: bytes) -> str:

@@ -14,6 +14,7 @@ from monai.utils import ImageMetaKey
 
 from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
 from components.data.reader import VolumeReader
+from components.data.volume_metadata import DEAD_LINK, is_dead_link
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,11 @@ ROUNDING_ERROR = 1e-3  # of a label that was stored as a fraction
 
 
 class LoadVolumed(LoadImaged):
-    """Load 3D NIfTI volumes as 1xHxWxD and reject those that are unfit for segmentation or training.
+    """Load 3D volumes as 1xHxWxD and reject those that are unfit for segmentation or training.
+
+    Grey values beyond what scanners give count as no data, see `NO_DATA_BEYOND`, and become the darkest of the others;
+    so does a repeated negative minimum, such as -9999, that lies farther from the others than these lie apart. A label
+    whose voxels are stored in another order or direction than its image's is brought to the image's grid.
 
     With `image_only` cleared, as MONAI Label does, the metadata are also in `<key>_meta_dict`, as for any `LoadImaged`.
 
@@ -33,10 +38,6 @@ class LoadVolumed(LoadImaged):
         image_key: the item with the image.
         num_classes: labels must be integers from 0 to `num_classes` - 1.
         allow_missing_keys: whether an item may be absent.
-
-    Grey values beyond what scanners give count as no data, see `NO_DATA_BEYOND`, and become the darkest of the others;
-    so does a repeated negative minimum, such as -9999, that lies farther from the others than these lie apart. A label
-    whose voxels are stored in another order or direction than its image's is brought to the image's grid.
 
     Raises:
         ValueError: for a file that `VolumeReader` cannot read; an image with NaN or infinite values or without
@@ -78,6 +79,8 @@ class LoadVolumed(LoadImaged):
         loaded = dict(data)
         for key, meta_key, postfix in self.key_iterator(loaded, self.meta_keys, self.meta_key_postfix):
             path = str(data[key])
+            if is_dead_link(Path(path)):
+                raise FileNotFoundError(f"{path} is {DEAD_LINK}")
             if not Path(path).is_file():
                 raise FileNotFoundError(f"there is no {key} {path}")
             loaded[key] = self._loader(path, reader or VolumeReader())

@@ -1,4 +1,4 @@
-"""A volume's metadata: the name of its case and its voxel spacing."""
+"""A volume's metadata: its file, the name of its case, which axes it has and its voxel spacing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")  # of the formats that MONAI's `ITKReader` reads
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img", *ITK_SUFFIXES)
+DEAD_LINK = "a link whose target is not there: fetch it (git annex get, datalad get) or mend the link"
 
 
 def volume_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
@@ -31,20 +33,47 @@ def volume_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
     return tuple(axes) if len(axes) == 3 else None
 
 
+def volume_suffix(path: str | os.PathLike[str]) -> str:
+    """Return which of `VOLUME_SUFFIXES` a file's name ends in, in any case, or an empty string for none."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix)), "")
+
+
+def other_of_pair(path: Path) -> Path | None:
+    """Return where the `.img` of a `.hdr` is expected, or the `.hdr` of an `.img`; None for any other file."""
+    other = {".hdr": ".img", ".img": ".hdr"}.get(path.suffix.lower())
+    return path.with_suffix(other.upper() if path.suffix.isupper() else other) if other else None
+
+
+def is_dead_link(path: Path) -> bool:
+    """Return whether a path is a link whose target is not there, such as a file that git-annex has not fetched."""
+    return path.is_symlink() and not path.exists()
+
+
 def case_name(path: str | os.PathLike[str]) -> str:
-    """Return the name of a case: the name of its image file without folder and NIfTI suffix.
+    """Return the name of a case: the name of its image file without folder and suffix.
 
     Args:
         path: image file, such as `patient001/patient001_frame01.nii.gz`.
 
     Returns:
-        The file name without `.nii.gz` or `.nii`; any other suffix stays.
+        The file name without what `volume_suffix` finds; any other suffix stays.
     """
     name = Path(path).name
-    for suffix in NIFTI_SUFFIXES:
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name
+    return name[: len(name) - len(volume_suffix(name))]
+
+
+def files_of(volumes: object) -> list[str]:
+    """Return the files of loaded volumes.
+
+    Args:
+        volumes: MetaTensor of one volume, or of a batch of them, in whose metadata a data loader lists the files.
+
+    Returns:
+        the path of each volume, nothing where the metadata have none.
+    """
+    files = volumes.meta.get("filename_or_obj", []) if isinstance(volumes, MetaTensor) else []
+    return [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
 
 
 def case_name_of(volume: torch.Tensor) -> str:

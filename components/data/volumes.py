@@ -1,19 +1,32 @@
-"""NIfTI files: finding the volumes to segment and writing their predictions."""
+"""Volumes: finding those to segment, loading them one by one, and writing their predictions."""
 
 import logging
+import os
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.config import NdarrayOrTensor, PathLike
-from monai.data import NibabelWriter
+from monai.config import KeysCollection, NdarrayOrTensor, PathLike
+from monai.data import Dataset, NibabelWriter
+from monai.transforms import SaveImaged
 
 from components.base.atomic_write import write_atomically
+from components.base.reasons import is_out_of_memory, reason_of
 from components.data.reader import NIFTI_HEADER, STORED_SHAPE
-from components.data.volume_metadata import NIFTI_SUFFIXES, case_name
+from components.data.volume_metadata import (
+    DEAD_LINK,
+    ITK_SUFFIXES,
+    VOLUME_SUFFIXES,
+    case_name,
+    is_dead_link,
+    other_of_pair,
+    volume_axes,
+    volume_suffix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +40,41 @@ GEOMETRY_FIELDS = (
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("srow_x", "srow_y", "srow_z"),
 )
-NOT_IMAGES = ("_gt", "_" + PREDICTION_POSTFIX)  # postfixes of labels and predictions
+NOT_IMAGES = ("_gt", "_label", "_mask", "_seg", f"_{PREDICTION_POSTFIX}")  # postfixes of labels and predictions
+FAILURE = "failure"  # the item of a volume that could not be loaded which says why
+
+_IMAGES = re.compile("(images?|imgs?)(tr|ts|val)?")
+_LABELS_OF_SUBSET = re.compile("labels?(tr|ts|val)")  # as nnU-Net and the Medical Segmentation Decathlon name them
+_LABELS = re.compile("labels?|masks?|seg(mentation)?s?|gts?")
 
 
-def find_volumes(dataset_dir: str) -> list[dict[str, str]]:
-    """List the volumes to segment.
+class FoundVolumes(list):
+    """The volumes of a folder as a data list, and what else there was.
 
     Args:
-        dataset_dir: one NIfTI file, or a folder searched recursively, in which labels (`*_gt`), predictions (`*_pred`),
-            hidden files and files that are not 3D are left out.
+        volumes: dictionaries with the path of a volume as `image`.
+        skipped: reason by path, relative to the folder, of each image file or folder that is left out.
+    """
+
+    def __init__(self, volumes: list[dict[str, str]], skipped: dict[str, str]) -> None:
+        super().__init__(volumes)
+        self.skipped = skipped
+
+
+def find_volumes(dataset_dir: str) -> FoundVolumes:
+    """List the volumes to segment.
+
+    A folder is searched with all folders below it, links followed, each folder once. Suffixes are those of
+    `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. A damaged file and a link whose target is
+    not there stay in the list, for the loader to name.
+
+    Left out, with the reason in `skipped`: files that do not hold one 3D volume; labels and predictions by their
+    postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`, `labelsVal`; folders such
+    as `labels`, `masks` or `segmentations` that have one such as `images` or `imagesTr` beside them; second ways to the
+    same file. Left out without mention: hidden files and folders, and files without an image's suffix.
+
+    Args:
+        dataset_dir: a volume's file, taken as it is named, or a folder.
 
     Returns:
         one dictionary per volume with its path as `image`, sorted by path.
@@ -45,40 +84,109 @@ def find_volumes(dataset_dir: str) -> list[dict[str, str]]:
         FileNotFoundError: when the file or folder is not there.
     """
     if not dataset_dir:
-        raise ValueError("dataset_dir is not set: expected a NIfTI file or a folder of them; give --dataset_dir PATH")
-    root = Path(dataset_dir)
-    if not root.exists():
-        raise FileNotFoundError(f"dataset_dir {root} is not there: expected a NIfTI file or a folder of them")
-    if root.is_file():
-        return [{"image": str(root)}]
-    volumes = [path for path in sorted(root.rglob("*")) if path.is_file() and _is_image(path)]
-    if not volumes:
         raise ValueError(
-            f"no volume found under {root}: expected 3D files {' or '.join(NIFTI_SUFFIXES)} whose names do not end in "
-            f"{' or '.join(NOT_IMAGES)}"
+            "dataset_dir is not set: expected a volume's file or a folder of them; give --dataset_dir PATH"
         )
-    by_case = defaultdict(list)
-    for path in volumes:
-        by_case[case_name(path)].append(str(path))
+    root = Path(dataset_dir)
+    if is_dead_link(root):
+        raise FileNotFoundError(f"dataset_dir {root} is {DEAD_LINK}")
+    if not root.exists():
+        raise FileNotFoundError(f"dataset_dir {root} is not there: expected a volume's file or a folder of them")
+    if root.is_file():
+        return FoundVolumes([{"image": str(root)}], {})
+    left_out: dict[Path, str] = {}
+    by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # and by real path
+    for path in _files_below(root, left_out, set()):
+        if reason := _reason_to_skip(path):
+            left_out[path] = reason
+        elif volume_suffix(path) not in ("", ".img"):  # the .hdr beside it stands for both
+            first = by_case[case_name(path)].setdefault(os.path.realpath(path), path)
+            if first != path:
+                left_out[path] = f"the same file as {first.relative_to(root)}"
+    skipped = {str(path.relative_to(root)): reason for path, reason in left_out.items()}
+    if not by_case:
+        raise ValueError(
+            f"no volume found under {root}: expected 3D files {', '.join(VOLUME_SUFFIXES)}; "
+            f"left out: {'; '.join(f'{path}: {reason}' for path, reason in list(skipped.items())[:5]) or 'nothing'}"
+        )
     for case, paths in by_case.items():
         if len(paths) > 1:
             raise ValueError(
-                f"{' and '.join(paths)} would both be saved as {case}_{PREDICTION_POSTFIX}.nii.gz: "
-                "rename one, or segment their folders one by one into different --output_dir"
+                f"{' and '.join(map(str, paths.values()))} would both be saved as "
+                f"{case}_{PREDICTION_POSTFIX}.nii.gz: rename one, or segment their folders one by one into different "
+                "--output_dir"
             )
-    return [{"image": str(path)} for path in volumes]
+    found = sorted(path for paths in by_case.values() for path in paths.values())
+    return FoundVolumes([{"image": str(path)} for path in found], skipped)
 
 
-def _is_image(path: Path) -> bool:
-    """Return whether a file is a NIfTI image and 3D, as far as it can be read."""
-    if not path.name.endswith(NIFTI_SUFFIXES) or path.name.startswith("."):
-        return False
-    if case_name(path).endswith(NOT_IMAGES):
-        return False
+def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -> Iterator[Path]:
+    """Yield the files of a folder and of those below it, but hidden ones and those of label folders."""
+    real = folder.resolve()
+    if real in searched:  # a link back, or a second one to the same folder
+        return
+    searched.add(real)
     try:
-        return len(nib.load(path).shape) == 3  # type: ignore[attr-defined]
-    except Exception:  # a damaged file must not be skipped silently: the loader reports it
-        return True
+        paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    except OSError as error:
+        left_out[folder] = f"a folder that cannot be listed: {error.strerror}"
+        return
+    folders = {path for path in paths if path.is_dir()}
+    has_images = any(_IMAGES.fullmatch(path.name.lower()) for path in folders)
+    for path in paths:
+        name = path.name.lower()
+        if path not in folders:
+            yield path
+        elif _LABELS_OF_SUBSET.fullmatch(name) or (has_images and _LABELS.fullmatch(name)):
+            left_out[path] = "a folder of labels"
+        else:
+            yield from _files_below(path, left_out, searched)
+
+
+def _reason_to_skip(path: Path) -> str:
+    """Return why a file is not to be segmented, or an empty string: also for a damaged one, which the loader names."""
+    suffix = volume_suffix(path)
+    if not suffix:
+        return DEAD_LINK if is_dead_link(path) and not path.suffix else ""  # it may have led to a patient's folder
+    if case_name(path).lower().endswith(NOT_IMAGES):
+        return "a label or prediction by its name"
+    if (other := other_of_pair(path)) and not os.path.lexists(other):
+        return f"half of a pair: there is no {other.name} beside it"
+    if suffix in (".img", *ITK_SUFFIXES):  # a pair is judged by its .hdr, what ITK reads by the loader
+        return ""
+    try:
+        image: Any = nib.load(path)
+        shape, colours = image.shape, image.get_data_dtype().fields
+    except Exception:
+        return ""
+    if colours:
+        return "colours instead of grey values"
+    return "" if volume_axes(shape) else f"not one 3D volume but an array {shape}: give single frames of a series"
+
+
+class VolumeDataset(Dataset):
+    """MONAI's `Dataset` of volumes, in which one that cannot be loaded does not stop the others.
+
+    In its place is `{"image": path, "failure": reason}`, which `SegmentationEvaluator` reports. The error of an only
+    volume is raised, and so is that of a lack of memory.
+
+    Args: as `Dataset`; `data` has paths as `image`, and what `find_volumes` left out in `skipped`.
+    """
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Reason by path of what the search for volumes left out."""
+        return getattr(self.data, "skipped", {})
+
+    def _transform(self, index: int) -> Any:
+        path = self.data[index]["image"]
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            if len(self) == 1 or is_out_of_memory(error):
+                raise
+            logger.debug("%s cannot be loaded", path, exc_info=True)
+            return {"image": str(path), FAILURE: reason_of(error)}
 
 
 class VolumeWriter(NibabelWriter):
@@ -158,3 +266,31 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
     for field in GEOMETRY_FIELDS:  # set one by one, since nibabel mends what it finds unusual in a whole header
         image.header[field] = of_image[field]
     return image
+
+
+class SavePredictiond(SaveImaged):
+    """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`.
+
+    Differs: MONAI's own name keeps a part of a suffix such as that of `X.NII.GZ`.
+
+    Args:
+        keys: items 1xHxWxD on their image's grid, with its metadata.
+        output_dir: folder of the files, made if missing.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str) -> None:
+        super().__init__(
+            keys,
+            output_dir=output_dir,
+            output_postfix=PREDICTION_POSTFIX,
+            output_dtype="uint8",
+            resample=False,
+            separate_folder=False,
+            writer=VolumeWriter,
+            output_name_formatter=_named_by_case,
+        )
+
+
+def _named_by_case(metadata: Mapping[str, Any], _: Any) -> dict[str, Any]:
+    """Return the arguments of MONAI's `FolderLayout.filename` for a volume's metadata."""
+    return {"subject": f"{case_name(metadata['filename_or_obj'])}.nii.gz"}

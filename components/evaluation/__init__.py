@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "model_loader": ["ModelCheckpointLoader"],
         "overlays": ["SaveOverlayd"],
         "reports": ["EvaluationReport"],
+        "segmentation": ["SegmentationEvaluator"],
         "slice_inferer": ["TurnedSliceInferer"],
     },
 )

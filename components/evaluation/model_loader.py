@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from components.base.weights import key_test, load_weights, read_state_dict
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "use the configuration that trained it, or give another file with `--ckpt_path FILE`"
+
 
 class ModelCheckpointLoader(CheckpointLoader):
-    """MONAI's ``CheckpointLoader`` with errors that name the file and say how to obtain it.
+    """MONAI's ``CheckpointLoader`` for a network, with errors that name the file and say how to obtain it.
 
     The class name must contain ``CheckpointLoader``: by it MONAI's federated client finds the loaders to disable.
 
-    Args: as ``monai.handlers.CheckpointLoader``; ``load_path`` is a bare state dict such as ``model.pt``.
+    Args:
+        load_path: a state dict such as ``model.pt``, bare or wrapped as `components.base.weights.read_state_dict`
+            unwraps it, such as a ``checkpoint_epoch=N.pt`` of a training.
+        load_dict: the network alone, by any name.
+        map_location: has no effect: the file is read onto the CPU, and the network stays where it is.
+        strict: whether every key of the network must be in the file, and no other.
 
     Raises:
         FileNotFoundError: when the run starts and ``load_path`` is no file.
-        RuntimeError: when the run starts and ``load_path`` cannot be read (not a checkpoint, truncated, ...).
+        ValueError: when ``load_dict`` is not one network; when the run starts and ``load_path`` cannot be read (not a
+            checkpoint, truncated, ...), has weights that are not finite, or does not fit.
     """
+
+    def __init__(
+        self, load_path: str, load_dict: dict[str, torch.nn.Module], map_location: Any = None, strict: bool = True
+    ) -> None:
+        super().__init__(load_path=load_path, load_dict=load_dict, map_location=map_location, strict=strict)
+        if len(load_dict) != 1 or not isinstance(next(iter(load_dict.values())), torch.nn.Module):
+            raise ValueError(f"load_dict must be one network by name, received {', '.join(load_dict)}")
 
     def attach(self, engine: Engine) -> None:
         """Register the handler, which logs by this module's name: the bundles' logging.conf silences the engines."""
         super().attach(engine)
         self.logger = logger
 
-    def __call__(self, engine: Engine) -> None:
-        """Load the file into the objects of ``load_dict``.
+    def __call__(self, engine: Engine) -> None:  # noqa: ARG002 - ignite passes it
+        """Load the file into the network.
 
         Args:
             engine: the engine that starts.
@@ -39,21 +58,11 @@ class ModelCheckpointLoader(CheckpointLoader):
             raise FileNotFoundError(
                 f"expected a trained model at '{self.load_path}', found no such file. Train first with `python -m "
                 "monai.bundle run training --config_file configs/train.json`, or say where the model is with "
-                "`--ckpt_path <file>` or `--ckpt_dir <folder>`."
+                "`--ckpt_path FILE`."
             )
-        try:
-            super().__call__(engine)
-        except Exception as error:
-            try:  # if the file is readable, it does not fit this network, and the first error says why
-                torch.load(self.load_path, map_location="cpu", weights_only=True)
-            except Exception as reading_error:
-                raise RuntimeError(
-                    f"expected a state dict that `torch.load(weights_only=True)` can read at '{self.load_path}', got "
-                    f"{type(reading_error).__name__}: {reading_error}. The file is damaged or no checkpoint: copy or "
-                    "train it again, or give another one with `--ckpt_path <file>`."
-                ) from reading_error
-            error.add_note(
-                f"'{self.load_path}' was read but does not fit: use the configuration that trained it, or give another "
-                "file with `--ckpt_path <file>`."
-            )
-            raise
+        network = next(iter(self.load_dict.values()))
+        if isinstance(network, DataParallel | DistributedDataParallel):
+            network = network.module
+        state = read_state_dict(self.load_path, kind="trained model", remedy=_REMEDY, is_key=key_test(network))
+        load_weights(network, state, path=self.load_path, remedy=_REMEDY, strict=self.strict)
+        self.logger.info("Restored all variables from %s", self.load_path)

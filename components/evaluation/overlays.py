@@ -154,7 +154,7 @@ class SaveOverlayd(MapTransform):
                 f"Expected {key!r} a label map (1,H,W,D), received {tuple(labels.shape)}: "
                 "apply AsDiscreted(argmax=True) before, and to_onehot only after the overlay."
             )
-        return _as_array(slices_last(MetaTensor(torch.as_tensor(labels), affine=image.affine), self.slice_axis)[0])
+        return _as_array(slices_last(MetaTensor(_as_array(labels), affine=image.affine), self.slice_axis)[0])
 
 
 def _as_array(tensor: torch.Tensor | np.ndarray) -> np.ndarray:

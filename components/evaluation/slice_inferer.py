@@ -10,6 +10,8 @@ import torch
 from monai.inferers import SliceInferer
 from torch import Tensor
 
+from components.data.volume_metadata import files_of
+
 VIEWS = (1, 2, 4, 8)
 _QUARTER_TURNS = (0, 2, 1, 3)
 
@@ -38,6 +40,31 @@ class TurnedSliceInferer(SliceInferer):
             )
         super().__init__(*args, **kwargs)
         self.test_time_views = test_time_views
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the network on volumes, slice by slice.
+
+        Args:
+            inputs: volumes BxNxHxWxD; where they are MetaTensors, an error names their files.
+            network: as for `network_wrapper`.
+            args: passed on to the network.
+            kwargs: passed on to the network.
+
+        Returns:
+            logits BxCxHxWxD, or probabilities where there are several views.
+
+        Raises:
+            ValueError: when the network's output is not finite.
+        """
+        outputs: Any = super().__call__(inputs, network, *args, **kwargs)
+        unusable = int((~torch.isfinite(outputs)).sum())
+        if unusable:
+            raise ValueError(
+                f"{', '.join(files_of(inputs)) or 'a volume'} has no segmentation: expected finite values from the "
+                f"network, received {unusable} NaN or infinite ones; the weights or the image are damaged: try another "
+                "volume, and if that fails too, copy or train the weights again"
+            )
+        return outputs
 
     def network_wrapper(
         self, network: Callable[..., Any], x: Tensor, condition: Tensor | None = None, *args: Any, **kwargs: Any

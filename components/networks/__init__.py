@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "contrastive": ["ContrastiveUNet", "TwoViews"],
         "heads": ["CNNHead", "LinearHead", "ViTHead"],
         "prompt_free_sam": ["PromptFreeSam"],
+        "trained_with": ["as_trained"],
         "unet": ["GreyUNet"],
     },
 )

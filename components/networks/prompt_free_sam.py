@@ -1,11 +1,15 @@
 """The network of SAM's image encoder and a prompt-free head."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from components.base.precision import autocast_to, check_precision
-from components.base.weights import load_starting_weights, read_starting_weights
+from components.base.weights import key_test, load_starting_weights, read_starting_weights
+from components.networks.trained_with import check_views_shown, remember_training
 
 _START_REMEDY = (
     "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
@@ -27,9 +31,12 @@ class PromptFreeSam(nn.Module):
             where the device computes it natively and fp32 elsewhere.
         head_checkpoint: a file to start from, such as another run's `model.pt`: the `state_dict()` of a network with
             the same head and encoder, weights in fp32 or fp16; None to keep the weights of `encoder` and `head`.
+        trained_with: what the state dict is to say of the training, and what is compared with every file loaded; see
+            `components.networks.trained_with.remember_training`.
 
     Raises:
-        ValueError: for an unknown precision, or a file that cannot be read or does not fit.
+        ValueError: for an unknown precision, a file that cannot be read or does not fit, or more test-time views than
+            are shown in training.
         FileNotFoundError: when `head_checkpoint` is not there.
     """
 
@@ -40,15 +47,20 @@ class PromptFreeSam(nn.Module):
         precision: str = "auto",
         *,
         head_checkpoint: str | None = None,
+        trained_with: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_precision(precision)
         self.encoder = encoder
         self.head = head
         self.precision = precision
+        remember_training(self, trained_with)
         if head_checkpoint is not None:
-            state = read_starting_weights(head_checkpoint, kind="head checkpoint", remedy=_START_REMEDY)
+            state = read_starting_weights(
+                head_checkpoint, kind="head checkpoint", remedy=_START_REMEDY, is_key=key_test(self)
+            )
             load_starting_weights(self, state, path=head_checkpoint, remedy=_START_REMEDY)
+        check_views_shown(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.

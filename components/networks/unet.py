@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from monai.networks.nets import BasicUNet
 from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
+from components.networks.trained_with import check_views_shown, remember_training
 
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
@@ -24,22 +28,32 @@ class GreyUNet(nn.Module):
         precision: as for `components.networks.PromptFreeSam`.
         start_checkpoint: a file to start from: another run's `model.pt`, or that of
             `components.networks.ContrastiveUNet`, which holds the contracting path alone; None for random weights.
+        trained_with: as for `components.networks.PromptFreeSam`.
 
     Raises:
-        ValueError: for an unknown precision, or a file that cannot be read or does not fit.
+        ValueError: for an unknown precision, a file that cannot be read or does not fit, or more test-time views than
+            are shown in training.
         FileNotFoundError: when `start_checkpoint` is not there.
     """
 
     def __init__(
-        self, out_channels: int, width: int = 64, precision: str = "auto", *, start_checkpoint: str | None = None
+        self,
+        out_channels: int,
+        width: int = 64,
+        precision: str = "auto",
+        *,
+        start_checkpoint: str | None = None,
+        trained_with: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_precision(precision)
         self.precision = precision
         features = [width * times for times in (1, 2, 4, 8, 16, 1)]
         self.unet = BasicUNet(spatial_dims=2, in_channels=1, out_channels=out_channels, features=features)
+        remember_training(self, trained_with)
         if start_checkpoint is not None:
             self._load_start(start_checkpoint)
+        check_views_shown(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
@@ -68,10 +82,18 @@ class GreyUNet(nn.Module):
 
     def _load_start(self, path: str) -> None:
         remedy = "give --start_checkpoint a file of a UNet with the same width and classes, or '$None' for none"
-        state = read_starting_weights(path, kind="start checkpoint", remedy=remedy)
+        state = read_starting_weights(
+            path,
+            kind="start checkpoint",
+            remedy=remedy,
+            is_key=lambda key: key.startswith(("unet.", "projection.", "trained_with")),
+        )
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
-        contracting = {key for key in self.state_dict() if key.split(".")[1] in CONTRACTING_PATH}
-        load_starting_weights(self, own, path=path, remedy=remedy, strict=own.keys() != contracting)
+        contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
+        is_whole = own.keys() != contracting
+        if not is_whole:  # what was trained without classes has no record either
+            own["trained_with"] = self.get_buffer("trained_with")
+        load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
 
 
 def grey_values(images: torch.Tensor) -> torch.Tensor:

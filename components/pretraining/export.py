@@ -26,7 +26,9 @@ ENCODER_FILENAME = "phantom_encoder.pth"
 EXPORT_RECORD_FILENAME = "record.json"
 
 
-def export_network(network: PromptFreeSam, *, ckpt_dir: str, export_dir: str) -> PromptFreeSam:
+def export_network(
+    network: PromptFreeSam, *, ckpt_dir: str, export_dir: str, trained_with: Mapping[str, Mapping[str, Any]]
+) -> PromptFreeSam:
     """Write the parts of a trained network in fp16, and build the network anew from the written files.
 
     `phantom_encoder.pth` is a SAM checkpoint, see `sam_state`. For each head `<name>_head.pt` is a `model.pt` of that
@@ -38,6 +40,8 @@ def export_network(network: PromptFreeSam, *, ckpt_dir: str, export_dir: str) ->
             into it.
         ckpt_dir: folder with the trained `model.pt`.
         export_dir: folder of the files, made if missing.
+        trained_with: by head, what its file is to say of its training and use, as
+            `components.networks.PromptFreeSam` takes it.
 
     Returns:
         a network with the same heads and a frozen encoder, all weights read from the written files.
@@ -59,7 +63,7 @@ def export_network(network: PromptFreeSam, *, ckpt_dir: str, export_dir: str) ->
     encoder = SamEncoder(trained.model_type, str(folder / ENCODER_FILENAME), trained.image_size)
     for name, head in heads.items():
         path = folder / f"{name}_head.pt"
-        alone = PromptFreeSam(encoder, head, network.precision)
+        alone = PromptFreeSam(encoder, head, network.precision, trained_with=trained_with[name])
         _save_in_fp16(alone.state_dict(), path)
         alone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return PromptFreeSam(encoder, JointHead(heads), network.precision).to(device)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from components.base.weights import read_state_dict
+from components.base.weights import join_keys, read_state_dict
 
 # Meta's file names by model type; URLs and hashes are in each bundle's `large_files.yml`.
 CHECKPOINT_FILES = {
@@ -42,8 +42,8 @@ def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
     """Read a checkpoint in SAM's own layout.
 
     Args:
-        path: a `.pth` file holding a flat state dict with the keys `image_encoder.*`, `prompt_encoder.*` and
-            `mask_decoder.*`.
+        path: a `.pth` file holding a state dict with the keys `image_encoder.*`, `prompt_encoder.*` and
+            `mask_decoder.*`, flat or wrapped as `read_state_dict` unwraps it.
 
     Returns:
         the state dicts of the three parts, by part name, prefixes removed, on the CPU.
@@ -58,21 +58,26 @@ def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
             "`python -m monai.bundle download_large_files`, give --sam_checkpoint another file, "
             "or '$None' for an encoder with random weights"
         )
-    state = read_state_dict(path, kind="SAM checkpoint", remedy="download it again")
+    state = read_state_dict(path, kind="SAM checkpoint", remedy="download it again", is_key=_is_key)
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in CHECKPOINT_PARTS}
     unexpected = []
     for key, value in state.items():
         part, _, rest = key.partition(".")
-        if part in parts and rest:
+        if _is_key(key):
             parts[part][rest] = value
         else:
             unexpected.append(key)
     if unexpected:
         raise ValueError(
             f"{path} is not a SAM checkpoint: expected only keys that begin with "
-            f"{', '.join(part + '.' for part in CHECKPOINT_PARTS)}; received also {_join_keys(unexpected)}"
+            f"{', '.join(part + '.' for part in CHECKPOINT_PARTS)}; received also {join_keys(unexpected)}"
         )
     return parts
+
+
+def _is_key(key: str) -> bool:
+    part, _, rest = key.partition(".")
+    return part in CHECKPOINT_PARTS and rest != ""
 
 
 def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *, path: str) -> None:
@@ -98,16 +103,10 @@ def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *
     ]
     for fault, keys in (("missing", missing), ("extra", extra), ("misshapen", misshapen)):
         if keys:
-            faults.append(f"{fault}: {_join_keys(keys)}")
+            faults.append(f"{fault}: {join_keys(keys)}")
     if faults:
         raise ValueError(
             f"{path} does not fit this {part} ({'; '.join(faults)}): "
             "give --sam_checkpoint an official checkpoint of the same --model_type"
         )
     module.load_state_dict(state)
-
-
-def _join_keys(keys: list[str], limit: int = 8) -> str:
-    """Join the first `limit` keys for a message, and count the rest."""
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more

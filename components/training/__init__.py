@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checkpoints": ["TrainingCheckpoints"],
-        "command_line": ["refuse_unknown_knobs"],
+        "command_line": ["read_command_line"],
         "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler"],
         "phantom_mixing": ["PhantomMixing"],
         "tracking": ["finish_mlflow_runs"],

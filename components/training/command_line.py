@@ -1,7 +1,9 @@
-"""Refusal of misspelt options of ``python -m monai.bundle run``."""
+"""The command line of ``python -m monai.bundle run``: paths keep their text, misspelt options are refused."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
 import difflib
 import functools
@@ -9,15 +11,86 @@ import inspect
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fire
-from monai.bundle import DEFAULT_EXP_MGMT_SETTINGS, ConfigParser, ConfigWorkflow, create_workflow, run, run_workflow
+from monai.bundle import (
+    DEFAULT_EXP_MGMT_SETTINGS,
+    ConfigParser,
+    ConfigWorkflow,
+    ReferenceResolver,
+    create_workflow,
+    run,
+    run_workflow,
+)
 from monai.bundle import update_kwargs as read_args
+
+from components import is_bundle_command
+from components.base.error_line import ErrorLine
 
 _COMMANDS: dict[str, Callable[..., Any]] = {"run": run, "run_workflow": run_workflow}
 _ID_SEPARATOR = re.compile("#|::")
+_PATH_ENDINGS = ("_dir", "_path", "_root", "_checkpoint")  # a knob so named is a path
+
+
+def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv: Sequence[str] | None = None) -> None:
+    """Check the command line, and give the knobs that are paths the text that was typed.
+
+    A knob is a path if its name ends in ``_dir``, ``_path``, ``_root`` or ``_checkpoint``. python-fire reads values as
+    Python (``20230712``, ``1e5``, ``[x]``) and MONAI's parser rewrites ``#`` in every string, so this puts the text
+    itself among the resolved values of the config. It stands first in the list of expressions that a run evaluates,
+    before any of them uses a path. What begins with ``$``, ``@`` or ``%`` and a dictionary stay what configs take them
+    for; a path that is mistaken for one, and what else cannot be kept, is refused.
+
+    In another process than ``python -m monai.bundle`` only ``debug`` is checked.
+
+    Args:
+        names: what an expression of the config can name, which is ``$globals()`` in the config.
+        debug: whether an error's traceback is printed before its last line.
+        argv: as for `refuse_unknown_knobs`.
+
+    Raises:
+        TypeError: when ``debug`` is no bool.
+        ValueError: when an option is unknown, or its value cannot be kept.
+    """
+    if not isinstance(debug, bool):
+        raise TypeError(f"debug must be True or False, received {debug!r}: write `--debug True` or `--debug False`.")
+    if isinstance(sys.excepthook, ErrorLine):
+        sys.excepthook.with_traceback = debug
+    refuse_unknown_knobs(argv)
+    arguments, options = _options(argv)
+    resolved = names[ReferenceResolver._vars]
+    for option, value in options.items():
+        name = option.removeprefix("+")
+        if value is None:
+            raise ValueError(
+                f"MONAI's runner ignores `--{option} None`: write `--{option} '$None'` for no value, "
+                "or leave it out for the configs' own."
+            )
+        if not name.endswith(_PATH_ENDINGS):
+            continue
+        text = _typed_value(option, arguments)
+        if text is None:
+            raise ValueError(f"expected a path after `--{option}`, got nothing: write `--{option} PATH`.")
+        if isinstance(value, dict) or _is_for_configs(text):
+            _refuse_path_in_config_syntax(option, text, names, _knobs(options))
+            continue
+        _refuse_unlikely_path(option, text)
+        if not _ID_SEPARATOR.search(option):
+            if "#" in text and options.get("tracking") and name in ("output_dir", "bundle_root"):
+                raise ValueError(
+                    f"MONAI's tracking writes `#` as `::` in `--{option} {text}`: give a path without `#`, or leave "
+                    "out --tracking."
+                )
+            resolved[name] = text
+        elif value != text or "#" in text:
+            raise ValueError(
+                f"`--{option} {text}` cannot be kept as it is: python-fire reads it as {value!r}, and MONAI's parser "
+                "writes `#` as `::`. Give a path without `#` that does not read as Python, such as "
+                f"`./{text.replace('#', '_')}`."
+            )
 
 
 def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
@@ -34,15 +107,7 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: when an option is unknown.
     """
-    if argv is None:
-        if not _is_bundle_command():
-            return
-        argv = sys.argv
-    command = _COMMANDS.get(argv[1].replace("-", "_")) if len(argv) > 1 else None
-    if command is None:
-        return
-    arguments, _ = fire.parser.SeparateFlagArgs(list(argv[2:]))  # what follows the last `--` are flags of fire itself
-    options = _bound_arguments(command, arguments)
+    arguments, options = _options(argv)
     knobs = _knobs(options)
     known = knobs | _runner_arguments()
     for name in options:
@@ -59,13 +124,25 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
         )
 
 
+def _options(argv: Sequence[str] | None) -> tuple[list[str], dict[str, Any]]:
+    """Return a command's arguments, and by name the values that python-fire reads; none if it is not ours to judge."""
+    if argv is None:
+        argv = sys.argv if is_bundle_command() else []
+    command = _COMMANDS.get(argv[1].replace("-", "_")) if len(argv) > 1 else None
+    if command is None:
+        return [], {}
+    arguments, _ = fire.parser.SeparateFlagArgs(list(argv[2:]))  # what follows the last `--` are flags of fire itself
+    return arguments, _bound_arguments(command, arguments)
+
+
 def _bound_arguments(command: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
     """Return by name the values that python-fire passes to a command for these arguments, without running it."""
     bound: dict[str, Any] = {}
 
     @functools.wraps(command)  # fire binds arguments by the signature of the wrapped function
     def record(*values: Any, **options: Any) -> None:
-        bound.update(zip(inspect.signature(command).parameters, values, strict=False), **options)
+        given = zip(inspect.signature(command).parameters, values, strict=False)
+        bound.update({name: value for name, value in given if value is not None}, **options)  # None: by default
 
     # fire reports superfluous arguments only after the call: the fire that runs the command will do so
     with contextlib.suppress(fire.core.FireExit), contextlib.redirect_stderr(io.StringIO()):
@@ -80,10 +157,62 @@ def _as_typed(name: str, arguments: Sequence[str]) -> str:
     return typed.get(name) or typed[f"no{name}"]
 
 
-def _is_bundle_command() -> bool:
-    # `python -m` leaves its module's name here, also under torchrun; a host or a test that imports MONAI has another
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec is not None and spec.name == "monai.bundle.__main__"
+def _typed_value(name: str, arguments: Sequence[str]) -> str | None:
+    """Return the text of an option's value; None for a switch, which has none."""
+    option = _as_typed(name, arguments)
+    if "=" in option:
+        return option.partition("=")[2]
+    after = len(arguments) - list(reversed(arguments)).index(option)
+    return arguments[after] if after < len(arguments) and not fire.core._IsFlag(arguments[after]) else None
+
+
+def _is_for_configs(text: str) -> bool:
+    """Return whether MONAI takes a string for an expression, a macro, or as a whole for a reference."""
+    return text.startswith(("$", "%")) or ReferenceResolver.id_matcher.fullmatch(text.replace("#", "::")) is not None
+
+
+def _refuse_path_in_config_syntax(option: str, text: str, names: Mapping[str, Any], knobs: set[str]) -> None:
+    """Raise an error on the path of a file or folder that is there, and on what names something that is not."""
+    reason = "a file or folder has that name" if Path(text).exists() else ""
+    if text.startswith("$") and not reason:
+        reason = _fault_of_expression(text[1:], names)
+    if text.startswith("@") and _ID_SEPARATOR.split(text[1:])[0] not in knobs:
+        reason = "no config has that key"
+    if reason:
+        raise ValueError(
+            f"`--{option} '{text}'` begins with `{text[0]}`, as what configs refer to or evaluate does, "
+            f"but {reason}: write `--{option} './{text}'` for the path."
+        )
+
+
+def _fault_of_expression(expression: str, names: Mapping[str, Any]) -> str:
+    """Return what keeps an expression from being evaluated, or the empty string."""
+    references = ReferenceResolver.id_matcher
+    try:
+        tree = ast.parse(references.sub("None", ReferenceResolver.normalize_id(expression)).strip())
+    except SyntaxError as error:
+        return f"it is no Python ({error.msg})"
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    known = arguments | {node.id for node in used if isinstance(node.ctx, ast.Store)} | set(names) | set(dir(builtins))
+    unknown = sorted({node.id for node in used} - known)
+    return f"nothing here has the name {', '.join(unknown)}" if unknown else ""
+
+
+def _refuse_unlikely_path(option: str, text: str) -> None:
+    """Raise an error on a path that nobody means, such as what a shell left where a variable or `~` stood."""
+    if not text.strip():
+        raise ValueError(f"expected a path, got `--{option} '{text}'`: is a variable of the shell unset?")
+    if text[0] == "~" and not Path(text).exists():
+        raise ValueError(
+            f"the shell left `~` as it is in `--{option}={text}`: write `--{option} {text}`, "
+            f"or `./{text}` for a folder of that name."
+        )
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        raise ValueError(
+            f"the quotes are part of the path in `--{option} {text}`: leave them out, as a path keeps its text, or "
+            f"write ./{text} if they belong to the name."
+        )
 
 
 def _runner_arguments() -> set[str]:

@@ -1,0 +1,210 @@
+"""What a model was trained with: kept in its `model.pt`, and compared with what it is used with."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from components.base.weights import read_state_dict
+
+RECORD_BYTES = 2048
+VIEWS, VIEWS_SHOWN = "test_time_views", "views_shown"  # all other values of a record are compared for equality
+_KEY = "trained_with"
+_PAD = b" "
+
+logger = logging.getLogger(__name__)
+
+
+def encode_record(record: Mapping[str, Any]) -> torch.Tensor:
+    """Write a record as JSON.
+
+    Args:
+        record: values that JSON has, by name.
+
+    Returns:
+        2048 bytes of ASCII, uint8, padded with spaces.
+
+    Raises:
+        ValueError: when the text is longer.
+    """
+    text = json.dumps(dict(record)).encode()
+    if len(text) > RECORD_BYTES:
+        raise ValueError(
+            f"expected what a model was trained with in {RECORD_BYTES} bytes of JSON, received {len(text)}: "
+            "give shorter class_names"
+        )
+    return torch.tensor(list(text.ljust(RECORD_BYTES, _PAD)), dtype=torch.uint8)
+
+
+def decode_record(values: torch.Tensor) -> dict[str, Any]:
+    """Read a record.
+
+    Args:
+        values: what `encode_record` returned, or an average of equal ones, of any type.
+
+    Returns:
+        the record.
+
+    Raises:
+        RuntimeError: when it is none, as after averaging different ones.
+    """
+    try:
+        return dict(json.loads(bytes(values.detach().cpu().round().int().tolist())))
+    except (ValueError, TypeError) as error:
+        raise RuntimeError(
+            f"expected {_KEY} of a checkpoint to be JSON padded to {RECORD_BYTES} bytes, received something else "
+            f"({error}): copy or train it again; models to be averaged must be trained with equal configurations"
+        ) from error
+
+
+def remember_training(network: nn.Module, record: Mapping[str, Any] | None) -> None:
+    """Give a network the persistent buffer `trained_with`, which says what it is trained with.
+
+    The network then refuses to load what was trained otherwise, before anything is copied. What it has loaded keeps the
+    network's own record, save that `views_shown` is the larger number of the two. A state dict without a record, of an
+    older version, is loaded with a warning.
+
+    Args:
+        network: receives the buffer, uint8 of 2048 bytes, and the check.
+        record: values that JSON has, by name; None is no value. What `test_time_views` says is compared with
+            `views_shown`, of how many of a slice's turned and mirrored views the training has shown the network; all
+            else with the value of the same name. None for no record: nothing is compared, and that of a file is taken.
+
+    Raises:
+        ValueError: when the record is too long.
+    """
+    given = dict(record or {})
+    network.trained_with = nn.Buffer(encode_record(given))
+    network.register_load_state_dict_pre_hook(partial(_check_record, given))
+
+
+def check_views_shown(network: nn.Module) -> None:
+    """Check that a training shows its network the views with which it is validated.
+
+    Args:
+        network: one of `remember_training`, with the weights that it starts from.
+
+    Raises:
+        ValueError: when it is shown fewer.
+    """
+    record = decode_record(network.get_buffer(_KEY))
+    views, shown = record.get(VIEWS), record.get(VIEWS_SHOWN)
+    if isinstance(views, int) and shown is not None and views > shown:
+        raise ValueError(
+            f"expected test_time_views of at most {shown}, since this training shows the network {_number(shown)}, "
+            f"received {views}: give --test_time_views {shown}, or --phantom_share 0.5 (phantoms are drawn turned and "
+            "mirrored), or a file to start from that has seen them"
+        )
+
+
+def as_trained(source: str | nn.Module, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a trained model is to be used with.
+
+    Args:
+        source: its `model.pt`, or the network that `torch.jit.load` has read.
+        given: values by name; None for that of the training. Others must not contradict it.
+        otherwise: the values in the place of None where the model does not say with what it was trained or there is no
+            such file, which is warned of. An older file is warned of only when it is loaded.
+
+    Returns:
+        all values by name, with what else the model says.
+
+    Raises:
+        ValueError: when a given value contradicts the training, or the file cannot be read.
+    """
+    stored, name = _stored_record(source)
+    if wrong := _contradictions(given, stored):
+        raise ValueError(
+            f"{name} does not fit: {'; '.join(wrong)}. In inference null (on a command line '$None') means as trained"
+        )
+    known = dict.fromkeys(given) | stored | {key: value for key, value in given.items() if value is not None}
+    assumed = {key: value for key, value in otherwise.items() if known.get(key) is None}
+    if assumed and (stored or isinstance(source, nn.Module) or not Path(source).is_file()):
+        reason = "does not say" if stored or isinstance(source, nn.Module) else "is not there to say"
+        logger.warning("%s %s what it was trained with: taken for granted is %s", name, reason, _listed(assumed))
+    return known | assumed
+
+
+def _stored_record(source: str | nn.Module) -> tuple[dict[str, Any], str]:
+    """Return the record of a file or scripted network, empty if there is none, and how messages name it."""
+    state: Mapping[str, torch.Tensor] = {}
+    if isinstance(source, nn.Module):
+        state, name = source.state_dict(), "the exported network"
+    else:
+        name = source
+        if Path(source).is_file():
+            remedy = "copy or train it again, or give another one with --ckpt_path FILE"
+            state = read_state_dict(source, kind="trained model", remedy=remedy, is_key=_is_key)
+    return (decode_record(state[_KEY]) if _KEY in state else {}), name
+
+
+def _is_key(key: str) -> bool:
+    return key.partition(".")[0] in ("encoder", "head", "unet", _KEY)
+
+
+def _check_record(
+    given: Mapping[str, Any],
+    network: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _metadata: Any,
+    _strict: bool,
+    *_reports: list[str],
+) -> None:
+    """Reject a state dict that was trained with something else, and put the network's own record into it.
+
+    Raises:
+        RuntimeError: naming all that differs.
+    """
+    key = f"{prefix}{_KEY}"
+    stored = decode_record(state[key]) if key in state else {}
+    if wrong := _contradictions(given, stored):
+        raise RuntimeError("; ".join(wrong))
+    if given and not stored:
+        logger.warning(
+            "the checkpoint is older than the record of what a model was trained with: it is used unchecked, with %s",
+            _listed({name: value for name, value in given.items() if name != VIEWS_SHOWN}),
+        )
+    shown: list[Any] = [record.get(VIEWS_SHOWN) for record in (given, stored)]
+    record = {**given, VIEWS_SHOWN: None if None in shown else max(shown)} if given else stored
+    state[key] = encode_record(record).to(network.get_buffer(_KEY).device)
+
+
+def _contradictions(given: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on every given value that contradicts those of a training."""
+    sentences = []
+    for name, value in given.items():
+        trained = stored.get(name)
+        if name == VIEWS:
+            shown = max(stored.get(VIEWS_SHOWN) or 8, given.get(VIEWS_SHOWN) or 1)
+            if isinstance(value, int) and value > shown:
+                sentences.append(
+                    f"it was trained with {_number(shown)}, received test_time_views {value}: set test_time_views to "
+                    f"{shown} or fewer, or give a model that has seen them"
+                )
+        elif name != VIEWS_SHOWN and None not in (value, trained) and _plain(value) != trained:
+            sentences.append(
+                f"it was trained with {name} {_plain(trained)}, received {_plain(value)}: set {name} to "
+                f"{_plain(trained)}, or give a model trained with {_plain(value)}"
+            )
+    return sentences
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON would give it back."""
+    return json.loads(json.dumps(value))
+
+
+def _number(shown: int) -> str:
+    return f"{shown} of a slice's 8 turned and mirrored views"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
