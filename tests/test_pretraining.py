@@ -28,7 +28,15 @@ from components.sam.checkpoint import read_sam_checkpoint
 from components.sam.encoder import SamEncoder
 
 BUNDLE = REPOSITORY / "bundles" / "phantom_encoder"
-TINY = {"canvas_size": 64, "image_size": 64, "batch_size": 3, "steps_per_epoch": 2, "epochs": 2, "val_interval": 1}
+TINY = {
+    "model_type": "vit_tiny",
+    "canvas_size": 64,
+    "image_size": 64,
+    "batch_size": 3,
+    "steps_per_epoch": 2,
+    "epochs": 2,
+    "val_interval": 1,
+}
 TINY |= {"val_stacks": 1, "slices_per_stack": 3}
 HEADS = {"vit": lambda: ViTHead(4), "cnn": lambda: CNNHead(4, depth=2), "linear": lambda: LinearHead(4)}
 
@@ -230,7 +238,7 @@ def test_hours_go_on_in_a_resumed_run_only(trained, tmp_path):
 
 
 def test_exported_checkpoint_is_read_as_sams_own(trained, export_dir):
-    path = str(export_dir / "phantom_encoder.pth")
+    path = str(export_dir / "vit_tiny.pth")
     state = torch.load(path, weights_only=True)
     assert {value.dtype for value in state.values()} == {torch.float16}
     parts = read_sam_checkpoint(path)
@@ -251,7 +259,7 @@ def test_exported_head_is_a_model_on_the_exported_encoder(name, trained, export_
     model = torch.load(trained / "model.pt", weights_only=True)
     state = torch.load(export_dir / f"{name}_head.pt", weights_only=True)
     assert {value.dtype for key, value in state.items() if key.startswith("head.")} == {torch.float16}
-    encoder = SamEncoder("vit_tiny", str(export_dir / "phantom_encoder.pth"), 64)
+    encoder = SamEncoder("vit_tiny", str(export_dir / "vit_tiny.pth"), 64)
     network = PromptFreeSam(encoder, HEADS[name]())
     network.load_state_dict(state)
     for key, value in network.head.state_dict().items():
@@ -263,9 +271,7 @@ def test_exported_head_is_a_model_on_the_exported_encoder(name, trained, export_
 def test_record_tells_the_files_their_scores_and_the_training(trained, export_dir):
     record = json.loads((export_dir / "record.json").read_text())
     weights = sorted(path.name for path in export_dir.iterdir() if path.name != "record.json")
-    assert (
-        weights == sorted(record["sha256"]) == ["cnn_head.pt", "linear_head.pt", "phantom_encoder.pth", "vit_head.pt"]
-    )
+    assert weights == sorted(record["sha256"]) == ["cnn_head.pt", "linear_head.pt", "vit_head.pt", "vit_tiny.pth"]
     for name, digest in record["sha256"].items():
         content = (export_dir / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == digest
@@ -292,6 +298,25 @@ def test_exporting_without_a_trained_model_says_what_to_do(tmp_path):
     assert "run `training` first" in messages_of(error.value)
 
 
+def test_encoder_under_one_head_then_all_heads_on_it_frozen(tmp_path):
+    folders = {"bundle_root": str(BUNDLE), "output_dir": str(tmp_path / "eval"), "export_dir": str(tmp_path / "export")}
+    small = {**TINY, "model_type": "phantom_unet", **folders}
+    for stage in ("linear", "heads"):
+        stage_folder = {"ckpt_dir": str(tmp_path / stage)}
+        if stage == "heads":
+            stage_folder["sam_checkpoint"] = str(tmp_path / "export/phantom_unet.pth")
+        only_training = {key: value for key, value in small.items() if key != "export_dir"}
+        monai.bundle.run("training", config_file=config("train", stage), **only_training, **stage_folder)
+        monai.bundle.run("exporting", config_file=config("train", stage, "export"), **small, **stage_folder)
+        parts = read_sam_checkpoint(str(tmp_path / "export/phantom_unet.pth"))
+        if stage == "linear":
+            encoder, decoder = parts["image_encoder"], parts["mask_decoder"]
+    assert is_same(parts["image_encoder"], encoder)
+    assert not is_same(parts["mask_decoder"], decoder)
+    assert {path.name for path in (tmp_path / "export").glob("*.pt")} == {f"{name}_head.pt" for name in HEADS}
+    assert not any("image_encoder" in key for key in torch.load(tmp_path / "heads/model.pt", weights_only=True))
+
+
 def test_missing_pretrained_file_is_an_error_that_lists_the_others():
     with pytest.raises(FileNotFoundError, match=r"no pretrained file 'vit_huge\.pth'.*bundles/phantom_encoder"):
         pretrained_file("vit_huge.pth")
@@ -307,7 +332,7 @@ def test_workflow_has_every_property(names, trained):
 
 
 def test_readme_explains_every_knob_with_its_default():
-    assert_readme_explains_knobs(BUNDLE, "train", "export", except_for=("dataset_dir",))
+    assert_readme_explains_knobs(BUNDLE, "train", "export", except_for=("dataset_dir", "pred_keys"))
 
 
 def test_metadata_follow_the_schema_and_tell_the_network(metadata_schema, tmp_path):

@@ -22,25 +22,23 @@ from components.sam.decoder import build_decoder
 from components.sam.encoder import SamEncoder
 from components.training.checkpoint_folder import MODEL_FILENAME
 
-ENCODER_FILENAME = "phantom_encoder.pth"
 EXPORT_RECORD_FILENAME = "record.json"
 
 
 def export_network(
-    network: PromptFreeSam, *, ckpt_dir: str, export_dir: str, trained_with: Mapping[str, Mapping[str, Any]]
+    network: PromptFreeSam, *, ckpt_dir: str, export_dir: str, trained_with: Mapping[str, Any]
 ) -> PromptFreeSam:
     """Write the parts of a trained network in fp16, and build the network anew from the written files.
 
-    `phantom_encoder.pth` is a SAM checkpoint, see `sam_state`. For each head `<name>_head.pt` is a `model.pt` of that
+    `<model_type>.pth` is a SAM checkpoint, see `sam_state`. For each head `<name>_head.pt` is a `model.pt` of that
     head on the frozen encoder in fp16. An older record is removed first, and `ExportRecord` writes the new one last, so
     a folder without `record.json` is unfinished.
 
     Args:
-        network: a trainable `SamEncoder` with a `JointHead`, one head of which is named `vit`; `model.pt` is loaded
-            into it.
+        network: a `SamEncoder` with a `JointHead`; `model.pt` is loaded into it.
         ckpt_dir: folder with the trained `model.pt`.
         export_dir: folder of the files, made if missing.
-        trained_with: by head, what its file is to say of its training and use, as
+        trained_with: what every head's file is to say of its training and use, as
             `components.networks.PromptFreeSam` takes it.
 
     Returns:
@@ -59,17 +57,18 @@ def export_network(
     heads = dict(cast(nn.ModuleDict, network.head.heads).items())
 
     (folder / EXPORT_RECORD_FILENAME).unlink(missing_ok=True)
-    _save_in_fp16(sam_state(trained, cast(ViTHead, heads["vit"])), folder / ENCODER_FILENAME)
-    encoder = SamEncoder(trained.model_type, str(folder / ENCODER_FILENAME), trained.image_size)
+    sam_checkpoint = folder / f"{trained.model_type}.pth"
+    _save_in_fp16(sam_state(trained, cast("ViTHead | None", heads.get("vit"))), sam_checkpoint)
+    encoder = SamEncoder(trained.model_type, str(sam_checkpoint), trained.image_size)
     for name, head in heads.items():
         path = folder / f"{name}_head.pt"
-        alone = PromptFreeSam(encoder, head, network.precision, trained_with=trained_with[name])
+        alone = PromptFreeSam(encoder, head, network.precision, trained_with=trained_with)
         _save_in_fp16(alone.state_dict(), path)
         alone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return PromptFreeSam(encoder, JointHead(heads), network.precision).to(device)
 
 
-def sam_state(encoder: SamEncoder, head: ViTHead) -> dict[str, torch.Tensor]:
+def sam_state(encoder: SamEncoder, head: ViTHead | None) -> dict[str, torch.Tensor]:
     """Arrange an encoder and a ViT head as a SAM checkpoint, which `SamEncoder` and `ViTHead` load strictly.
 
     SAM's tokens are the mean of the head's tokens over the classes, and each of SAM's four hypernetworks is a copy of
@@ -78,22 +77,23 @@ def sam_state(encoder: SamEncoder, head: ViTHead) -> dict[str, torch.Tensor]:
 
     Args:
         encoder: the trained encoder.
-        head: the trained head.
+        head: the trained head; None where none was trained: the decoder is initialised with a constant seed then.
 
     Returns:
         a flat state dict in SAM's own layout, detached, on the CPU.
     """
     with fixed_random_weights():
         decoder, prompts = build_decoder(image_size=encoder.image_size)
-    decoder.transformer.load_state_dict(head.transformer.state_dict())
-    decoder.output_upscaling.load_state_dict(head.output_upscaling.state_dict())
-    for mlp in decoder.output_hypernetworks_mlps:
-        mlp.load_state_dict(head.hypernetwork.state_dict())
-    tokens = head.tokens.detach().mean(dim=0)
-    decoder.iou_token.weight.data.copy_(tokens[:1])
-    decoder.mask_tokens.weight.data.copy_(tokens[1:])
-    prompts.no_mask_embed.weight.data.copy_(head.no_mask_embed)
-    prompts.pe_layer.positional_encoding_gaussian_matrix.copy_(head.frequencies)
+    if head is not None:
+        decoder.transformer.load_state_dict(head.transformer.state_dict())
+        decoder.output_upscaling.load_state_dict(head.output_upscaling.state_dict())
+        for mlp in decoder.output_hypernetworks_mlps:
+            mlp.load_state_dict(head.hypernetwork.state_dict())
+        tokens = head.tokens.detach().mean(dim=0)
+        decoder.iou_token.weight.data.copy_(tokens[:1])
+        decoder.mask_tokens.weight.data.copy_(tokens[1:])
+        prompts.no_mask_embed.weight.data.copy_(head.no_mask_embed)
+        prompts.pe_layer.positional_encoding_gaussian_matrix.copy_(head.frequencies)
     parts = {"image_encoder": encoder.image_encoder, "prompt_encoder": prompts, "mask_decoder": decoder}
     return {
         f"{name}.{key}": value.detach().cpu()
@@ -143,7 +143,7 @@ class ExportRecord:
 
     def __call__(self, engine: Engine) -> None:
         """Write the record."""
-        files = [ENCODER_FILENAME, *(f"{name}_head.pt" for name in self.heads)]
+        files = [f"{self.training['settings']['model_type']}.pth", *(f"{name}_head.pt" for name in self.heads)]
         content = {
             "dice": {name: self._scores(engine, name) for name in self.heads},
             "dice_on": self.phantoms,

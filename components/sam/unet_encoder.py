@@ -1,5 +1,7 @@
 """An image encoder with SAM's contract whose embeddings are fine enough for thin walls: a UNet cut off at stride 4."""
 
+from itertools import pairwise
+
 import torch
 from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 from torch import nn
@@ -25,8 +27,7 @@ class UNetEncoder(nn.Module):
         widths = [WIDTH * 2**level for level in range(5)]
         self.stem = TwoConv(2, 3, widths[0], act=_ACTIVATION, norm=_NORM, bias=True)
         self.down = nn.ModuleList(
-            Down(2, fine, coarse, act=_ACTIVATION, norm=_NORM, bias=True)
-            for fine, coarse in zip(widths[:-1], widths[1:], strict=True)
+            Down(2, fine, coarse, act=_ACTIVATION, norm=_NORM, bias=True) for fine, coarse in pairwise(widths)
         )
         self.up_8 = UpCat(2, widths[4], widths[3], widths[3], act=_ACTIVATION, norm=_NORM, bias=True)
         self.up_4 = UpCat(2, widths[3], widths[2], FINE_CHANNELS, act=_ACTIVATION, norm=_NORM, bias=True)
