@@ -33,7 +33,7 @@ def build(
 
     Args:
         output_dir: folder of the archives, made if missing.
-        model_type: `vit_tiny` for archives with the tiny encoder and a head inside, and for the other bundles; `vit_b`,
+        model_type: `phantom_unet` for archives with the tiny encoder and a head inside, and for the other bundles; `vit_b`,
             `vit_l` or `vit_h` for archives named `<bundle>_<model_type>` that download SAM's checkpoint.
         bundle: package this one only.
         head: a trained `model.pt` to put into the archive of `bundle`, on the encoder of this `model_type`.

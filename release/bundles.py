@@ -21,7 +21,7 @@ from release.texts import replaced, with_defaults, with_section
 
 REPOSITORY = Path(__file__).parents[1]
 BUNDLES = REPOSITORY / "bundles"
-TINY = "vit_tiny"
+TINY = "phantom_unet"
 _ENTRIES = read_entries()
 # Each head's bundle, with the name of its head among the pretrained files, None for a head that has none there.
 HEADS = {bundle: head.get("tiny", {}).get("pretrained") for bundle, head in _ENTRIES["heads"].items()}
@@ -32,7 +32,7 @@ WITHOUT_WEIGHTS = (
 
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 _CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
-_ENCODER = "phantom_encoder.pth"
+_ENCODER = "phantom_unet.pth"
 _RECORD = "phantom_encoder.json"
 _ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
 # Source: micro-sam's registry of Meta's files, https://github.com/computational-cell-analytics/micro-sam
@@ -75,7 +75,7 @@ def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:
     """List the bundles of which there are archives with an encoder.
 
     Args:
-        model_type: `vit_tiny`, `vit_b`, `vit_l` or `vit_h`.
+        model_type: `phantom_unet`, `vit_b`, `vit_l` or `vit_h`.
         bundle: this one only.
 
     Returns:
@@ -101,11 +101,11 @@ def assemble(
         bundle: name of its folder in this repository.
         folder: where to write, empty.
         model_type: as in `bundles_of`.
-        head: a trained `model.pt` to put in, or None; with `vit_tiny` then the one trained on phantoms.
-        sam_checkpoint: of the encoder that `head` was trained on, needed for another model type than `vit_tiny`.
+        head: a trained `model.pt` to put in, or None; with `phantom_unet` then the one trained on phantoms.
+        sam_checkpoint: of the encoder that `head` was trained on, needed for another model type than `phantom_unet`.
 
     Returns:
-        the bundle's folder below `folder`, named after the model type unless that is `vit_tiny`.
+        the bundle's folder below `folder`, named after the model type unless that is `phantom_unet`.
 
     Raises:
         ValueError: when the head does not fit the encoder, or `sam_checkpoint` is missing.
@@ -223,7 +223,7 @@ def _as_json(value: Any) -> str:
 _TINY_SECTION = """\
 ## The tiny encoder
 
-The archive is complete. Its encoder, `models/phantom_encoder.pth`, has SAM's own classes and checkpoint layout but 3.5M
+The archive is complete. Its encoder, `models/phantom_unet.pth`, follows SAM's contract and checkpoint layout with 2.1M
 weights; it and the head, `models/model.pt`, were trained on synthetic short-axis slices only, as
 `docs/phantom_encoder.json` records. No patient, labelled or not, went into them.
 

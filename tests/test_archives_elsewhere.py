@@ -36,7 +36,7 @@ bundle, folder = sys.argv[1:]
 root = f"{folder}/{bundle}"
 sys.path.insert(0, root)
 parts = ("encoder", "head") if bundle == "autosam_acdc" else ("encoder",)
-override = {f"{part}#checkpoint": f"{root}/models/phantom_encoder.pth" for part in parts}
+override = {f"{part}#checkpoint": f"{root}/models/phantom_unet.pth" for part in parts}
 override["precision"] = "fp32"  # as exported
 network = load(bundle, bundle_dir=folder, workflow_type="inference", net_override=override).eval()
 workflow = create_workflow(config_file=f"{root}/configs/inference.json", workflow_type="infer", bundle_root=root,

@@ -326,7 +326,7 @@ def test_every_slice_of_the_test_volumes_and_60_phantoms_are_embedded(embedded):
 
 
 def test_embeddings_are_the_encoders_averaged_over_space(embedded):
-    encoder = SamEncoder("vit_tiny", checkpoint=pretrained_file("phantom_encoder.pth"), image_size=64).eval()
+    encoder = SamEncoder("phantom_unet", checkpoint=pretrained_file("phantom_unet.pth"), image_size=64).eval()
     images, _ = phantom_slices(60, seed=0, size=64, field_mm=384.0)
     expected = encoder(images[:2].repeat(1, 3, 1, 1)).mean(dim=(2, 3))
     # The cache stores embeddings in half precision.

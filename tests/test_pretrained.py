@@ -14,7 +14,7 @@ from components.pretraining.phantom_stream import phantom_stacks
 from components.sam.encoder import SamEncoder
 
 HEADS = {"vit": lambda: ViTHead(4), "cnn": lambda: CNNHead(4, depth=2), "linear": lambda: LinearHead(4)}
-ENCODER = "phantom_encoder.pth"
+ENCODER = "phantom_unet.pth"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def record() -> dict:
 
 
 def network(name: str, image_size: int) -> PromptFreeSam:
-    encoder = SamEncoder("vit_tiny", pretrained_file(ENCODER), image_size)
+    encoder = SamEncoder("phantom_unet", pretrained_file(ENCODER), image_size)
     return PromptFreeSam(encoder, HEADS[name](), head_checkpoint=pretrained_file(f"{name}_head.pt")).eval()
 
 
@@ -64,7 +64,7 @@ def test_each_head_scores_on_phantoms_what_the_record_says(name, record):
 
 def test_a_head_refuses_another_encoder():
     with pytest.raises(ValueError, match="fingerprint"):
-        PromptFreeSam(SamEncoder("vit_tiny"), HEADS["linear"](), head_checkpoint=pretrained_file("linear_head.pt"))
+        PromptFreeSam(SamEncoder("phantom_unet"), HEADS["linear"](), head_checkpoint=pretrained_file("linear_head.pt"))
 
 
 def test_record_names_no_folder(record):

@@ -120,7 +120,7 @@ def test_archive_has_the_overlay_merged_and_the_weights_inside(bundle, unpacked)
     tiny = json.loads((REPOSITORY / "bundles" / bundle / "configs/tiny.json").read_text())
     del tiny["_desc_"]
     start = f"{Path(HEADS[bundle]).stem}_from_phantoms.pt"
-    tiny["sam_checkpoint"] = "$@bundle_root + '/models/phantom_encoder.pth'"
+    tiny["sam_checkpoint"] = "$@bundle_root + '/models/phantom_unet.pth'"
     tiny["head_checkpoint"] = f"$@bundle_root + '/models/{start}'"
     for name in ("train", "inference"):
         source = json.loads((REPOSITORY / "bundles" / bundle / f"configs/{name}.json").read_text())
@@ -129,7 +129,7 @@ def test_archive_has_the_overlay_merged_and_the_weights_inside(bundle, unpacked)
         if name == "inference":  # what is of training, and what follows the model
             left_out = {"epochs", "learning_rate", "phantom_share", *source["as_trained"]["given"]}
         assert config(root, name) == source | {k: v for k, v in tiny.items() if k not in left_out} | given
-    assert {path.name for path in (root / "models").iterdir()} == {"model.pt", start, "phantom_encoder.pth"}
+    assert {path.name for path in (root / "models").iterdir()} == {"model.pt", start, "phantom_unet.pth"}
     assert (root / "models/model.pt").read_bytes() == Path(pretrained_file(HEADS[bundle])).read_bytes()
     assert min((root / "models").glob("*.pt"), key=lambda path: len(path.name)).name == "model.pt"
     assert not (root / "large_files.yml").exists()
@@ -215,8 +215,8 @@ def test_head_needs_its_bundle_and_its_encoder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "vit_x"}, "unknown model_type 'vit_x': expected one of vit_tiny, vit_b"),
-        ({"bundle": "acdc"}, "no archive of 'acdc' with vit_tiny: expected one of autosam_acdc"),
+        ({"model_type": "vit_x"}, "unknown model_type 'vit_x': expected one of phantom_unet, vit_b"),
+        ({"bundle": "acdc"}, "no archive of 'acdc' with phantom_unet: expected one of autosam_acdc"),
         ({"bundle": "phantom_encoder", "model_type": "vit_b"}, "no archive of 'phantom_encoder' with vit_b"),
     ],
 )

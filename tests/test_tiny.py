@@ -43,12 +43,12 @@ def weights(sam_vit_b, tmp_path_factory) -> Path:
     """A SAM checkpoint with a tiny encoder, and for each bundle the fp16 weights of a head that knows this encoder."""
     folder = tmp_path_factory.mktemp("weights")
     state = {key: value for key, value in sam_vit_b.state_dict().items() if not key.startswith("image_encoder.")}
-    encoder = SamEncoder("vit_tiny").image_encoder.state_dict()
+    encoder = SamEncoder("phantom_unet").image_encoder.state_dict()
     encoder["neck.0.weight"] = encoder["neck.0.weight"] + 0.1
     state |= {f"image_encoder.{key}": value for key, value in encoder.items()}
-    torch.save(state, folder / "phantom_encoder.pth")
+    torch.save(state, folder / "phantom_unet.pth")
     for name, head in HEADS.values():
-        state = PromptFreeSam(SamEncoder("vit_tiny", str(folder / "phantom_encoder.pth")), head()).state_dict()
+        state = PromptFreeSam(SamEncoder("phantom_unet", str(folder / "phantom_unet.pth")), head()).state_dict()
         torch.save({key: v.half() if v.is_floating_point() else v for key, v in state.items()}, folder / name)
     return folder
 
@@ -61,7 +61,7 @@ def phantoms(tmp_path_factory) -> str:
 
 def knobs(bundle: str, weights: Path, **others) -> dict:
     """Overrides that put the small weights in the place of the trained ones, at a size that is quick."""
-    files = {"sam_checkpoint": weights / "phantom_encoder.pth", "head_checkpoint": weights / HEADS[bundle][0]}
+    files = {"sam_checkpoint": weights / "phantom_unet.pth", "head_checkpoint": weights / HEADS[bundle][0]}
     return {name: str(value) for name, value in files.items()} | {"image_size": 64} | others
 
 
@@ -86,7 +86,7 @@ def test_overlay_sets_knobs_that_training_and_inference_both_have(bundle):
     assert tiny.keys() <= train.keys()
     assert tiny.keys() - of_training <= inference.keys()
     assert not any("#" in name or "::" in name for name in tiny)
-    assert tiny["sam_checkpoint"]["name"] == "phantom_encoder.pth"
+    assert tiny["sam_checkpoint"]["name"] == "phantom_unet.pth"
     assert tiny["head_checkpoint"]["name"] == HEADS[bundle][0]
     assert tiny.get("depth") == (2 if bundle == "cnnhead_acdc" else None)
 

@@ -7,7 +7,7 @@ def pretrained_file(name: str) -> str:
     """Return the path of a file of weights in this package.
 
     Args:
-        name: `phantom_encoder.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt` or `linear_head.pt`.
+        name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt` or `linear_head.pt`.
 
     Returns:
         its path.

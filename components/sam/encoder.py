@@ -24,6 +24,11 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **{name: partial(ImageEncoder, architecture) for name, architecture in ARCHITECTURES.items()},
     "phantom_unet": UNetEncoder,
 }
+# Encoders that came with former versions, by the first eight bytes of their fingerprint, and what heads on them need.
+FORMER_ENCODERS = {
+    "03ac9d181cea00ce": "it is that of the tiny encoder of version 0.1: take components/pretrained/phantom_encoder.pth "
+    "from that version, and give --model_type vit_tiny --sam_checkpoint FILE --image_size 192"
+}
 
 
 class SamEncoder(nn.Module):
@@ -299,8 +304,10 @@ def _check_fingerprint(
         for key, value in current.items():
             state[f"{prefix}image_encoder.{key}"] = value
     if stored is not None and not torch.equal(stored.cpu(), expected.cpu()):
+        former = FORMER_ENCODERS.get(_short_hex(stored))
         raise RuntimeError(
             f"the checkpoint's encoder fingerprint {_short_hex(stored)} is not {_short_hex(expected)}, that of {owner}"
+            + (f" ({former})" if former else "")
         )
 
 
