@@ -33,8 +33,8 @@ def build(
 
     Args:
         output_dir: folder of the archives, made if missing.
-        model_type: `phantom_unet` for archives with the tiny encoder and a head inside, and for the other bundles; `vit_b`,
-            `vit_l` or `vit_h` for archives named `<bundle>_<model_type>` that download SAM's checkpoint.
+        model_type: `phantom_unet` for archives with the tiny encoder and a head inside, and for the other bundles;
+            `vit_b`, `vit_l` or `vit_h` for archives named `<bundle>_<model_type>` that download SAM's checkpoint.
         bundle: package this one only.
         head: a trained `model.pt` to put into the archive of `bundle`, on the encoder of this `model_type`.
         sam_checkpoint: the file that `head` was trained on, where that is not the tiny encoder.

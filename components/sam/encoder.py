@@ -163,7 +163,7 @@ class SamEncoder(nn.Module):
         Returns:
             embeddings Bx256x(image_size/16)x(image_size/16).
         """
-        weights_dtype = self.image_encoder.neck[0].weight.dtype
+        weights_dtype = next(self.image_encoder.parameters()).dtype
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or weights_dtype != torch.float32:
             return self._encode(images)
         images = images.as_subclass(torch.Tensor)  # MONAI's tensors copy their metadata in every operation
