@@ -236,7 +236,7 @@ def test_ordinary_import_of_segment_anything_finds_the_same_modules_later(torchv
         path.write_text(content)
     script = f"""
 import sys
-from components.sam.encoder import ImageEncoder
+from components.sam.image_encoder import ImageEncoder
 from components.sam.segment_anything_import import import_from_segment_anything
 ours = import_from_segment_anything("modeling.image_encoder")
 assert ours.__name__ == "segment_anything.modeling.image_encoder"
