@@ -314,6 +314,8 @@ def test_encoder_under_one_head_then_all_heads_on_it_frozen(tmp_path):
     assert is_same(parts["image_encoder"], encoder)
     assert not is_same(parts["mask_decoder"], decoder)
     assert {path.name for path in (tmp_path / "export").glob("*.pt")} == {f"{name}_head.pt" for name in HEADS}
+    record = json.loads((tmp_path / "export/record.json").read_text())
+    assert record["training"]["encoder"] == json.loads((tmp_path / "linear/training.json").read_text())
     assert not any("image_encoder" in key for key in torch.load(tmp_path / "heads/model.pt", weights_only=True))
 
 

@@ -17,12 +17,10 @@ from components.base.weights import fixed_random_weights
 from components.networks.heads import ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.pretraining.joint_head import JointHead
-from components.pretraining.record import TRAINING_RECORD_FILENAME, package_versions
+from components.pretraining.record import EXPORT_RECORD_FILENAME, TRAINING_RECORD_FILENAME, package_versions
 from components.sam.decoder import build_decoder
 from components.sam.encoder import SamEncoder
 from components.training.checkpoint_folder import MODEL_FILENAME
-
-EXPORT_RECORD_FILENAME = "record.json"
 
 
 def export_network(

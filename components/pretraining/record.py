@@ -20,7 +20,8 @@ import components
 from components.base.atomic_write import write_atomically
 
 TRAINING_RECORD_FILENAME = "training.json"
-_FOLDER_OPTIONS = ("bundle_root", "ckpt_dir", "output_dir", "export_dir")
+EXPORT_RECORD_FILENAME = "record.json"
+_FOLDER_OPTIONS = ("bundle_root", "ckpt_dir", "output_dir", "export_dir", "sam_checkpoint")
 
 
 class TrainingRecord:
@@ -35,13 +36,28 @@ class TrainingRecord:
         batch_size: images per step.
         evaluator: the engine that the validation handler runs.
         settings: knobs of the run by name.
+        sam_checkpoint: the file that the encoder started from, or None. If the record of its export is beside it, what
+            that says of its training is taken over.
     """
 
-    def __init__(self, ckpt_dir: str, *, batch_size: int, evaluator: Evaluator, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        ckpt_dir: str,
+        *,
+        batch_size: int,
+        evaluator: Evaluator,
+        settings: Mapping[str, Any],
+        sam_checkpoint: str | None = None,
+    ) -> None:
         self.path = Path(ckpt_dir) / TRAINING_RECORD_FILENAME
         self.batch_size = batch_size
         self.evaluator = evaluator
         self.settings = dict(settings)
+        self._encoder = {}
+        if sam_checkpoint is not None:
+            exported = Path(sam_checkpoint).with_name(EXPORT_RECORD_FILENAME)
+            if exported.is_file():
+                self._encoder = {"encoder": json.loads(exported.read_text())["training"]}
         self._hours_before = 0.0
         self._hardware: list[str] = []
         self._commands: list[dict[str, Any]] = []
@@ -72,6 +88,7 @@ class TrainingRecord:
         """Write the file anew, with this epoch counted."""
         content = {
             "settings": self.settings,
+            **self._encoder,
             "epochs": engine.state.epoch,
             "steps": engine.state.iteration,
             "images_seen": engine.state.iteration * self.batch_size,
