@@ -151,8 +151,12 @@ def _complete(root: Path, bundle: str) -> None:
     knobs |= {name: f"$@bundle_root + '/{file}'" for name, file in files.items()}
     _set_knobs(root / "configs/train.json", knobs)
     inference = json.loads((root / "configs/inference.json").read_text())
-    as_trained = inference["as_trained"]["given"]  # null, so that they follow whatever becomes the bundle's model
-    of_inference = {name: value for name, value in knobs.items() if name in inference and name not in as_trained}
+    of_inference = {}
+    for name, value in knobs.items():
+        if name in inference["as_trained"]["given"]:  # null, so that it follows whatever becomes the bundle's model
+            of_inference[f"as_trained#otherwise#{name}"] = value  # `monai.bundle.load` from elsewhere finds no model
+        elif name in inference:
+            of_inference[name] = value
     of_inference["ckpt_path"] = "$@bundle_root + '/models/model.pt'"
     _set_knobs(root / "configs/inference.json", of_inference)
     _rename(root, "tiny encoder", "; here a tiny one, trained on synthetic slices only, which comes with the bundle")
