@@ -39,8 +39,8 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
     """Find out how a folder is laid out.
 
     Args:
-        folder: with a `dataset.json` that lists cases (Medical Segmentation Decathlon, Auto3DSeg) or does not (nnU-Net),
-            or with plain folders of images and labels whose names are equal.
+        folder: with a `dataset.json` that lists cases (Medical Segmentation Decathlon, Auto3DSeg) or does not
+            (nnU-Net), or with plain folders of images and labels whose names are equal.
 
     Returns:
         its labelled cases, and what else it says.
@@ -72,8 +72,8 @@ def _classes(described: Item) -> tuple[dict[int, str], str]:
     regions = [name for value, name in pairs if not str(value).isdigit()]
     if regions or not pairs:
         raise ValueError(
-            f"`labels` of dataset.json is {labels}: expected a whole number and a name for each class; regions of several "
-            "values are not known here"
+            f"`labels` of dataset.json is {labels}: expected a whole number and a name for each class; regions of "
+            "several values are not known here"
         )
     channels = described.get("modality") or described.get("channel_names") or {}
     names = list(channels.values()) if isinstance(channels, dict) else [str(channels)]
@@ -105,8 +105,8 @@ def _pairs(root: Path, *, by_channel: bool) -> list[Item]:
     if images_dir is None or labels_dir is None:
         found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         raise ValueError(
-            f"{root} has no images and labels: expected a dataset.json that lists them, or folders images and labels (or "
-            f"masks) with equal names in both; found {found}"
+            f"{root} has no images and labels: expected a dataset.json that lists them, or folders images and labels "
+            f"(or masks) with equal names in both; found {found}"
         )
     images, labels = _files(images_dir), _files(labels_dir)
     if by_channel:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
+from monai.transforms import LoadImage
 from tqdm import tqdm
 
 from adapt.layouts import Item, Layout
@@ -22,7 +21,9 @@ from components.data.volume_metadata import is_picture
 
 SIDES = re.compile(r"(left|right|anterior|posterior|superior|inferior|upper|lower|dorsal|ventral|l|r)", re.IGNORECASE)
 MOST_CLASSES = 64  # more different values are no classes
-AIR_HU = -500  # below which only CT has values of most of its volume's parts
+AIR_HU = -500  # below which only CT has values
+load_volume = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float64)
+
 _COLOURS = {1: "grey values", 3: "colours"}
 
 
@@ -95,7 +96,10 @@ def survey(layout: Layout, data: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _look(item: Item) -> dict[str, Any]:
     """Return what one case holds."""
-    image, label = _read(item["image"], is_label=False), _read(item["label"], is_label=True)
+    image, label = (
+        load_volume(item[role], PictureReader(is_label=role == "label") if is_picture(item[role]) else VolumeReader())
+        for role in ("image", "label")
+    )
     on_grid_of(image, label)
     values = np.unique(label.numpy())
     if len(values) > MOST_CLASSES or not np.equal(values, values.round()).all():
@@ -103,7 +107,6 @@ def _look(item: Item) -> dict[str, Any]:
             f"{item['label']} has {len(values)} values from {values[0]:g}: expected a whole number for each class"
         )
     spacing = affine_to_spacing(image.affine.numpy(), r=3).tolist()
-    low, middle = np.percentile(image.numpy(), [0.5, 50])
     return {
         "image": item["image"],
         "channels": len(image),
@@ -111,20 +114,8 @@ def _look(item: Item) -> dict[str, Any]:
         "size": tuple(image.shape[1:]),
         "values": {int(value) for value in values},
         "slice_axis": 2 if is_picture(item["image"]) else find_slice_axis(spacing),
-        "is_like_ct": low < AIR_HU < middle or middle < AIR_HU,
+        "is_like_ct": np.percentile(image.numpy(), 0.5) < AIR_HU,
     }
-
-
-def _read(path: str, *, is_label: bool) -> MetaTensor:
-    """Return a file's volume, channels first, with its metadata, unchecked."""
-    reader = PictureReader(is_label=is_label) if is_picture(path) else VolumeReader()
-    array, metadata = reader.get_data(reader.read(path))
-    array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
-    return MetaTensor(
-        torch.from_numpy(np.ascontiguousarray(array)),
-        affine=metadata["affine"],
-        meta={**metadata, "filename_or_obj": path},
-    )
 
 
 def _only(cases: list[dict[str, Any]], key: str, in_words: Any) -> Any:

@@ -1,7 +1,7 @@
 """A user's own data, as `configs/data.json` of their bundle describes them: cases, split, what the labels show.
 
-`data.json` is a data list as of the Medical Segmentation Decathlon, with lists `training`, `validation` and `test` whose
-paths are relative to `dataset_dir`, and beside them what all workflows go by. `python -m adapt new` writes it.
+`data.json` is a data list as of the Medical Segmentation Decathlon, with lists `training`, `validation` and `test`
+whose paths are relative to `dataset_dir`, and beside them what all workflows go by. `python -m adapt new` writes it.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def own_cases(
     cases = [{key: case[key] for key in ("image", "label")} for case in chosen[subset]]
     if not cases and subset == "test":
         raise ValueError(
-            f"there are no labelled cases to test on: expected a list `test` with labels in {path}, or at least 4 cases "
-            "in `training` and neither `validation` nor `test`, so that both are split off; the validation cases have "
-            "chosen the model, so their score is no test"
+            f"there are no labelled cases to test on: expected a list `test` with labels in {path}, or at least 4 "
+            "cases in `training` and neither `validation` nor `test`, so that both are split off; the validation "
+            "cases have chosen the model, so their score is no test"
         )
     if not cases and subset == "training":
         raise ValueError(f"{path} has no cases to train on: expected some in the list `training`")
@@ -131,22 +131,28 @@ class LabelledCases:
 
     Args:
         cases: dictionaries with the paths `image` and `label`.
+        class_names: of the labels but the background's, all of which some case must show.
         label_values: see `components.data.LoadVolumed`.
         channels: see `components.data.LoadVolumed`.
         slice_axis: see `components.data.SlicesLastd`.
         modality: `CT` for Hounsfield units, else any.
+
+    Raises:
+        ValueError: when they are read and none shows a class.
     """
 
     def __init__(
         self,
         cases: Sequence[Mapping[str, str]],
         *,
+        class_names: Sequence[str],
         label_values: Sequence[int],
         channels: int,
         slice_axis: int | None,
         modality: str,
     ) -> None:
         self.cases = cases
+        self.class_names = class_names
         self.is_ct = modality.upper() == "CT"
         keys = ["image", "label"]
         self.load = Compose(
@@ -159,7 +165,14 @@ class LabelledCases:
 
     @cached_property
     def _seen(self) -> list[_Seen]:
-        return [_Seen(self.load(dict(case)), self.is_ct) for case in self.cases]
+        seen = [_Seen(self.load(dict(case)), self.is_ct) for case in self.cases]
+        shown = {value for each in seen for value in each.classes}
+        if absent := [name for value, name in enumerate(self.class_names, start=1) if value not in shown]:
+            raise ValueError(
+                f"{', '.join(absent)} is in none of the {len(seen)} labelled cases: expected every class in some; give "
+                "more with --labelled_cases, or others with --split_seed"
+            )
+        return seen
 
     @property
     def canvas_size(self) -> int:
@@ -174,7 +187,7 @@ class LabelledCases:
 
     @property
     def normalisation(self) -> list[float | str]:
-        """What `scaled_grey_values` takes: for CT the range of the foreground's values, else percentiles of each case."""
+        """What `scaled_grey_values` takes: for CT the range of the labelled voxels, else percentiles of each case."""
         if not self.is_ct:
             return ["percentiles", *PERCENTILES]
         values = np.concatenate([seen.foreground for seen in self._seen])
@@ -193,6 +206,7 @@ class _Seen:
         side: of its padded slices, in pixels.
         reach: the side of the smallest central square that holds its labels, as a share of `side`.
         foreground: the image's values within its labels; read for CT only.
+        classes: the labels that it has.
         is_one_component: whether no class has two components.
     """
 
@@ -203,9 +217,9 @@ class _Seen:
         distance = np.abs(places + 0.5 - self.side / 2).max(initial=0) + 0.5
         self.reach = 2 * distance / self.side
         self.foreground = image[0][label[0] > 0] if is_ct else np.empty(0)
-        classes = [value for value in np.unique(label) if value > 0]
+        self.classes = [int(value) for value in np.unique(label) if value > 0]
         whole = np.ones((3, 3, 3))
-        self.is_one_component = all(ndimage.label(label[0] == value, whole)[1] == 1 for value in classes)
+        self.is_one_component = all(ndimage.label(label[0] == value, whole)[1] == 1 for value in self.classes)
 
 
 def scaled_grey_values(keys: str, normalisation: Sequence[float | str]) -> Transform:
@@ -222,7 +236,7 @@ def scaled_grey_values(keys: str, normalisation: Sequence[float | str]) -> Trans
     Raises:
         ValueError: for another kind.
     """
-    kind, low, high = normalisation
+    kind, (low, high) = normalisation[0], map(float, normalisation[1:])
     if kind == "percentiles":
         return ScaleIntensityRangePercentilesd(keys, low, high, b_min=0, b_max=255, clip=True)
     if kind == "values":

@@ -55,8 +55,8 @@ class PictureReader(ImageReader):
             what `get_data` takes.
 
         Raises:
-            ValueError: for a file that is no picture, of several pages, or with colours of more than 8 bits; for a label
-                map that was compressed with loss or has colours that are no indices.
+            ValueError: for a file that is no picture, of several pages, or with colours of more than 8 bits; for a
+                label map that was compressed with loss or has colours that are no indices.
         """
         (path,) = (Path(name) for name in ensure_tuple(data))
         try:
@@ -132,9 +132,7 @@ class PictureWriter(ImageWriter):
     Differs: MONAI's `PILWriter` rescales values and knows no palette.
     """
 
-    def set_data_array(  # type: ignore[override]
-        self, data_array: NdarrayOrTensor, channel_dim: int | None = 0, **_: Any
-    ) -> None:
+    def set_data_array(self, data_array: NdarrayOrTensor, channel_dim: int | None = 0, **_: Any) -> None:
         """Set the label map.
 
         Args:
@@ -149,7 +147,7 @@ class PictureWriter(ImageWriter):
             raise ValueError(f"expected a label map (1, W, H, 1) of a picture, received {tuple(data_array.shape)}")
         self.data_obj = data_array[0, :, :, 0]
 
-    def set_metadata(self, meta_dict: Mapping | None, **_: Any) -> None:  # type: ignore[override]
+    def set_metadata(self, meta_dict: Mapping | None, **_: Any) -> None:
         """Check that the label map has the size of its picture.
 
         Args:

@@ -164,7 +164,7 @@ def _with_classes(label: torch.Tensor, label_values: Sequence[int]) -> torch.Ten
     num_classes, whole = len(label_values), label.round()
     is_range = list(label_values) == list(range(num_classes))
     known = torch.as_tensor(label_values, dtype=whole.dtype)
-    unexpected = ~torch.isin(whole.as_tensor(), known) | ((label - whole).abs() > ROUNDING_ERROR).as_tensor()
+    unexpected = ~torch.isin(whole, known) | ((label - whole).abs() > ROUNDING_ERROR)
     if unexpected.any():
         raise ValueError(
             f"{_path_of(label)} holds labels {label[unexpected].unique().tolist()[:5]}: expected whole numbers "
@@ -173,7 +173,7 @@ def _with_classes(label: torch.Tensor, label_values: Sequence[int]) -> torch.Ten
         )
     if not is_range:
         order = known.argsort()
-        whole[:] = order[torch.searchsorted(known[order], whole.as_tensor().contiguous())].to(whole.dtype)
+        whole[:] = order[torch.searchsorted(known[order], whole.contiguous())].to(whole.dtype)
     return whole.float()
 
 

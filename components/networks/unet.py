@@ -17,7 +17,7 @@ CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
 
 class GreyUNet(nn.Module):
-    """Segment images with a UNet of four poolings, on the grey values or colours of the RGB images that all networks here take.
+    """Segment images with a UNet of four poolings, on the grey values or the colours of RGB images.
 
     Source: MONAI's `BasicUNet`, after Ronneberger et al. 2015 (31M weights at `width` 64, as in the paper), with
     instance norm, since batches are small.
