@@ -156,7 +156,7 @@ def _classes(
 
 def _relative(item: Item, data: Path) -> Item:
     """Return a case with paths relative to the folder."""
-    kept = {key: item[key] for key in ("image", "label", "group") if key in item}
+    kept: Item = {key: item[key] for key in ("image", "label", "group") if key in item}
     return kept | {
         key: str(Path(item[key]).relative_to(data))
         for key in ("image", "label")

@@ -8,7 +8,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "acdc": ["list_cases"],
         "own_data": ["LabelledCases", "own_cases", "read_data", "scaled_grey_values"],
         "slices": ["SliceDataset"],
-        "transforms": ["CentralCropd", "LoadVolumed", "PadInPlaneToSquared", "RoundIntensityd", "SlicesLastd"],
+        "transforms": [
+            "CentralCropd",
+            "LoadVolumed",
+            "NeighbourSlicesd",
+            "PadInPlaneToSquared",
+            "RoundIntensityd",
+            "SlicesLastd",
+        ],
         "volumes": ["SavePredictiond", "VolumeDataset", "find_volumes"],
     },
 )
