@@ -77,7 +77,14 @@ def _metadata(metadata: dict[str, Any], name: str, description: dict[str, Any]) 
         "pred_classes": f"label map: {label_map}",
     }
     formats = metadata["network_data_format"]
-    formats["inputs"]["image"]["modality"] = description["modality"] or "n/a"
+    channels = {1: ["grey"], 3: ["red", "green", "blue"]}[description["channels"]]
+    if not description["pictures"]:
+        channels = ["slice before", "slice", "slice after"]
+    formats["inputs"]["image"] |= {
+        "modality": description["modality"] or "n/a",
+        "num_channels": len(channels),
+        "channel_def": {str(index): each for index, each in enumerate(channels)},
+    }
     formats["outputs"]["pred"]["num_channels"] = len(classes) + 1
     formats["outputs"]["pred"]["channel_def"] = {
         str(index): each for index, each in enumerate(["background", *classes])

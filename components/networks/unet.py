@@ -26,7 +26,7 @@ class GreyUNet(nn.Module):
         out_channels: classes, background included.
         width: channels at full size; they double with every pooling. 31.1M / 7.8M / 1.9M weights at 64 / 32 / 16.
         precision: as for `components.networks.PromptFreeSam`.
-        in_channels: 1 for grey values, 3 for colours.
+        in_channels: 1 for grey values, 3 for colours or for a slice between its neighbours.
         start_checkpoint: a file to start from: another run's `model.pt`, or that of
             `components.networks.ContrastiveUNet`, which holds the contracting path alone; None for random weights.
         trained_with: as for `components.networks.PromptFreeSam`.
@@ -62,7 +62,7 @@ class GreyUNet(nn.Module):
         """Segment images.
 
         Args:
-            images: Bx3xHxW in 0..255; of grey ones only the first channel is used. H and W are 16 or more.
+            images: Bx3xHxW in 0..255, of which the first `in_channels` are used. H and W are 16 or more.
 
         Returns:
             raw logits BxCxHxW, fp32 if the weights are.
