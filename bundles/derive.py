@@ -242,9 +242,29 @@ def expected_files(folder: Path = BUNDLES) -> dict[Path, str]:
         readme = folder / bundle / "docs/README.md"
         table = readme_table(configs[bundle][name], name, meanings)
         files[readme] = with_part(files.get(readme) or readme.read_text(), "knobs", table)
+    files |= _template_files(entries["templates"], folder, files, meanings)
     page = folder.parent / "docs/knobs.md"
     files[page] = with_part(page.read_text(), "knobs", knobs_page_table(configs, meanings))
     return files
+
+
+def _template_files(
+    templates: Config, folder: Path, files: Mapping[Path, str], meanings: Mapping[str, list[str]]
+) -> dict[Path, str]:
+    """Return the files of the templates from which programs make bundles: edited like those of the bundles."""
+    made = {}
+    for place, entry in templates.items():
+        source, template = folder / entry["from"], folder.parent / place
+        left_out = (*entry["leaves_out"], *entry["has_its_own"])
+        for path, text in files.items():
+            name = path.relative_to(source).as_posix() if path.is_relative_to(source) else ""
+            if name and name not in left_out:
+                is_config = name.endswith(".json")
+                made[template / name] = edited(text, **entry.get(Path(name).stem, {})) if is_config else text
+        readme = template / "docs/README.md"
+        table = readme_table(json.loads(made[template / "configs/train.json"]), "train", meanings | entry["knobs"])
+        made[readme] = with_part(readme.read_text(), "knobs", table)
+    return made
 
 
 def differing_files(folder: Path = BUNDLES) -> list[Path]:

@@ -11,6 +11,9 @@ import pytest
 from conftest import REPOSITORY
 
 COMPONENTS = REPOSITORY / "components"
+CONFIGS = sorted(
+    path for place in ("bundles/*", "adapt/template") for path in REPOSITORY.glob(f"{place}/configs/*.json")
+)
 SUB_PACKAGES = re.findall(r"^\| `(\w+)` \|", (COMPONENTS / "__init__.py").read_text(), flags=re.MULTILINE)
 
 
@@ -43,14 +46,14 @@ def test_importing_every_sub_package_loads_none_of_their_modules():
 
 @pytest.mark.parametrize("name", SUB_PACKAGES)
 def test_everything_a_sub_package_offers_to_configs_is_there_and_named_by_one(name):
-    configs = [path.read_text() for path in (REPOSITORY / "bundles").glob("*/configs/*.json")]
+    configs = [path.read_text() for path in CONFIGS]
     package = importlib.import_module(f"components.{name}")
     for offered in getattr(package, "__all__", []):
         assert callable(getattr(package, offered)), offered
         assert any(f'"components.{name}.{offered}"' in config for config in configs), offered
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "bundles").glob("*/configs/*.json")), ids=str)
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_every_target_of_a_config_is_offered_by_its_sub_package(path):
     for target in re.findall(r'"components\.([\w.]+)"', path.read_text()):
         name, _, attribute = target.partition(".")

@@ -99,9 +99,10 @@ def test_every_head_differs_in_its_head_its_own_knobs_and_its_start_only():
 
 
 def copy_of_bundles(target: Path) -> Path:
-    """The bundles' files, without what running them has made, beside the page of knobs."""
+    """The bundles' files, without what running them has made, beside the page of knobs and adapt's template."""
     ignored = shutil.ignore_patterns("models", "eval", "demo", "export", "embeddings", "__pycache__")
     shutil.copytree(REPOSITORY / "bundles", target / "bundles", ignore=ignored)
+    shutil.copytree(REPOSITORY / "adapt/template", target / "adapt/template")
     (target / "docs").mkdir()
     shutil.copy(REPOSITORY / "docs/knobs.md", target / "docs/knobs.md")
     return target / "bundles"

@@ -20,6 +20,7 @@ from conftest import REPOSITORY, succeeds
 from test_architecture import COMPONENTS, SUB_PACKAGES, imported_sub_packages
 from torch.distributed.run import get_args_parser
 
+from adapt.__main__ import parse_arguments as adapt_arguments
 from benchmarks.__main__ import parse_arguments
 from components.training.command_line import refuse_unknown_knobs
 from release.__main__ import build
@@ -34,6 +35,7 @@ PAGES = [
     *sorted(REPOSITORY.glob("docs/*.md")),
     *sorted(REPOSITORY.glob("bundles/*/docs/README.md")),
 ]
+ADAPT_TEMPLATE = REPOSITORY / "adapt/template"
 LANGUAGES = {"bash", "json", "python", "text"}
 FIRE_COMMANDS = {("release",): build, ("serving",): serve, ("study", "run"): run, ("study", "report"): report}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -68,6 +70,8 @@ def check_command(words, folder):
     match words:
         case ["cd", target]:
             folder = (folder / target).resolve()
+            if folder.parent == REPOSITORY / "bundles" and not folder.exists():  # one that `adapt new` has made
+                folder = ADAPT_TEMPLATE
             assert folder.is_dir(), folder
         case [".", script]:
             assert script.endswith("/bin/activate")
@@ -82,6 +86,9 @@ def check_command(words, folder):
         case ["python", "-m", "benchmarks", *arguments]:
             assert folder == REPOSITORY
             parse_arguments(arguments)
+        case ["python", "-m", "adapt", *arguments]:
+            assert folder == REPOSITORY
+            adapt_arguments(arguments)
         case ["python", "-m", "study", name, *arguments]:
             check_fire_command(("study", name), arguments, folder)
         case ["python", "-m", "release" | "serving" as package, *arguments]:
@@ -131,7 +138,9 @@ def check_fire_command(name, arguments, folder):
 
 def check_bundle_command(command, arguments, folder):
     """Check that a bundle's folder has all that a command of MONAI's names."""
-    assert folder.parent == REPOSITORY / "bundles", "a command for a bundle, outside of its folder"
+    assert folder == ADAPT_TEMPLATE or folder.parent == REPOSITORY / "bundles", (
+        "a command for a bundle, outside of its folder"
+    )
     values = bound_by_fire(getattr(monai.bundle, command), arguments)
     files = values.get("config_file") or []
     files = [files] if isinstance(files, str) else files
@@ -188,8 +197,9 @@ def test_every_option_that_the_text_names_exists(page, tmp_path):
     spans = re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text()))
     named = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)}
     others = {name for function in FIRE_COMMANDS.values() for name in inspect.signature(function).parameters}
+    others |= {"data"}  # of `python -m adapt new`
     others |= {"nthreads", "resources"}  # of Dask's workers
-    configs = [json.loads(path.read_text()) for path in REPOSITORY.glob("bundles/*/configs/*.json")]
+    configs = [json.loads(path.read_text()) for path in REPOSITORY.glob("*/*/configs/*.json")]
     (tmp_path / "all.json").write_text(json.dumps({key.split("#")[0]: None for config in configs for key in config}))
     options = [f"--{name}=1" for name in sorted(named - others)]
     files = ["--config_file", str(tmp_path / "all.json"), "--tracking", "mlflow"]  # whatever value the text gives them

@@ -6,8 +6,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "acdc": ["list_cases"],
+        "own_data": ["LabelledCases", "own_cases", "read_data", "scaled_grey_values"],
         "slices": ["SliceDataset"],
-        "transforms": ["LoadVolumed", "PadInPlaneToSquared", "RoundIntensityd", "SlicesLastd"],
+        "transforms": [
+            "CentralCropd",
+            "LoadVolumed",
+            "NeighbourSlicesd",
+            "PadInPlaneToSquared",
+            "RoundIntensityd",
+            "SlicesLastd",
+        ],
         "volumes": ["SavePredictiond", "VolumeDataset", "find_volumes"],
     },
 )

@@ -41,7 +41,7 @@ def on_grid_of(image: MetaTensor, label: MetaTensor) -> MetaTensor:
     if sorted(axes) != [0, 1, 2]:
         axes = np.arange(3)
     turned = label.numpy().transpose(0, *axes + 1)
-    if turned.shape != image.shape:
+    if turned.shape[1:] != image.shape[1:]:
         raise ValueError(
             f"{path} does not belong to its image: expected the image's shape {tuple(image.shape[1:])}, "
             f"received {tuple(label.shape[1:])}"

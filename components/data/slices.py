@@ -1,6 +1,7 @@
 """A training set of 2D slices of labelled 3D volumes."""
 
 import hashlib
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class SliceDataset(Dataset):
             with `views` must return integers in 0..255.
         views: number of augmented views per slice; 0 for a new augmentation in every epoch.
         final_transform: applied last, to each slice or view, at every access.
+        at_least: number of items of an epoch: fewer slices are repeated, each time as the next view.
         keys: items of the dictionary that are sliced.
         progress: whether to show a progress bar while the volumes are loaded.
 
@@ -42,6 +44,7 @@ class SliceDataset(Dataset):
         *,
         views: int = 0,
         final_transform: Callable | None = None,
+        at_least: int = 0,
         keys: Sequence[str] = ("image", "label"),
         progress: bool = True,
     ) -> None:
@@ -66,9 +69,10 @@ class SliceDataset(Dataset):
                 {key: np.ascontiguousarray(stack[..., index]) for key, stack in stacks.items()}
                 for index in range(depth)
             ]
+        self.repeats = max(1, math.ceil(at_least / max(1, len(self._slices))))
 
     def __len__(self) -> int:
-        return len(self._slices)
+        return self.repeats * len(self._slices)
 
     def set_epoch(self, epoch: int) -> None:
         """Select the views of an epoch.
@@ -79,10 +83,9 @@ class SliceDataset(Dataset):
         self._epoch = epoch
 
     def _transform(self, index: int) -> Any:
-        if self.views:
-            item = _as_tensors(self._view(index, (self._epoch - 1) % self.views))
-        else:
-            item = self._augment(index, self._epoch - 1)
+        repeat, index = divmod(index, len(self._slices))
+        view = (self._epoch - 1) * self.repeats + repeat
+        item = _as_tensors(self._view(index, view % self.views)) if self.views else self._augment(index, view)
         return _apply(self.final_transform, item)
 
     def _view(self, index: int, view: int) -> dict[str, np.ndarray]:

@@ -9,22 +9,35 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, LoadImaged, MapTransform, Orientation, Pad, Padd, SpatialPad
+from monai.transforms import (
+    CenterSpatialCropd,
+    InvertibleTransform,
+    LoadImaged,
+    MapTransform,
+    Orientation,
+    Pad,
+    Padd,
+    SpatialPad,
+)
 from monai.utils import ImageMetaKey
 
 from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
+from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
-from components.data.volume_metadata import DEAD_LINK, is_dead_link
+from components.data.volume_metadata import DEAD_LINK, is_dead_link, is_picture
 
 logger = logging.getLogger(__name__)
 
 PERCENTILES = (0.5, 99.5)
 NO_DATA_BEYOND = 1e9  # no scanner gives such grey values, but 1e20 and the largest float32 stand for "no data"
 ROUNDING_ERROR = 1e-3  # of a label that was stored as a fraction
+_COLOURS = {1: "grey values", 3: "colours"}  # by number of channels
 
 
 class LoadVolumed(LoadImaged):
     """Load 3D volumes as 1xHxWxD and reject those that are unfit for segmentation or training.
+
+    A 2D picture is a volume one slice deep, 1xWxHx1, or 3xWxHx1 if it has colours; see `PictureReader`.
 
     Grey values beyond what scanners give count as no data, see `NO_DATA_BEYOND`, and become the darkest of the others;
     so does a repeated negative minimum, such as -9999, that lies farther from the others than these lie apart. A label
@@ -37,6 +50,8 @@ class LoadVolumed(LoadImaged):
         label_key: the item with the label, whose shape must be that of the item `image_key` if both are present.
         image_key: the item with the image.
         num_classes: labels must be integers from 0 to `num_classes` - 1.
+        label_values: the values that labels have in the files instead, one for each class, the background's first.
+        channels: of an image, 1 for grey values, 3 for colours.
         allow_missing_keys: whether an item may be absent.
 
     Raises:
@@ -52,6 +67,8 @@ class LoadVolumed(LoadImaged):
         label_key: str = "label",
         image_key: str = "image",
         num_classes: int = 4,
+        label_values: Sequence[int] | None = None,
+        channels: int = 1,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(
@@ -64,7 +81,8 @@ class LoadVolumed(LoadImaged):
         )
         self.label_key = label_key
         self.image_key = image_key
-        self.num_classes = num_classes
+        self.label_values = list(range(num_classes) if label_values is None else label_values)
+        self.channels = channels
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         """Load and check the items of one dictionary.
@@ -83,15 +101,21 @@ class LoadVolumed(LoadImaged):
                 raise FileNotFoundError(f"{path} is {DEAD_LINK}")
             if not Path(path).is_file():
                 raise FileNotFoundError(f"there is no {key} {path}")
-            loaded[key] = self._loader(path, reader or VolumeReader())
+            own = PictureReader(is_label=key == self.label_key) if is_picture(path) else VolumeReader()
+            loaded[key] = self._loader(path, reader or own)
             if not self._loader.image_only:
                 loaded[key], loaded[meta_key or f"{key}_{postfix}"] = loaded[key]
         image, label = (loaded.get(key) if key in self.keys else None for key in (self.image_key, self.label_key))
         if image is not None:
+            if len(image) != self.channels:
+                raise ValueError(
+                    f"{_path_of(image)} has {_COLOURS[len(image)]}: expected {_COLOURS[self.channels]}, as the others "
+                    "have that the bundle is made for; convert it, or take it out"
+                )
             loaded[self.image_key] = _with_grey_values(image)
         if label is not None:
             label = label if image is None else on_grid_of(image, label)
-            loaded[self.label_key] = _with_classes(label, self.num_classes)
+            loaded[self.label_key] = _with_classes(label, self.label_values)
         return loaded
 
 
@@ -135,15 +159,21 @@ def _no_data(values: np.ndarray) -> np.ndarray:
     return beyond
 
 
-def _with_classes(label: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Return a label map as float32 with whole numbers, or raise if it has others than the classes'."""
-    whole = label.round()
-    unexpected = (whole < 0) | (whole > num_classes - 1) | ((label - whole).abs() > ROUNDING_ERROR)
+def _with_classes(label: torch.Tensor, label_values: Sequence[int]) -> torch.Tensor:
+    """Return a label map as float32 with the index of each voxel's class, or raise if it has values of no class."""
+    num_classes, whole = len(label_values), label.round()
+    is_range = list(label_values) == list(range(num_classes))
+    known = torch.as_tensor(label_values, dtype=whole.dtype)
+    unexpected = ~torch.isin(whole, known) | ((label - whole).abs() > ROUNDING_ERROR)
     if unexpected.any():
         raise ValueError(
             f"{_path_of(label)} holds labels {label[unexpected].unique().tolist()[:5]}: expected whole numbers "
-            f"0..{num_classes - 1}; map them to the classes in the bundle's metadata.json"
+            f"{f'0..{num_classes - 1}' if is_range else list(label_values)}; map them to the classes in the bundle's "
+            "metadata.json"
         )
+    if not is_range:
+        order = known.argsort()
+        whole[:] = order[torch.searchsorted(known[order], whole.contiguous())].to(whole.dtype)
     return whole.float()
 
 
@@ -211,6 +241,33 @@ class SlicesLastd(MapTransform, InvertibleTransform):
         return turned_back
 
 
+class NeighbourSlicesd(MapTransform):
+    """Give each slice of a volume the one before and the one after it as channels: from 1xHxWxD to 3xHxWxD.
+
+    The first and the last slice are neighbours of their own.
+
+    Args:
+        keys: items 1xHxWxD, slices last.
+        allow_missing_keys: whether an item may be absent.
+    """
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Add the neighbours to the items of one dictionary.
+
+        Args:
+            data: tensors by key.
+
+        Returns:
+            the dictionary with tensors of three channels in their place.
+        """
+        widened = dict(data)
+        for key in self.key_iterator(widened):
+            last = widened[key].shape[-1] - 1
+            orders = [[min(max(index + step, 0), last) for index in range(last + 1)] for step in (-1, 0, 1)]
+            widened[key] = torch.cat([widened[key][..., order] for order in orders])
+        return widened
+
+
 class PadInPlaneToSquare(Pad):
     """Pad the shorter of the first two spatial axes to the longer one, evenly on both sides, with zeros."""
 
@@ -230,6 +287,43 @@ class PadInPlaneToSquared(Padd):
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, padder=PadInPlaneToSquare(), allow_missing_keys=allow_missing_keys)
+
+
+class CentralCropd(CenterSpatialCropd):
+    """MONAI's `CenterSpatialCropd`, which warns where it cuts away some of a label.
+
+    Args:
+        keys: items CxHxWxD.
+        roi_size: as for `CenterSpatialCropd`.
+        label_key: the item with the label.
+    """
+
+    def __init__(self, keys: KeysCollection, roi_size: Sequence[int], *, label_key: str = "label") -> None:
+        super().__init__(keys, roi_size)
+        self.label_key = label_key
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
+        """Crop the items of one dictionary.
+
+        Args:
+            data: MetaTensors by key.
+            lazy: as for `CenterSpatialCropd`.
+
+        Returns:
+            the dictionary with the central parts in their place.
+        """
+        cropped = super().__call__(data, lazy)
+        if self.label_key in self.keys and self.label_key in data:
+            before, after = (int((item[self.label_key] > 0).sum()) for item in (data, cropped))
+            if after < before:
+                logger.warning(
+                    "%s: crop_size %d cuts away %.1f%% of its labelled pixels, which the network never sees: give a "
+                    "larger one",
+                    _path_of(data[self.label_key]),
+                    cropped[self.label_key].shape[1],
+                    100 * (before - after) / before,
+                )
+        return cropped
 
 
 class RoundIntensityd(MapTransform):

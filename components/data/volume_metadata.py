@@ -13,6 +13,7 @@ from monai.data.utils import affine_to_spacing
 
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")  # of the formats that MONAI's `ITKReader` reads
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img", *ITK_SUFFIXES)
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 DEAD_LINK = "a link whose target is not there: fetch it (git annex get, datalad get) or mend the link"
 
 
@@ -39,6 +40,11 @@ def volume_suffix(path: str | os.PathLike[str]) -> str:
     return next((suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix)), "")
 
 
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file's name ends in one of `PICTURE_SUFFIXES`, in any case."""
+    return Path(path).suffix.lower() in PICTURE_SUFFIXES
+
+
 def other_of_pair(path: Path) -> Path | None:
     """Return where the `.img` of a `.hdr` is expected, or the `.hdr` of an `.img`; None for any other file."""
     other = {".hdr": ".img", ".img": ".hdr"}.get(path.suffix.lower())
@@ -57,10 +63,10 @@ def case_name(path: str | os.PathLike[str]) -> str:
         path: image file, such as `patient001/patient001_frame01.nii.gz`.
 
     Returns:
-        The file name without what `volume_suffix` finds; any other suffix stays.
+        The file name without what `volume_suffix` finds or a picture's suffix; any other suffix stays.
     """
     name = Path(path).name
-    return name[: len(name) - len(volume_suffix(name))]
+    return Path(name).stem if is_picture(name) else name[: len(name) - len(volume_suffix(name))]
 
 
 def files_of(volumes: object) -> list[str]:

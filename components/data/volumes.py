@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ from monai.transforms import SaveImaged
 
 from components.base.atomic_write import write_atomically
 from components.base.reasons import is_out_of_memory, reason_of
+from components.data.pictures import PictureWriter
 from components.data.reader import NIFTI_HEADER, STORED_SHAPE
 from components.data.volume_metadata import (
     DEAD_LINK,
     ITK_SUFFIXES,
+    PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
     case_name,
+    files_of,
     is_dead_link,
+    is_picture,
     other_of_pair,
     volume_axes,
     volume_suffix,
@@ -61,8 +65,8 @@ class FoundVolumes(list):
         self.skipped = skipped
 
 
-def find_volumes(dataset_dir: str) -> FoundVolumes:
-    """List the volumes to segment.
+def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
+    """List the volumes to segment, or the 2D pictures.
 
     A folder is searched with all folders below it, links followed, each folder once. Suffixes are those of
     `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. A damaged file and a link whose target is
@@ -75,6 +79,7 @@ def find_volumes(dataset_dir: str) -> FoundVolumes:
 
     Args:
         dataset_dir: a volume's file, taken as it is named, or a folder.
+        pictures: list files of `PICTURE_SUFFIXES` instead of volumes.
 
     Returns:
         one dictionary per volume with its path as `image`, sorted by path.
@@ -99,22 +104,25 @@ def find_volumes(dataset_dir: str) -> FoundVolumes:
     for path in _files_below(root, left_out, set()):
         if reason := _reason_to_skip(path):
             left_out[path] = reason
-        elif volume_suffix(path) not in ("", ".img"):  # the .hdr beside it stands for both
+        elif (
+            is_picture(path) if pictures else volume_suffix(path) not in ("", ".img")
+        ):  # the .hdr beside it stands for both
             first = by_case[case_name(path)].setdefault(os.path.realpath(path), path)
             if first != path:
                 left_out[path] = f"the same file as {first.relative_to(root)}"
     skipped = {str(path.relative_to(root)): reason for path, reason in left_out.items()}
     if not by_case:
         raise ValueError(
-            f"no volume found under {root}: expected 3D files {', '.join(VOLUME_SUFFIXES)}; "
+            f"no {'picture' if pictures else 'volume'} found under {root}: expected "
+            f"{'2D' if pictures else '3D'} files {', '.join(PICTURE_SUFFIXES if pictures else VOLUME_SUFFIXES)}; "
             f"left out: {'; '.join(f'{path}: {reason}' for path, reason in list(skipped.items())[:5]) or 'nothing'}"
         )
     for case, paths in by_case.items():
         if len(paths) > 1:
             raise ValueError(
                 f"{' and '.join(map(str, paths.values()))} would both be saved as "
-                f"{case}_{PREDICTION_POSTFIX}.nii.gz: rename one, or segment their folders one by one into different "
-                "--output_dir"
+                f"{case}_{PREDICTION_POSTFIX}{'.png' if pictures else '.nii.gz'}: rename one, or segment their folders "
+                "one by one into different --output_dir"
             )
     found = sorted(path for paths in by_case.values() for path in paths.values())
     return FoundVolumes([{"image": str(path)} for path in found], skipped)
@@ -146,13 +154,13 @@ def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -
 def _reason_to_skip(path: Path) -> str:
     """Return why a file is not to be segmented, or an empty string: also for a damaged one, which the loader names."""
     suffix = volume_suffix(path)
-    if not suffix:
+    if not suffix and not is_picture(path):
         return DEAD_LINK if is_dead_link(path) and not path.suffix else ""  # it may have led to a patient's folder
     if case_name(path).lower().endswith(NOT_IMAGES):
         return "a label or prediction by its name"
     if (other := other_of_pair(path)) and not os.path.lexists(other):
         return f"half of a pair: there is no {other.name} beside it"
-    if suffix in (".img", *ITK_SUFFIXES):  # a pair is judged by its .hdr, what ITK reads by the loader
+    if suffix in ("", ".img", *ITK_SUFFIXES):  # a pair is judged by its .hdr, pictures and ITK's by the loader
         return ""
     try:
         image: Any = nib.load(path)
@@ -269,7 +277,7 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
 
 
 class SavePredictiond(SaveImaged):
-    """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`.
+    """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`; those of pictures as indexed PNG.
 
     Differs: MONAI's own name keeps a part of a suffix such as that of `X.NII.GZ`.
 
@@ -279,16 +287,23 @@ class SavePredictiond(SaveImaged):
     """
 
     def __init__(self, keys: KeysCollection, output_dir: str) -> None:
-        super().__init__(
-            keys,
-            output_dir=output_dir,
-            output_postfix=PREDICTION_POSTFIX,
-            output_dtype="uint8",
-            resample=False,
-            separate_folder=False,
-            writer=VolumeWriter,
-            output_name_formatter=_named_by_case,
-        )
+        options: dict[str, Any] = {
+            "output_dir": output_dir,
+            "output_postfix": PREDICTION_POSTFIX,
+            "output_dtype": "uint8",
+            "resample": False,
+            "separate_folder": False,
+            "output_name_formatter": _named_by_case,
+        }
+        super().__init__(keys, writer=VolumeWriter, **options)
+        self._pictures = SaveImaged(keys, output_ext=".png", writer=PictureWriter, **options)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Save the items of one dictionary and return it."""
+        first = data[next(self.key_iterator(data))]
+        if is_picture(files_of(first)[0]):
+            return self._pictures(data)
+        return super().__call__(data)
 
 
 def _named_by_case(metadata: Mapping[str, Any], _: Any) -> dict[str, Any]:

@@ -20,10 +20,9 @@ from monai.transforms import MapTransform
 from components.base.atomic_write import write_atomically
 from components.data.acdc import CLASS_NAMES
 from components.data.geometry import slices_last
+from components.data.pictures import CLASS_COLOURS
 from components.data.volume_metadata import case_name_of, checked_spacing_mm, header_spacing_mm
 
-# Okabe and Ito's colour-blind-safe palette, starting with the colours that stand out on grey; reused beyond 7 classes.
-CLASS_COLOURS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
 TRUTH_STYLE: dict[str, Any] = {"linestyles": "solid", "linewidths": 1.1}
 PREDICTION_STYLE: dict[str, Any] = {"linestyles": [(0, (2.5, 1.2))], "linewidths": 1.1}
 PANELS_PER_ROW = 6

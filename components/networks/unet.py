@@ -17,7 +17,7 @@ CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
 
 class GreyUNet(nn.Module):
-    """Segment images with a UNet of four poolings, on the grey values of the RGB images that all networks here take.
+    """Segment images with a UNet of four poolings, on the grey values or the colours of RGB images.
 
     Source: MONAI's `BasicUNet`, after Ronneberger et al. 2015 (31M weights at `width` 64, as in the paper), with
     instance norm, since batches are small.
@@ -26,6 +26,7 @@ class GreyUNet(nn.Module):
         out_channels: classes, background included.
         width: channels at full size; they double with every pooling. 31.1M / 7.8M / 1.9M weights at 64 / 32 / 16.
         precision: as for `components.networks.PromptFreeSam`.
+        in_channels: 1 for grey values, 3 for colours or for a slice between its neighbours.
         start_checkpoint: a file to start from: another run's `model.pt`, or that of
             `components.networks.ContrastiveUNet`, which holds the contracting path alone; None for random weights.
         trained_with: as for `components.networks.PromptFreeSam`.
@@ -42,14 +43,16 @@ class GreyUNet(nn.Module):
         width: int = 64,
         precision: str = "auto",
         *,
+        in_channels: int = 1,
         start_checkpoint: str | None = None,
         trained_with: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_precision(precision)
         self.precision = precision
+        self.in_channels = in_channels
         features = [width * times for times in (1, 2, 4, 8, 16, 1)]
-        self.unet = BasicUNet(spatial_dims=2, in_channels=1, out_channels=out_channels, features=features)
+        self.unet = BasicUNet(spatial_dims=2, in_channels=in_channels, out_channels=out_channels, features=features)
         remember_training(self, trained_with)
         if start_checkpoint is not None:
             self._load_start(start_checkpoint)
@@ -59,25 +62,25 @@ class GreyUNet(nn.Module):
         """Segment images.
 
         Args:
-            images: Bx3xHxW in 0..255, grey; only the first channel is used. H and W are 16 or more.
+            images: Bx3xHxW in 0..255, of which the first `in_channels` are used. H and W are 16 or more.
 
         Returns:
             raw logits BxCxHxW, fp32 if the weights are.
         """
-        grey = grey_values(images)
+        values = grey_values(images, self.in_channels)
         if torch.jit.is_scripting():  # noqa: SIM108 - only a statement keeps the other branch out of the script
-            logits = self.unet(grey)
+            logits = self.unet(values)
         else:
-            logits = self._segment(grey)
+            logits = self._segment(values)
         return logits
 
     @torch.jit.unused
-    def _segment(self, grey: torch.Tensor) -> torch.Tensor:
+    def _segment(self, values: torch.Tensor) -> torch.Tensor:
         """Run the UNet in this network's precision."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return self.unet(grey)
-        with autocast_to(self.precision, grey.device.type):
-            logits = self.unet(grey)
+            return self.unet(values)
+        with autocast_to(self.precision, values.device.type):
+            logits = self.unet(values)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
     def _load_start(self, path: str) -> None:
@@ -96,6 +99,6 @@ class GreyUNet(nn.Module):
         load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
 
 
-def grey_values(images: torch.Tensor) -> torch.Tensor:
-    """Return the first channel of images Bx3xHxW in 0..255, scaled to -1..1: Bx1xHxW."""
-    return images[:, :1] / 127.5 - 1
+def grey_values(images: torch.Tensor, channels: int = 1) -> torch.Tensor:
+    """Return the first channels of images Bx3xHxW in 0..255, scaled to -1..1: Bx1xHxW, or Bx3xHxW for colours."""
+    return images[:, :channels] / 127.5 - 1

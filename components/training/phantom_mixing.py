@@ -10,6 +10,7 @@ import torch
 from monai.engines import default_prepare_batch
 from torch import Tensor
 
+from components.data.acdc import CLASS_NAMES
 from components.phantom.slices import FIELD_MM, phantom_slices
 
 _DRAWN_AT_A_TIME = 32
@@ -24,7 +25,7 @@ class PhantomMixing:
     Runs with the same seed take the same phantoms, and so does a resumed run if `components.training.EpochSeeds` is
     given this object. In a distributed run each step's phantoms are divided among the processes.
 
-    Their labels are 0 background, 1 RV, 2 Myo, 3 LV: mix them with a data set of these classes only.
+    Their labels are 0 background, 1 RV, 2 Myo, 3 LV: they can be mixed with a data set of these classes only.
 
     Args:
         share: fraction of phantoms in the resulting batch, from 0 up to below 1. All real slices are kept; to B of them
@@ -32,16 +33,30 @@ class PhantomMixing:
         pool_size: number of phantoms in the pool.
         seed: of the pool and its orders, 0 or more.
         canvas_share: side of the real slices over the side of the canvas they were cropped from.
+        class_names: of the real slices.
 
     Raises:
-        ValueError: when `share` or `pool_size` is out of range.
+        ValueError: when `share` or `pool_size` is out of range, or the share is above 0 and the classes are others.
     """
 
-    def __init__(self, share: float, *, pool_size: int = 512, seed: int = 0, canvas_share: float = 1.0) -> None:
+    def __init__(
+        self,
+        share: float,
+        *,
+        pool_size: int = 512,
+        seed: int = 0,
+        canvas_share: float = 1.0,
+        class_names: Sequence[str] = CLASS_NAMES,
+    ) -> None:
         if not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(
                 f"expected the phantoms' share of a batch from 0 up to below 1, received {share!r}: "
                 "give for example --phantom_share 0.5"
+            )
+        if share > 0 and tuple(class_names) != CLASS_NAMES:
+            raise ValueError(
+                f"phantoms are hearts with the classes {', '.join(CLASS_NAMES)}, in this order: expected these "
+                f"class_names, received {', '.join(class_names)}; give --phantom_share 0"
             )
         if pool_size < 1:
             raise ValueError(f"expected a pool_size of 1 phantom or more, received {pool_size}")

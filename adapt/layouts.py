@@ -1,0 +1,154 @@
+"""The layouts in which labelled images come: the Medical Segmentation Decathlon's, nnU-Net's, plain folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monai.data import load_decathlon_datalist
+
+from components.data.acdc import SUBSETS
+from components.data.volume_metadata import case_name, is_picture, volume_suffix
+
+IMAGES = ("images", "imagesTr")
+LABELS = ("labels", "masks", "labelsTr")
+
+Item = dict[str, Any]  # paths of an `image` and its `label`, and a `group` where one is given
+
+
+class Layout(NamedTuple):
+    """What a folder says of its data.
+
+    Attributes:
+        kind: of the layout, for people.
+        lists: labelled cases by subset, absolute paths.
+        class_names: by value in the label files, the background's among them; None where nothing says.
+        modality: of the images, or an empty string.
+    """
+
+    kind: str
+    lists: dict[str, list[Item]]
+    class_names: dict[int, str] | None
+    modality: str
+
+
+def read_layout(folder: str | os.PathLike[str]) -> Layout:
+    """Find out how a folder is laid out.
+
+    Args:
+        folder: with a `dataset.json` that lists cases (Medical Segmentation Decathlon, Auto3DSeg) or does not
+            (nnU-Net), or with plain folders of images and labels whose names are equal.
+
+    Returns:
+        its labelled cases, and what else it says.
+
+    Raises:
+        FileNotFoundError: when the folder, or a file that it lists, is not there.
+        ValueError: when nothing is found in it, images have several channels, an image and a label have no counterpart,
+            or a case is in two lists.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--data {root} is not a folder: expected one of labelled images")
+    file = root / "dataset.json"
+    described = json.loads(file.read_text()) if file.is_file() else {}
+    if described.get("training"):
+        layout = Layout("Medical Segmentation Decathlon", _listed(file, described), *_classes(described))
+    elif described:
+        layout = Layout("nnU-Net", {"training": _pairs(root, by_channel=True)}, *_classes(described))
+    else:
+        layout = Layout("folders of images and labels", {"training": _pairs(root, by_channel=False)}, None, "")
+    _check(layout.lists)
+    return layout
+
+
+def _classes(described: Item) -> tuple[dict[int, str], str]:
+    """Return the classes' names by value, and the modality."""
+    labels = described.get("labels", {})
+    pairs = [(value, name) if str(value).isdigit() else (name, value) for value, name in labels.items()]
+    regions = [name for value, name in pairs if not str(value).isdigit()]
+    if regions or not pairs:
+        raise ValueError(
+            f"`labels` of dataset.json is {labels}: expected a whole number and a name for each class; regions of "
+            "several values are not known here"
+        )
+    channels = described.get("modality") or described.get("channel_names") or {}
+    names = list(channels.values()) if isinstance(channels, dict) else [str(channels)]
+    return {int(value): str(name) for value, name in pairs}, names[0] if names else ""
+
+
+def _listed(file: Path, described: Item) -> dict[str, list[Item]]:
+    """Return the labelled cases of the lists of a `dataset.json`; images without labels are for inference."""
+    lists: dict[str, list[Item]] = {}
+    for name in SUBSETS:
+        items = load_decathlon_datalist(file, data_list_key=name) if described.get(name) else []
+        if any(isinstance(item["image"], list) for item in items):
+            raise ValueError(f"{file} lists several images for a case, one for each channel: expected one image")
+        lists[name] = [item for item in items if "label" in item]
+    if unlabelled := len(described["training"]) - len(lists["training"]):
+        raise ValueError(f"{file} lists {unlabelled} images without a label in `training`: list them in `test`")
+    folded = [item for item in lists["training"] if item.get("fold") == 0]
+    if folded and not lists["validation"]:
+        lists["validation"] = folded
+        lists["training"] = [item for item in lists["training"] if item not in folded]
+    return lists
+
+
+def _pairs(root: Path, *, by_channel: bool) -> list[Item]:
+    """Return the images of a folder with their labels, by equal names."""
+    images_dir, labels_dir = (
+        next((root / name for name in names if (root / name).is_dir()), None) for names in (IMAGES, LABELS)
+    )
+    if images_dir is None or labels_dir is None:
+        found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{root} has no images and labels: expected a dataset.json that lists them, or folders images and labels "
+            f"(or masks) with equal names in both; found {found}"
+        )
+    images, labels = _files(images_dir), _files(labels_dir)
+    if by_channel:
+        if several := sorted(name for name in images if re.search(r"_(?!0000)\d{4}$", name)):
+            raise ValueError(f"{images_dir} has several channels of a case, such as {several[0]}: expected _0000 alone")
+        images = {re.sub("_0000$", "", name): path for name, path in images.items()}
+    for names, others, role, where in ((labels, images, "image", images_dir), (images, labels, "label", labels_dir)):
+        if alone := sorted(set(names) - set(others)):
+            raise ValueError(
+                f"{len(alone)} files have no {role}, such as {names[alone[0]]}: expected a file of the same name in "
+                f"{where}; add it or take the other one out"
+            )
+    if not images:
+        raise ValueError(f"{images_dir} is empty: expected volumes or pictures")
+    return [{"image": str(images[name]), "label": str(labels[name])} for name in sorted(images)]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the images below a folder by the name of their case, with its sub-folders."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name.startswith(".") or not (is_picture(path) or volume_suffix(path)) or path.suffix.lower() == ".img":
+            continue
+        name = path.parent.relative_to(folder) / case_name(path)
+        if other := found.setdefault(str(name), path) != path:
+            raise ValueError(f"{path} and {other} have the same name: expected one file for each case")
+    return found
+
+
+def _check(lists: dict[str, list[Item]]) -> None:
+    """Check that the files of all cases are there, and that none is in two lists."""
+    place: dict[str, str] = {}
+    for name, items in lists.items():
+        for item in items:
+            for role in ("image", "label"):
+                if not Path(item[role]).is_file():
+                    raise FileNotFoundError(f"there is no {role} {item[role]}, which the list `{name}` names")
+            if (other := place.setdefault(os.path.realpath(item["image"]), name)) != name:
+                raise ValueError(f"{item['image']} is in the lists `{other}` and `{name}`: expected it in one")
+    groups = {name: {item["group"] for item in items if "group" in item} for name, items in lists.items()}
+    for name in ("validation", "test"):
+        if shared := groups.get(name, set()) & groups["training"]:
+            raise ValueError(
+                f"the group {min(map(str, shared))} is in the lists `training` and `{name}`: expected it in one"
+            )

@@ -1,0 +1,339 @@
+"""One's own data: what a folder of labelled images becomes, and what is refused."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import REPOSITORY, run_monai_bundle, succeeds
+from PIL import Image
+
+from adapt.new import new_bundle
+from components.data.own_data import LabelledCases, own_cases
+from components.data.pictures import PictureReader
+from components.data.transforms import CentralCropd, LoadVolumed
+
+NUCLEI = REPOSITORY.parent / "shared/data/nuclei"
+HIPPOCAMPUS = REPOSITORY.parent / "shared/data/hippocampus"
+BOTH = "['configs/train.json','configs/evaluate.json']"
+
+
+def write_volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return str(path)
+
+
+def organ(number: int, side: int = 20, depth: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """A bright block with a brighter one on it, in noise, off the middle; labels 1 and 2."""
+    noise = np.random.RandomState(number)
+    label = np.zeros((side, side + 4, depth), np.uint8)
+    start = 4 + number % 3
+    label[start : start + 4, 10:14] = 1
+    label[start : start + 4, 14:18] = 2
+    return (noise.rand(*label.shape) * 20 + 60 * label).astype(np.float32), label
+
+
+def decathlon(root: Path, cases: int = 8, **described) -> Path:
+    """A folder in the layout of the Medical Segmentation Decathlon: a few real cases where they are at hand."""
+    real = json.loads((HIPPOCAMPUS / "dataset.json").read_text())["training"] if HIPPOCAMPUS.is_dir() else []
+    items = []
+    for number in range(cases):
+        item = {"image": f"./imagesTr/case_{number}.nii.gz", "label": f"./labelsTr/case_{number}.nii.gz"}
+        for role, array in zip(("image", "label"), organ(number), strict=True):
+            (root / item[role]).parent.mkdir(parents=True, exist_ok=True)
+            if real:
+                shutil.copy(HIPPOCAMPUS / real[number][role], root / item[role])
+            else:
+                write_volume(root / item[role], array)
+        items.append(item)
+    description = {
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "Anterior", "2": "Posterior"},
+        "training": items,
+        "validation": [],
+        "test": [],
+    }
+    (root / "dataset.json").write_text(json.dumps(description | described))
+    return root
+
+
+def plain(root: Path, cases: int = 8, mode: str = "RGB", side: int = 40) -> Path:
+    """Folders images and masks of pictures, masks of 0 and 255."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for number in range(cases):
+        noise = np.random.RandomState(number)
+        mask = np.zeros((side, side + 10), np.uint8)
+        mask[5 : 12 + number, 20:30] = 255
+        grey = Image.fromarray((noise.rand(*mask.shape) * 50 + mask * 0.7).astype(np.uint8))
+        deep = Image.fromarray((np.asarray(grey) * 200).astype(np.uint16)) if mode == "I;16" else grey.convert(mode)
+        deep.save(root / f"images/cell_{number}.png")
+        Image.fromarray(mask).save(root / f"masks/cell_{number}.png")
+    return root
+
+
+def described(bundle: Path) -> dict:
+    return json.loads((bundle / "configs/data.json").read_text())
+
+
+def scores(output: Path) -> list[dict[str, str]]:
+    with (output / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind", ["volumes", "pictures"])
+def test_a_folder_becomes_a_bundle_that_trains_evaluates_and_infers(tmp_path, kind):
+    data = decathlon(tmp_path / "data") if kind == "volumes" else plain(tmp_path / "data")
+    bundle, _ = new_bundle("my_organ", data, tmp_path / "bundles")
+    quick = ("--steps", "2", "--val_interval", "100")
+    run = ("--config_file", "configs/train.json", "--labelled_cases", "1", *quick)
+    succeeds(run_monai_bundle("run", "training", *run, cwd=bundle))
+    succeeds(run_monai_bundle("run", "evaluating", "--config_file", BOTH, cwd=bundle))
+    cases = {row["case"] for row in scores(bundle / "eval")}
+    tested = own_cases(bundle / "configs/data.json", "test", dataset_dir=str(data))
+    assert cases == {Path(case["image"]).name.split(".")[0] for case in tested}
+    inferred = succeeds(run_monai_bundle("run", "inferring", "--config_file", "configs/inference.json", cwd=bundle))
+    assert "taken for granted" not in inferred
+    for case in described(bundle)["training"]:
+        image = data / case["image"]
+        name = image.name.split(".")[0]
+        if kind == "volumes":
+            pred = nib.load(bundle / f"eval/{name}_pred.nii.gz")
+            assert pred.shape == nib.load(image).shape
+            assert np.array_equal(pred.affine, nib.load(image).affine)
+        else:
+            pred = Image.open(bundle / f"eval/{name}_pred.png")
+            assert (pred.mode, pred.size) == ("P", Image.open(image).size)
+            assert set(np.unique(np.asarray(pred))) <= {0, 1}
+
+
+def test_inference_refuses_what_contradicts_the_training(tmp_path):
+    bundle, _ = new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)
+    quick = ("--steps", "1", "--labelled_cases", "1", "--width", "4", "--test_time_views", "1")
+    succeeds(run_monai_bundle("run", "training", "--config_file", "configs/train.json", *quick, cwd=bundle))
+    failed = run_monai_bundle(
+        "run", "inferring", "--config_file", "configs/inference.json", "--crop_size", "32", cwd=bundle
+    )
+    assert failed.returncode != 0
+    assert "it was trained with crop_size 64, received 32" in failed.stdout + failed.stderr
+
+
+def test_classes_with_sides_are_neither_mirrored_nor_turned(tmp_path):
+    bundle, said = new_bundle("sided", decathlon(tmp_path / "data"), tmp_path)
+    assert described(bundle)["turned_views"] is False
+    assert any("Anterior, Posterior name sides" in sentence for sentence in said)
+    other, _ = new_bundle(
+        "other", decathlon(tmp_path / "more", labels={"head": 1, "body": 2, "background": 0}), tmp_path
+    )
+    assert described(other)["turned_views"] is True
+    assert described(other)["class_names"] == ["head", "body"]
+
+
+def test_more_views_than_the_training_showed_are_refused(tmp_path):
+    bundle, _ = new_bundle("sided", decathlon(tmp_path / "data"), tmp_path)
+    failed = run_monai_bundle(
+        "run", "training", "--config_file", "configs/train.json", "--test_time_views", "8", cwd=bundle
+    )
+    assert failed.returncode != 0
+    assert "expected test_time_views of at most 1" in failed.stdout + failed.stderr
+
+
+def test_without_a_test_list_of_its_own_a_validation_list_is_no_test(tmp_path):
+    folder = decathlon(tmp_path / "data")
+    listed = json.loads((folder / "dataset.json").read_text())
+    listed |= {"validation": listed["training"][:2], "training": listed["training"][2:]}
+    (folder / "dataset.json").write_text(json.dumps(listed))
+    bundle, said = new_bundle("organ", folder, tmp_path)
+    assert "there is no test list: training works, evaluation will refuse" in said
+    with pytest.raises(ValueError, match="there are no labelled cases to test on: expected a list `test`"):
+        own_cases(bundle / "configs/data.json", "test", dataset_dir=str(folder))
+    assert len(own_cases(bundle / "configs/data.json", "validation", dataset_dir=str(folder))) == 2
+
+
+def test_images_without_labels_in_the_test_list_are_not_scored(tmp_path):
+    folder = decathlon(tmp_path / "data", test=["./imagesTs/case_9.nii.gz"])
+    bundle, _ = new_bundle("organ", folder, tmp_path)
+    assert described(bundle)["test"] == []
+    assert len(own_cases(bundle / "configs/data.json", "test", dataset_dir=str(folder))) == 1
+
+
+def test_cases_of_a_group_stay_together_and_count_as_one(tmp_path):
+    folder = decathlon(tmp_path / "data")
+    listed = json.loads((folder / "dataset.json").read_text())
+    for number, item in enumerate(listed["training"]):
+        item["group"] = f"patient {number // 2}"
+    (folder / "dataset.json").write_text(json.dumps(listed))
+    bundle, _ = new_bundle("organ", folder, tmp_path)
+    file = bundle / "configs/data.json"
+    subsets = [own_cases(file, subset, dataset_dir=str(folder)) for subset in ("training", "validation", "test")]
+    numbers = [{int(case["image"][-8]) // 2 for case in cases} for cases in subsets]
+    assert [len(cases) for cases in subsets] == [4, 2, 2]
+    assert not numbers[0] & numbers[1] | numbers[0] & numbers[2] | numbers[1] & numbers[2]
+    assert len(own_cases(file, "training", dataset_dir=str(folder), labelled_cases=1)) == 2
+    with pytest.raises(ValueError, match="labelled_cases must be between 1 and 2"):
+        own_cases(file, "training", dataset_dir=str(folder), labelled_cases=3)
+
+
+def test_nnunets_raw_folder_is_read(tmp_path):
+    folder = decathlon(
+        tmp_path / "data", training=[], channel_names={"0": "MRI"}, labels={"background": 0, "A": 1, "B": 2}
+    )
+    for image in (folder / "imagesTr").iterdir():
+        image.rename(image.with_name(image.name.replace(".nii", "_0000.nii")))
+    bundle, _ = new_bundle("organ", folder, tmp_path)
+    assert described(bundle)["class_names"] == ["A", "B"]
+    assert described(bundle)["training"][0] == {
+        "image": "imagesTr/case_0_0000.nii.gz",
+        "label": "labelsTr/case_0.nii.gz",
+    }
+    shutil.copy(folder / "imagesTr/case_0_0000.nii.gz", folder / "imagesTr/case_0_0001.nii.gz")
+    with pytest.raises(ValueError, match=r"several channels of a case, such as case_0_0001: expected _0000 alone"):
+        new_bundle("again", folder, tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3)])
+def test_pictures_of_any_kind_are_read(tmp_path, mode, channels):
+    bundle, said = new_bundle("cells", plain(tmp_path / "data", cases=4, mode=mode), tmp_path)
+    values = described(bundle)
+    assert (values["channels"], values["pictures"], values["label_values"]) == (channels, True, [0, 255])
+    assert "labels in the files: 0 -> 0, 255 -> 1" in said
+    case = own_cases(bundle / "configs/data.json", "training", dataset_dir=str(tmp_path / "data"))[0]
+    loaded = LoadVolumed(["image", "label"], label_values=[0, 255], channels=channels)(case)
+    assert loaded["image"].shape == (channels, 50, 40, 1)
+    assert loaded["label"].unique().tolist() == [0, 1]
+
+
+def test_colours_with_transparency_beside_plain_ones_are_of_one_kind(tmp_path):
+    folder = plain(tmp_path / "data", cases=4)
+    Image.open(folder / "images/cell_0.png").convert("RGBA").save(folder / "images/cell_0.png")
+    bundle, _ = new_bundle("cells", folder, tmp_path)
+    assert described(bundle)["channels"] == 3
+
+
+def test_an_indexed_prediction_is_read_as_a_label(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8))
+    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    picture.save(tmp_path / "label.png")
+    reader = PictureReader(is_label=True)
+    array, _ = reader.get_data(reader.read(tmp_path / "label.png"))
+    assert array[..., 0].T.tolist() == [[0, 1], [2, 0]]
+
+
+def spoil(folder: Path, fault: str) -> None:
+    """Make a folder of pictures or volumes wrong in one way."""
+    images, labels = folder / "images", folder / "masks"
+    match fault:
+        case "mask without image":
+            (images / "cell_0.png").unlink()
+        case "image without mask":
+            (labels / "cell_0.png").unlink()
+        case "other size":
+            Image.new("L", (9, 9)).save(labels / "cell_0.png")
+        case "mixed channels":
+            Image.open(images / "cell_0.png").convert("L").save(images / "cell_0.png")
+        case "empty":
+            for path in (*images.iterdir(), *labels.iterdir()):
+                path.unlink()
+        case "jpeg label":
+            Image.open(labels / "cell_0.png").save(labels / "cell_0.jpg")
+            (labels / "cell_0.png").unlink()
+        case "coloured label":
+            Image.new("RGB", (50, 40), "red").save(labels / "cell_0.png")
+        case "no layout":
+            shutil.rmtree(labels)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("mask without image", r"1 files have no image, such as .*masks/cell_0.png"),
+        ("image without mask", r"1 files have no label, such as .*images/cell_0.png"),
+        ("other size", r"cell_0.png does not belong to its image: expected the image's shape \(50, 40, 1\)"),
+        ("mixed channels", r"expected images of one kind, received grey values, such as .* and colours, such as"),
+        ("empty", "images is empty: expected volumes or pictures"),
+        ("jpeg label", "cell_0.jpg is a label map as JPEG, which changes labels at every border"),
+        ("coloured label", "cell_0.png is a label map with colours: expected a grey value or an index"),
+        ("no layout", "has no images and labels: expected a dataset.json that lists them, or folders"),
+    ],
+)
+def test_a_fault_of_a_folder_of_pictures_has_one_clear_error(tmp_path, fault, message):
+    folder = plain(tmp_path / "data", cases=3)
+    spoil(folder, fault)
+    with pytest.raises(ValueError, match=message):
+        new_bundle("cells", folder, tmp_path)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_labels_outside_the_list_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has the value 2: expected those of dataset.json, \[0, 1\]"):
+        new_bundle("organ", decathlon(tmp_path / "data", labels={"0": "background", "1": "A"}), tmp_path)
+
+
+def test_a_class_that_no_training_case_has_is_refused(tmp_path):
+    labels = {"0": "background", "1": "A", "2": "B", "3": "C"}
+    with pytest.raises(ValueError, match=r"class C \(3\) is in no training case"):
+        new_bundle("organ", decathlon(tmp_path / "data", labels=labels), tmp_path)
+
+
+def test_a_case_in_two_lists_is_refused(tmp_path):
+    folder = decathlon(tmp_path / "data")
+    listed = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(listed | {"validation": listed["training"][:1]}))
+    with pytest.raises(ValueError, match="is in the lists `training` and `validation`: expected it in one"):
+        new_bundle("organ", folder, tmp_path)
+
+
+def test_a_label_elsewhere_than_its_image_is_refused_with_both_affines(tmp_path):
+    folder = decathlon(tmp_path / "data")
+    image, label = nib.load(folder / "imagesTr/case_0.nii.gz"), nib.load(folder / "labelsTr/case_0.nii.gz")
+    write_volume(
+        folder / "labelsTr/case_0.nii.gz", label.get_fdata().astype(np.uint8), image.affine @ np.diag([2, 1, 1, 1])
+    )
+    with pytest.raises(ValueError, match=r"does not lie where its image does: expected the affine .* received"):
+        new_bundle("organ", folder, tmp_path)
+
+
+def seen(tmp_path, case=0, **changes) -> LabelledCases:
+    image, label = organ(case)
+    paths = {
+        "image": write_volume(tmp_path / "i.nii.gz", image * 10 - 400),
+        "label": write_volume(tmp_path / "l.nii.gz", label),
+    }
+    options = {"class_names": ["A", "B"], "label_values": [0, 1, 2], "channels": 1, "slice_axis": 2, "modality": "MRI"}
+    return LabelledCases([paths], **(options | changes))
+
+
+def test_the_crop_holds_every_label_of_the_training(tmp_path):
+    labelled = seen(tmp_path)
+    assert labelled.canvas_size == 64
+    assert labelled.crop_size(256) in range(16, 257, 16)
+    # columns 10..17 of 24: 6 from the middle of 12, half the canvas, and an eighth on either side
+    assert labelled.crop_size(256) == 192
+    assert labelled.largest_component
+    assert labelled.normalisation == ["percentiles", 0.5, 99.5]
+
+
+def test_ct_is_windowed_by_the_labelled_voxels(tmp_path):
+    kind, low, high = seen(tmp_path, modality="CT").normalisation
+    assert kind == "values"
+    assert 200 <= low < high <= 1000
+
+
+def test_labelled_cases_without_a_class_are_refused(tmp_path):
+    labelled = seen(tmp_path, class_names=["A", "B", "C"], label_values=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match="C is in none of the 1 labelled cases"):
+        _ = labelled.canvas_size
+
+
+def test_a_crop_that_cuts_labels_is_reported_with_their_share(tmp_path, caplog):
+    paths = seen(tmp_path).cases[0]
+    volume = LoadVolumed(["image", "label"], num_classes=3)(paths)
+    CentralCropd(["image", "label"], roi_size=[8, 8, -1])(volume)
+    assert "l.nii.gz: crop_size 8 cuts away" in caplog.text
+    caplog.clear()
+    CentralCropd(["image", "label"], roi_size=[20, 24, -1])(volume)
+    assert not caplog.text
