@@ -195,4 +195,5 @@ class TinyViT(nn.Module):
         Returns:
             embeddings Bx256x(H/16)x(W/16).
         """
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of tokens, which blocks view as images
         return self.neck(self.layers(self.patch_embed(x)))
