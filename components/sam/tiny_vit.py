@@ -91,10 +91,11 @@ class WindowAttention(nn.Module):
     def __init__(self, channels: int, window_size: int) -> None:
         super().__init__()
         self.window_size = window_size
+        self.num_heads = channels // HEAD_CHANNELS
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
-        self.attention_biases = nn.Parameter(torch.zeros(channels // HEAD_CHANNELS, window_size**2))
+        self.attention_biases = nn.Parameter(torch.zeros(self.num_heads, window_size**2))
         # The biases are in the order of the distances from a window's first token: rows, then columns.
         token = torch.arange(window_size**2)
         rows, columns = token // window_size, token % window_size
@@ -120,7 +121,7 @@ class WindowAttention(nn.Module):
             padded[:, :height, :width] = qkv
             qkv = padded
         qkv = qkv.view(batch, rows, size, columns, size, 3 * channels).transpose(2, 3)
-        qkv = qkv.reshape(batch * rows * columns, size * size, -1, 3, HEAD_CHANNELS).transpose(1, 2)
+        qkv = qkv.reshape(batch * rows * columns, size * size, self.num_heads, 3, -1).transpose(1, 2)
         attended = F.scaled_dot_product_attention(
             qkv[:, :, :, 0],
             qkv[:, :, :, 1],
