@@ -28,10 +28,10 @@ TOLERANCE = 1e-4  # as a fraction of the output's range
 GEMM = "fp32 GEMM"
 
 NOTE = """
-All encoders but `vit_t`, MobileSAM's, have the same weights; `error` is the largest difference from ours as a fraction of our output's range, at
-batch 1. `of peak` is the useful work (linear layers on real tokens, attention products, patch embedding, neck; no
-padding) per second, as a fraction of what a square fp32 matrix product reaches in the same rounds. `peak MiB` is the
-memory that the first forward pass adds to a fresh process.
+All encoders but MobileSAM's, `vit_t`, have the same weights; `error` is the largest difference from ours as a fraction
+of our output's range, at batch 1. `of peak` is the useful work (linear layers on real tokens, attention products, patch
+embedding, neck; no padding) per second, as a fraction of what a square fp32 matrix product reaches in the same rounds.
+`peak MiB` is the memory that the first forward pass adds to a fresh process.
 """
 
 
