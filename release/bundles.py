@@ -41,8 +41,8 @@ _ADDRESSES = {
     "vit_h": _META,
     "vit_t": "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights",
 }
-# Source: micro-sam's registry of these files, https://github.com/computational-cell-analytics/micro-sam; of MobileSAM's
-# (40,728,226 bytes, Apache-2.0) also other projects that pin it.
+# Source: micro-sam's registry of Meta's files, https://github.com/computational-cell-analytics/micro-sam; MobileSAM's
+# (40,728,226 bytes, Apache-2.0) is the one by which several projects pin that file.
 _SHA256 = {
     "vit_b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     "vit_l": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
