@@ -1,4 +1,4 @@
-"""The image encoders to compare: those of several projects, with the same weights."""
+"""The image encoders to compare: those of several projects, with the same weights, and MobileSAM's."""
 
 import importlib.util
 import logging
@@ -14,10 +14,13 @@ from components.base.precision import has_native_bf16
 from components.sam.encoder import SamEncoder
 from components.sam.image_encoder import ARCHITECTURES, EMBEDDING_CHANNELS, PATCH_SIZE, WINDOW_SIZE, ImageEncoder
 from components.sam.segment_anything_import import import_from_segment_anything
+from components.sam.tiny_vit import TinyViT
 
 REFERENCE = "segment_anything"
 OURS = "ours"
 OURS_BF16 = "ours bf16"
+OURS_VIT_T = "ours vit_t"  # MobileSAM's encoder, of weights of its own
+OURS_VIT_T_BF16 = "ours vit_t bf16"
 HUGGING_FACE = {"transformers eager": "eager", "transformers sdpa": "sdpa"}
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -37,9 +40,9 @@ HUGGING_FACE_NAMES = {
 
 def encoder_names(device: torch.device) -> list[str]:
     """List the encoders that can be built on this machine, the baseline first."""
-    names = [REFERENCE, OURS]
+    names = [REFERENCE, OURS, OURS_VIT_T]
     if has_native_bf16(device.type):
-        names.append(OURS_BF16)
+        names += [OURS_BF16, OURS_VIT_T_BF16]
     if importlib.util.find_spec("transformers") is not None:
         names += HUGGING_FACE
     return names
@@ -78,7 +81,7 @@ def build_encoder(
     Args:
         name: one of `encoder_names`.
         model_type: the architecture.
-        weights: its state dict with SAM's parameter names, at the native size.
+        weights: its state dict with SAM's parameter names, at the native size; `vit_t` has random ones instead.
         image_size: side in pixels of the images, for which absolute positions are interpolated here. All contenders
             interpolate relative positions themselves.
         device: the device to run on.
@@ -91,13 +94,15 @@ def build_encoder(
         module = hugging_face_encoder(model_type, weights, image_size=image_size, attention=HUGGING_FACE[name])
     elif name == REFERENCE:
         module = segment_anything_encoder(model_type, weights, image_size=image_size)
+    elif name in (OURS_VIT_T, OURS_VIT_T_BF16):
+        module = TinyViT()
     else:
         module = ImageEncoder(ARCHITECTURES[model_type])
         module.load_state_dict(weights)
     module = module.eval().to(device)
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=name == OURS_BF16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=name in (OURS_BF16, OURS_VIT_T_BF16)):
             output = module(images)
         return output.last_hidden_state if name in HUGGING_FACE else output
 

@@ -1,7 +1,8 @@
 """Package every bundle.
 
 From the repository's root: `python -m release --output_dir dist` for archives that segment the moment they are
-unpacked, on the tiny encoder; `--model_type vit_b` (`vit_l`, `vit_h`) for the paper's form, on SAM's own weights.
+unpacked, on the tiny encoder; `--model_type vit_b` (`vit_l`, `vit_h`) for the paper's form, on SAM's own weights,
+or `vit_t` on MobileSAM's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def build(
     Args:
         output_dir: folder of the archives, made if missing.
         model_type: `phantom_unet` for archives with the tiny encoder and a head inside, and for the other bundles;
-            `vit_b`, `vit_l` or `vit_h` for archives named `<bundle>_<model_type>` that download SAM's checkpoint.
+            `vit_b`, `vit_l`, `vit_h` or `vit_t` for archives named `<bundle>_<model_type>` that download SAM's
+            checkpoint, or MobileSAM's.
         bundle: package this one only.
         head: a trained `model.pt` to put into the archive of `bundle`, on the encoder of this `model_type`.
         sam_checkpoint: the file that `head` was trained on, where that is not the tiny encoder.

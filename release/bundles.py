@@ -34,12 +34,20 @@ _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # pack
 _CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
 _ENCODER = "phantom_unet.pth"
 _RECORD = "phantom_encoder.json"
-_ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything/"
-# Source: micro-sam's registry of Meta's files, https://github.com/computational-cell-analytics/micro-sam
+_META = "https://dl.fbaipublicfiles.com/segment_anything"
+_ADDRESSES = {
+    "vit_b": _META,
+    "vit_l": _META,
+    "vit_h": _META,
+    "vit_t": "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights",
+}
+# Source: micro-sam's registry of Meta's files, https://github.com/computational-cell-analytics/micro-sam; MobileSAM's
+# (40,728,226 bytes, Apache-2.0) is the one by which several projects pin that file.
 _SHA256 = {
     "vit_b": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     "vit_l": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     "vit_h": "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    "vit_t": "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
 }
 
 
@@ -75,7 +83,7 @@ def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:
     """List the bundles of which there are archives with an encoder.
 
     Args:
-        model_type: `phantom_unet`, `vit_b`, `vit_l` or `vit_h`.
+        model_type: `phantom_unet`, `vit_b`, `vit_l`, `vit_h` or `vit_t`.
         bundle: this one only.
 
     Returns:
@@ -174,7 +182,7 @@ def _leave_sam_to_be_downloaded(root: Path, model_type: str) -> None:
     """Point a bundle to SAM's own weights."""
     entry = {
         "path": f"models/{CHECKPOINT_FILES[model_type]}",
-        "url": f"{_ADDRESS}{CHECKPOINT_FILES[model_type]}",
+        "url": f"{_ADDRESSES[model_type]}/{CHECKPOINT_FILES[model_type]}",
         "hash_val": _SHA256[model_type],
         "hash_type": "sha256",
     }

@@ -58,6 +58,25 @@ for others in (scripted, session.run(None, {"image": images.contiguous().numpy()
     assert same[clear].all()
     assert same.mean() >= 0.9999
 """
+CHECK_ONNX = """
+import sys
+import onnxruntime, torch
+from monai.networks.utils import convert_to_onnx
+from components.networks.heads import LinearHead
+from components.networks.prompt_free_sam import PromptFreeSam
+from components.sam.encoder import SamEncoder
+
+model_type, path, options = sys.argv[1:]
+torch.manual_seed(0)
+network = PromptFreeSam(SamEncoder(model_type, image_size=64), LinearHead(4), precision="fp32").eval()
+images = torch.rand(3, 3, 64, 64) * 255
+convert_to_onnx(network, [images[:2]], filename=path, **eval(options))
+with torch.no_grad():
+    eager = network(images)
+(logits,) = onnxruntime.InferenceSession(path).run(None, {"image": images.numpy()})
+error, spread = (torch.from_numpy(logits) - eager).abs().max(), eager.max() - eager.min()
+assert error < 1e-4 * spread, (error, spread)
+"""
 CHECK_PROPERTIES = """
 import sys
 from monai.bundle import create_workflow
@@ -135,6 +154,12 @@ def test_downloaded_archive_does_all_that_a_zoo_bundle_does(bundle, python, addr
     assert (root / "models/model.pt").read_bytes() != before
     assert (root / f"models/{Path(HEADS[bundle]).stem}_from_phantoms.pt").read_bytes() == before
     assert not (root / "components/__init__.py").is_symlink()
+
+
+@pytest.mark.parametrize("model_type", ["vit_t", "phantom_unet"])
+def test_encoder_of_another_type_runs_in_onnx(model_type, python, tmp_path):
+    path = str(tmp_path / "model.onnx")
+    run(python, "-c", CHECK_ONNX, model_type, path, str(DYNAMIC_BATCH), cwd=REPOSITORY)
 
 
 @pytest.mark.parametrize("bundle", HEADS)

@@ -19,8 +19,9 @@ def read_state_dict(path: str, *, kind: str, remedy: str, is_key: Callable[[str]
     """Read the state dict of a file onto the CPU, weights only.
 
     Files of other programs are unwrapped where that is unmistakable: of a dictionary that holds exactly one state dict,
-    beside numbers, texts or the state of an optimizer, that one is taken; and a prefix that all keys share, such as
-    `module.`, is removed if every key without it, and none with it, is one that is expected.
+    or exactly one with the keys that are expected, beside numbers, texts or the state of an optimizer, that one is
+    taken; and a prefix that all keys share, such as `module.`, is removed if every key without it, and none with it, is
+    one that is expected.
 
     Args:
         path: an existing file.
@@ -40,7 +41,7 @@ def read_state_dict(path: str, *, kind: str, remedy: str, is_key: Callable[[str]
         raise ValueError(
             f"{path} is not a readable checkpoint ({_reason(error)}): expected a file saved by torch.save; {remedy}"
         ) from error
-    state = _without_prefix(_state_dict_in(content, path=path, kind=kind, remedy=remedy), is_key)
+    state = _without_prefix(_state_dict_in(content, path=path, kind=kind, remedy=remedy, is_key=is_key), is_key)
     bad = [key for key, value in state.items() if not _is_finite(value)]
     if bad:
         raise ValueError(
@@ -59,13 +60,17 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {found[1] if found else error}"
 
 
-def _state_dict_in(content: object, *, path: str, kind: str, remedy: str) -> Mapping[str, torch.Tensor]:
-    """Return what a file holds if that is a state dict, or else the only state dict in it."""
+def _state_dict_in(
+    content: object, *, path: str, kind: str, remedy: str, is_key: Callable[[str], bool]
+) -> Mapping[str, torch.Tensor]:
+    """Return what a file holds if that is a state dict, or else the only state dict in it, or the only that fits."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} is not a {kind}: expected a state dict of tensors, got a {_name(content)}; {remedy}")
     if _is_state_dict(content):
         return content
     nested = [value for value in content.values() if value and _is_state_dict(value)]
+    if len(nested) > 1:
+        nested = [state for state in nested if all(map(is_key, _without_prefix(state, is_key)))] or nested
     if len(nested) != 1:
         keys = join_keys([f"{key} ({_name(value)})" for key, value in content.items()])
         raise ValueError(

@@ -8,21 +8,23 @@ from torch import nn
 
 from components.base.weights import join_keys, read_state_dict
 
-# Meta's file names by model type; URLs and hashes are in each bundle's `large_files.yml`.
+# The file names of Meta, and of MobileSAM, by model type; addresses and checksums are in `release/bundles.py` and, of
+# `vit_b`, in each bundle's `large_files.yml`.
 CHECKPOINT_FILES = {
     "vit_b": "sam_vit_b_01ec64.pth",
     "vit_l": "sam_vit_l_0b3195.pth",
     "vit_h": "sam_vit_h_4b8939.pth",
+    "vit_t": "mobile_sam.pt",
 }
 CHECKPOINT_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
 def default_checkpoint(models_dir: str, model_type: str) -> str:
-    """Return the path at which a bundle expects Meta's checkpoint of a model type.
+    """Return the path at which a bundle expects the published checkpoint of a model type.
 
     Args:
         models_dir: the bundle's `models` folder.
-        model_type: `vit_b`, `vit_l` or `vit_h`.
+        model_type: `vit_b`, `vit_l`, `vit_h` or `vit_t`.
 
     Returns:
         the path, whether or not the file is there.

@@ -14,6 +14,7 @@ from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_sam_checkpoint
 from components.sam.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder
+from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
 from components.sam.unet_encoder import UNetEncoder
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,10 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **{name: partial(ImageEncoder, architecture) for name, architecture in ARCHITECTURES.items()},
+    "vit_t": TinyViT,
     "phantom_unet": UNetEncoder,
 }
+UNUSED_KEYS = {"vit_t": CLASSIFIER_KEYS}  # of published checkpoints, which no forward pass uses: left out when loading
 # Encoders that came with former versions, by the first eight bytes of their fingerprint, and what heads on them need.
 FORMER_ENCODERS = {
     "03ac9d181cea00ce": "it is that of the tiny encoder of version 0.1: take components/pretrained/phantom_encoder.pth "
@@ -47,7 +50,7 @@ class SamEncoder(nn.Module):
     only the last blank image is cached. When scripted, traced or exported, the encoder runs without cache, in fp32.
 
     Args:
-        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_tiny` or `phantom_unet`.
+        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny` or `phantom_unet`.
         checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
         image_size: side in pixels to which images are resized, a multiple of 16.
         trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)").
@@ -114,7 +117,7 @@ class SamEncoder(nn.Module):
             images: Bx3xHxW in 0..255, any height and width.
 
         Returns:
-            embeddings Bx256xhxw, h and w being image_size/16 for SAM's encoders, image_size/4 for `phantom_unet`.
+            embeddings Bx256xhxw, h and w being image_size/16, for `phantom_unet` image_size/4.
         """
         # A single return, because torch.jit.script cannot return from within a `with` block.
         if self.trainable:
@@ -227,34 +230,43 @@ def _build(model_type: str, checkpoint: str | None) -> nn.Module:
             model_type,
         )
         return encoder
-    state = read_sam_checkpoint(checkpoint)["image_encoder"]
-    _check_model_type(state, model_type, checkpoint)
+    state = _without_unused(read_sam_checkpoint(checkpoint)["image_encoder"], model_type)
+    _check_model_type(state, encoder, model_type, checkpoint)
     load_part(encoder, "image_encoder", state, path=checkpoint)
     return encoder
 
 
-def _check_model_type(state: Mapping[str, torch.Tensor], model_type: str, path: str) -> None:
-    """Raise ValueError if width and depth of the weights are those of another model type."""
-    positions = state.get("pos_embed")
-    if positions is None or positions.ndim != 4:
+def _without_unused(state: Mapping[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """Return an image encoder's weights without those that its model type does not use."""
+    unused = UNUSED_KEYS.get(model_type, ())
+    return {key: value for key, value in state.items() if key not in unused}
+
+
+def _check_model_type(state: Mapping[str, torch.Tensor], encoder: nn.Module, model_type: str, path: str) -> None:
+    """Raise ValueError if weights do not fit the encoder of a model type, but that of another."""
+    if _shapes(state) == _shapes(encoder.state_dict()):
         return
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    for other, architecture in ARCHITECTURES.items():
-        same = (architecture.embed_dim, architecture.depth) == (positions.shape[3], depth)
-        if same and other != model_type:
+    for other, build in BUILDERS.items():
+        with torch.device("meta"):
+            expected = build().state_dict()
+        if _shapes(_without_unused(state, other)) == _shapes(expected):
             raise ValueError(
                 f"{path} is a {other} checkpoint, but model_type is {model_type}: "
                 f"give --model_type {other}, or --sam_checkpoint a {model_type} file"
             )
 
 
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
 def _update_fingerprint(encoder: SamEncoder) -> torch.Tensor:
     """Update and return an encoder's fingerprint; the weights are hashed only if they may have changed."""
-    weights = list(encoder.image_encoder.parameters())
+    weights = [*encoder.image_encoder.parameters(), *encoder.image_encoder.buffers()]
     # An in-place change increments a tensor's version, except by a fused optimizer. Weights that were cast to a lower
     # precision keep their fingerprint, which cannot be computed from them any more.
     versions = [(weight.data_ptr(), weight._version) for weight in weights]
-    in_fp32 = all(weight.dtype == torch.float32 for weight in weights)
+    in_fp32 = all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
     if in_fp32 and (encoder.trainable or versions != encoder._versions):
         with torch.no_grad():
             encoder.fingerprint.copy_(fingerprint(encoder.image_encoder.state_dict()))
