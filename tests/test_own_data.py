@@ -371,5 +371,5 @@ def test_colours_of_16_bits_are_refused(tmp_path):
     rows = zlib.compress(b"\0" + bytes(12))
     path = tmp_path / "deep.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
-    with pytest.raises(ValueError, match="deep.png has colours of 16 bits: expected 8"):
+    with pytest.raises(ValueError, match=r"deep.png has colours of 16 bits: expected 8"):
         PictureReader().read(path)

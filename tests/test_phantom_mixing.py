@@ -140,6 +140,6 @@ def test_batch_that_no_phantom_fits_is_refused():
 def test_phantoms_are_mixed_with_hearts_only():
     PhantomMixing(0, class_names=["left", "right"])
     with pytest.raises(
-        ValueError, match="phantoms are hearts with the classes RV, Myo, LV.* received left, right, back"
+        ValueError, match=r"phantoms are hearts with the classes RV, Myo, LV.* received left, right, back"
     ):
         PhantomMixing(0.5, class_names=["left", "right", "back"])
