@@ -3,18 +3,23 @@
 import csv
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, run_monai_bundle, succeeds
+from monai.transforms import RandGaussianNoised
 from PIL import Image
 
 from adapt.new import new_bundle
 from components.data.own_data import LabelledCases, own_cases
 from components.data.pictures import PictureReader
-from components.data.transforms import CentralCropd, LoadVolumed
+from components.data.slices import SliceDataset
+from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
 
 NUCLEI = REPOSITORY.parent / "shared/data/nuclei"
 HIPPOCAMPUS = REPOSITORY.parent / "shared/data/hippocampus"
@@ -337,3 +342,34 @@ def test_a_crop_that_cuts_labels_is_reported_with_their_share(tmp_path, caplog):
     caplog.clear()
     CentralCropd(["image", "label"], roi_size=[20, 24, -1])(volume)
     assert not caplog.text
+
+
+def test_a_slice_is_seen_between_its_neighbours():
+    volume = torch.arange(4.0).expand(1, 2, 2, 4)
+    widened = NeighbourSlicesd("image")({"image": volume})["image"]
+    assert widened.shape == (3, 2, 2, 4)
+    assert widened[:, 0, 0].tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 3]]
+
+
+def test_few_slices_are_repeated_each_time_otherwise_augmented():
+    def volume(_):
+        return {"image": np.zeros((1, 4, 4, 2)), "label": np.zeros((1, 4, 4, 2))}
+
+    noise = RandGaussianNoised("image", prob=1.0, std=10)
+    slices = SliceDataset([{}], volume, noise, at_least=5, progress=False)
+    assert len(slices) == 6
+    shown = {tuple(slices[index]["image"].flatten().tolist()) for index in range(0, 6, 2)}
+    slices.set_epoch(2)
+    assert len(shown | {tuple(slices[index]["image"].flatten().tolist()) for index in range(0, 6, 2)}) == 6
+
+
+def test_colours_of_16_bits_are_refused(tmp_path):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)  # 2x1 pixels, 16 bits, RGB
+    rows = zlib.compress(b"\0" + bytes(12))
+    path = tmp_path / "deep.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match=r"deep.png has colours of 16 bits: expected 8"):
+        PictureReader().read(path)

@@ -135,3 +135,11 @@ def test_batch_that_no_phantom_fits_is_refused():
     for unfit in ({"image": batch["image"]}, {key: value[:, :, 1:] for key, value in batch.items()}):
         with pytest.raises(ValueError, match=r"square labelled slices only.*--phantom_share 0"):
             PhantomMixing(0.5, pool_size=4)(unfit)
+
+
+def test_phantoms_are_mixed_with_hearts_only():
+    PhantomMixing(0, class_names=["left", "right"])
+    with pytest.raises(
+        ValueError, match=r"phantoms are hearts with the classes RV, Myo, LV.* received left, right, back"
+    ):
+        PhantomMixing(0.5, class_names=["left", "right", "back"])
