@@ -6,6 +6,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
+from components.base.precision import has_amx
 from components.sam.segment_anything_import import import_from_segment_anything
 
 sam_image_encoder = import_from_segment_anything("modeling.image_encoder")
@@ -15,15 +16,16 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
     """Multi-head self-attention with decomposed relative positions.
 
     Source: `Attention` of `segment_anything/modeling/image_encoder.py`, with the same parameters. Differs: the numbers
-    are the same, but `scaled_dot_product_attention` computes them block by block, so that neither the scores nor the
-    bias of all heads are in memory at once. In windows, padded tokens are not projected: their queries, keys and values
-    are the bias of the projection.
+    are the same, but they are computed block by block, so that neither the scores nor the bias of all heads are in
+    memory at once. In windows, padded tokens are not projected: their queries, keys and values are the bias of the
+    projection.
     """
 
-    # Elements of bias in memory at a time: on a CPU about as many as fit its caches, on a GPU enough to occupy it.
-    bias_elements_cpu: Final[int] = 2**20
-    bias_elements_gpu: Final[int] = 2**26
-    tile_dims: Final[int] = 32  # side of a tile of a bf16 matrix unit
+    # Scores in memory at a time: on a CPU about as many as its L2 cache holds, on a GPU enough to occupy it.
+    block_elements_cpu: Final[int] = 2**18
+    block_elements_gpu: Final[int] = 2**26
+    tile_dims: Final[int] = 32  # side of a tile of AMX, a CPU's unit for bf16 matrices
+    has_amx: Final[bool] = has_amx()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend globally.
@@ -34,17 +36,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         Returns:
             tokens BxHxWxC.
         """
-        batch, height, width, channels = x.shape
-        tokens = x.flatten(1, 2)
-        # Three products rather than one: each result is a block of memory small enough for the allocator to reuse.
-        weights = self.qkv.weight.view(3, channels, channels)
-        bias = self.qkv.bias
-        assert bias is not None
-        biases = bias.view(3, channels)
-        q = F.linear(tokens, weights[0], biases[0]).unflatten(2, [self.num_heads, -1])
-        k = F.linear(tokens, weights[1], biases[1]).unflatten(2, [self.num_heads, -1])
-        v = F.linear(tokens, weights[2], biases[2]).unflatten(2, [self.num_heads, -1])
-        return self.proj(self._attend(q, k, v, height, width).view(batch, height, width, channels))
+        return self._attend_in_strip(x, x.shape[1], x.shape[2])
 
     def attend_in_windows(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
         """Attend within windows that tile the grid from its top left corner.
@@ -57,50 +49,53 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
             tokens BxHxWxC.
         """
         rows_of_windows = max(1, rows_at_a_time(x, 3 * x.shape[3]) // window_size)
-        strips = [self._attend_in_strip(strip, window_size) for strip in x.split(rows_of_windows * window_size, dim=1)]
-        return concatenate(strips, dim=1)
+        strips = x.split(rows_of_windows * window_size, dim=1)
+        return concatenate([self._attend_in_strip(strip, window_size, window_size) for strip in strips], dim=1)
 
-    def _attend_in_strip(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
+    def _attend_in_strip(self, x: torch.Tensor, window_height: int, window_width: int) -> torch.Tensor:
         """Attend within the windows of a strip of the grid; see `attend_in_windows`."""
         batch, height, width, channels = x.shape
-        rows, columns = -(-height // window_size), -(-width // window_size)
+        rows, columns = -(-height // window_height), -(-width // window_width)
         qkv = self.qkv(x)
         bias = self.qkv.bias
         assert bias is not None
-        if height % window_size > 0 or width % window_size > 0:
+        if height % window_height > 0 or width % window_width > 0:
             # The projection of a padded token, which is zero, is the bias.
-            padded = bias.to(qkv.dtype).repeat(batch, rows * window_size, columns * window_size, 1)
+            padded = bias.to(qkv.dtype).repeat(batch, rows * window_height, columns * window_width, 1)
             padded[:, :height, :width] = qkv
             qkv = padded
-        qkv = qkv.view(batch, rows, window_size, columns, window_size, 3 * channels).transpose(2, 3)
-        qkv = qkv.reshape(batch * rows * columns, window_size * window_size, 3, self.num_heads, -1)
-        attended = self._attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], window_size, window_size)
-        attended = attended.view(batch, rows, columns, window_size, window_size, channels).transpose(2, 3)
-        attended = attended.reshape(batch, rows * window_size, columns * window_size, channels)
-        return self.proj(attended[:, :height, :width])
+        qkv = qkv.view(batch, rows, window_height, columns, window_width, 3, self.num_heads, -1)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)
+        attended = self._attend(qkv[0], qkv[1], qkv[2], window_height, window_width)
+        attended = attended.view(batch, rows, columns, self.num_heads, window_height, window_width, -1)
+        attended = attended.permute(0, 1, 4, 2, 5, 3, 6).reshape(
+            batch, rows * window_height, columns * window_width, channels
+        )
+        # A product of a slice would be computed row by row.
+        return self.proj(attended[:, :height, :width].contiguous())
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Attend within grids of tokens.
 
         Args:
-            q: queries Gx(`height`*`width`)xheadsxD, G grids; keys `k` and values `v` likewise.
+            q: queries Gxheadsx(`height`*`width`)xD, G grids; keys `k` and values `v` likewise.
             k: keys.
             v: values.
             height: rows of a grid.
             width: columns of a grid.
 
         Returns:
-            Gx(`height`*`width`)x(heads*D).
+            Gxheadsx(`height`*`width`)xD.
         """
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         bias_h, bias_w = self._relative_positions(q, height, width)
-        on_cpu = q.device.type == "cpu"
-        if on_cpu and q.dtype == torch.bfloat16:
-            attended = _attend_with_folded_bias(q, k, v, bias_h, bias_w, self.tile_dims)
-        else:
-            limit = self.bias_elements_cpu if on_cpu else self.bias_elements_gpu
-            attended = _attend_in_blocks(q, k, v, bias_h, bias_w, limit)
-        return attended.transpose(1, 2).flatten(2)
+        if q.device.type != "cpu":
+            return _attend_in_blocks(q, k, v, bias_h, bias_w, self.block_elements_gpu)
+        if q.dtype == torch.bfloat16 and self.has_amx:
+            return _attend_with_folded_bias(q, k, v, bias_h, bias_w, self.tile_dims)
+        # The blocks run over grids and heads together.
+        q, k, v, bias_h, bias_w = [part.flatten(0, 1).unsqueeze(0) for part in (q, k, v, bias_h, bias_w)]
+        attended = _attend_in_blocks(q, k, v, bias_h, bias_w, self.block_elements_cpu)
+        return attended.view(-1, self.num_heads, height * width, attended.shape[3])
 
     def _relative_positions(self, q: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the bias that relative positions add to the scores, for each row and each column of keys.
@@ -153,7 +148,7 @@ def _attend_in_blocks(
         v: values.
         bias_h: GxheadsxNxH, added to the scores of all keys in a row; N = H*W.
         bias_w: GxheadsxNxW, added to the scores of all keys in a column.
-        limit: elements of bias in memory at a time, per grid.
+        limit: scores in memory at a time, per grid.
 
     Returns:
         GxheadsxNxD.
@@ -163,18 +158,20 @@ def _attend_in_blocks(
     query_step = max(1, min(tokens, limit // tokens))
     by_head = []
     for head in range(0, heads, head_step):
+        keys, values = k[:, head : head + head_step], v[:, head : head + head_step]
         by_query = []
         for query in range(0, tokens, query_step):
-            part_h = bias_h[:, head : head + head_step, query : query + query_step]
-            part_w = bias_w[:, head : head + head_step, query : query + query_step]
-            by_query.append(
-                F.scaled_dot_product_attention(
-                    q[:, head : head + head_step, query : query + query_step],
-                    k[:, head : head + head_step],
-                    v[:, head : head + head_step],
-                    attn_mask=(part_h.unsqueeze(4) + part_w.unsqueeze(3)).flatten(3),
-                )
-            )
+            queries = q[:, head : head + head_step, query : query + query_step]
+            part_h = bias_h[:, head : head + head_step, query : query + query_step].unsqueeze(4)
+            part_w = bias_w[:, head : head + head_step, query : query + query_step].unsqueeze(3)
+            if q.device.type == "cpu":
+                # Explicit products take oneDNN's kernels; `scaled_dot_product_attention` takes MKL's.
+                scores = (part_h.float() + part_w).flatten(3)
+                scores.add_(queries @ keys.transpose(2, 3), alpha=1 / math.sqrt(q.shape[3]))
+                by_query.append(torch.softmax(scores, dim=3).to(v.dtype) @ values)
+            else:
+                bias = (part_h + part_w).flatten(3)
+                by_query.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias))
         by_head.append(concatenate(by_query, dim=2))
     return concatenate(by_head, dim=1)
 
