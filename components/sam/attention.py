@@ -166,9 +166,10 @@ def _attend_in_blocks(
             part_w = bias_w[:, head : head + head_step, query : query + query_step].unsqueeze(3)
             if q.device.type == "cpu":
                 # Explicit products take oneDNN's kernels; `scaled_dot_product_attention` takes MKL's.
-                scores = (part_h.float() + part_w).flatten(3)
-                scores.add_(queries @ keys.transpose(2, 3), alpha=1 / math.sqrt(q.shape[3]))
-                by_query.append(torch.softmax(scores, dim=3).to(v.dtype) @ values)
+                products = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+                scores = (part_h.float() + part_w).flatten(3).flatten(0, 1).add_(products, alpha=1 / math.sqrt(q.shape[3]))
+                weights = torch.softmax(scores, dim=2).to(v.dtype)
+                by_query.append(torch.bmm(weights, values.flatten(0, 1)).view(queries.shape))
             else:
                 bias = (part_h + part_w).flatten(3)
                 by_query.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias))
