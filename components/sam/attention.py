@@ -65,7 +65,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
             padded[:, :height, :width] = qkv
             qkv = padded
         qkv = qkv.view(batch, rows, window_height, columns, window_width, 3, self.num_heads, -1)
-        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).contiguous().flatten(5, 6).flatten(1, 3)
         attended = self._attend(qkv[0], qkv[1], qkv[2], window_height, window_width)
         attended = attended.view(batch, rows, columns, self.num_heads, window_height, window_width, -1)
         attended = attended.permute(0, 1, 4, 2, 5, 3, 6).reshape(
