@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def _products_by_onednn() -> Iterator[None]:
     The only switch for it is a permission to round to bf16, which oneDNN uses on CPUs with AMX: enter only where
     `_onednn_is_better`.
     """
-    switch = torch.backends.mkldnn.matmul
+    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:
