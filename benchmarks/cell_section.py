@@ -12,6 +12,7 @@ from benchmarks.report import Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, measure, synchronizer
 from benchmarks.training_costs import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
+from components.base.precision import autocast_to
 from components.sam.encoder import SamEncoder
 
 BASELINE = "segment_anything, every step"
@@ -92,7 +93,7 @@ def _parts(settings: Settings, folder: str, names: Sequence[str]) -> dict[str, C
 
 def _encode(encoder: SamEncoder, precision: str, images: torch.Tensor) -> torch.Tensor:
     """Encode images or read them from the cache, in the precision that the network would set."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast_to(precision, images.device.type):
         return encoder(images)
 
 

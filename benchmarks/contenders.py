@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -10,17 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.base.precision import has_native_bf16
+from components.base.precision import autocast_to, has_native_bf16
 from components.sam.encoder import SamEncoder
-from components.sam.image_encoder import ARCHITECTURES, EMBEDDING_CHANNELS, PATCH_SIZE, WINDOW_SIZE, ImageEncoder
+from components.sam.image_encoder import (
+    ARCHITECTURES,
+    EMBEDDING_CHANNELS,
+    PATCH_SIZE,
+    WINDOW_SIZE,
+    ImageEncoder,
+    with_cast_weights,
+)
 from components.sam.segment_anything_import import import_from_segment_anything
 from components.sam.tiny_vit import TinyViT
 
 REFERENCE = "segment_anything"
 OURS = "ours"
-OURS_BF16 = "ours bf16"
+BF16 = " bf16"  # ends the names of contenders in bf16
+OURS_BF16 = OURS + BF16
+REFERENCE_BF16 = REFERENCE + BF16
 OURS_VIT_T = "ours vit_t"  # MobileSAM's encoder, of weights of its own
-OURS_VIT_T_BF16 = "ours vit_t bf16"
+OURS_VIT_T_BF16 = OURS_VIT_T + BF16
 HUGGING_FACE = {"transformers eager": "eager", "transformers sdpa": "sdpa"}
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -42,7 +52,7 @@ def encoder_names(device: torch.device) -> list[str]:
     """List the encoders that can be built on this machine, the baseline first."""
     names = [REFERENCE, OURS, OURS_VIT_T]
     if has_native_bf16(device.type):
-        names += [OURS_BF16, OURS_VIT_T_BF16]
+        names += [OURS_BF16, OURS_VIT_T_BF16, REFERENCE_BF16]
     if importlib.util.find_spec("transformers") is not None:
         names += HUGGING_FACE
     return names
@@ -92,7 +102,7 @@ def build_encoder(
     module: Any
     if name in HUGGING_FACE:
         module = hugging_face_encoder(model_type, weights, image_size=image_size, attention=HUGGING_FACE[name])
-    elif name == REFERENCE:
+    elif name in (REFERENCE, REFERENCE_BF16):
         module = segment_anything_encoder(model_type, weights, image_size=image_size)
     elif name in (OURS_VIT_T, OURS_VIT_T_BF16):
         module = TinyViT()
@@ -100,13 +110,22 @@ def build_encoder(
         module = ImageEncoder(ARCHITECTURES[model_type])
         module.load_state_dict(weights)
     module = module.eval().to(device)
+    if name == OURS_BF16 and device.type == "cpu":
+        module = with_cast_weights(module, torch.bfloat16)  # as `SamEncoder` does
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=name in (OURS_BF16, OURS_VIT_T_BF16)):
+        with torch.no_grad(), _precision(name, device.type):
             output = module(images)
         return output.last_hidden_state if name in HUGGING_FACE else output
 
     return encode
+
+
+def _precision(name: str, device_type: str) -> AbstractContextManager:
+    """Return the context that a contender computes in; only ours chooses its library for products."""
+    if name == OURS:
+        return autocast_to("fp32", device_type)
+    return torch.autocast(device_type, torch.bfloat16, enabled=name.endswith(BF16))
 
 
 def segment_anything_encoder(model_type: str, weights: Mapping[str, torch.Tensor], *, image_size: int) -> nn.Module:

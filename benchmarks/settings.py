@@ -38,7 +38,7 @@ class Settings:
         """Image side in pixels and batch size of each case, largest image first."""
         if self.quick:
             return ((128, 1), (64, 1), (64, 4))
-        return tuple((size, batch) for size in (1024, 512, 256) for batch in (1, 4))
+        return ((1024, 1), (512, 1), (256, 1), (256, 4))
 
     @property
     def image_size(self) -> int:

@@ -44,6 +44,7 @@ def measure(
     rounds: int,
     turn_seconds: float = 0.0,
     synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time contenders in the order A B A B, after a warm-up call of each.
 
@@ -52,21 +53,22 @@ def measure(
         rounds: number of turns of each contender.
         turn_seconds: minimum duration of a turn; faster work without a `warm_up` is repeated and its mean is taken.
         synchronize: waits until the device has finished all its work.
+        clock: returns the time in seconds.
 
     Returns:
         seconds of one call in each round, by name.
     """
     repeats = {}
     for name, contender in contenders.items():
-        seconds = _seconds(contender.warm_up or contender.run, 1, synchronize)
+        seconds = _seconds(contender.warm_up or contender.run, 1, synchronize, clock)
         if contender.warm_up is None and seconds < turn_seconds:
-            seconds = _seconds(contender.run, 1, synchronize)  # the first call includes preparations
+            seconds = _seconds(contender.run, 1, synchronize, clock)  # the first call includes preparations
         enough = 1 if contender.warm_up else math.ceil(turn_seconds / max(seconds, 1e-9))
         repeats[name] = min(MAX_REPEATS, max(1, enough))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            times[name].append(_seconds(contender.run, repeats[name], synchronize))
+            times[name].append(_seconds(contender.run, repeats[name], synchronize, clock))
     return times
 
 
@@ -88,10 +90,17 @@ def ratio_of(seconds: list[float], baseline: list[float]) -> Ratio:
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def _seconds(run: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> float:
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Return the clock for a device: on one thread of a CPU its own time, of which other processes take nothing."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _seconds(
+    run: Callable[[], object], repeats: int, synchronize: Callable[[], None], clock: Callable[[], float]
+) -> float:
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         run()
     synchronize()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats

@@ -129,8 +129,10 @@ def test_gradients_are_sams(height, width):
         assert_same(received.grad, expected.grad, 1e-4)
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 10)])
-def test_bf16_is_near_fp32(height, width):
+def test_bf16_is_near_fp32_with_and_without_amx(height, width, amx, monkeypatch):
+    monkeypatch.setattr(RelPosAttention, "has_amx", amx)
     # bf16 keeps 8 bits: an error of about 1/256 of the values, growing over a few products.
     sams, ours = pair((height, width))
     x = torch.randn(1, height, width, DIM)

@@ -160,6 +160,27 @@ def test_fingerprint_of_a_trained_encoder_follows_any_optimizer(fused):
     SamEncoder("vit_tiny", image_size=64, trainable=True).load_state_dict(state)
 
 
+def in_bf16(encoder: SamEncoder, images: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return encoder(images)
+
+
+def test_bf16_embeddings_follow_weights_that_change_and_fingerprint_and_state_stay_those_of_fp32():
+    images = torch.rand(1, 3, 64, 64) * 255
+    encoder = SamEncoder("vit_tiny", image_size=64)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    first = in_bf16(encoder, images)
+    assert torch.equal(encoder.state_dict()["fingerprint"], before["fingerprint"])
+    assert encoder.state_dict().keys() == before.keys()
+    assert {weight.dtype for weight in encoder.parameters()} == {torch.float32}
+    with torch.no_grad():
+        encoder.image_encoder.blocks[0].mlp.lin1.weight.mul_(2)
+    changed = in_bf16(encoder, images)
+    assert not torch.equal(changed, first)
+    expected = encoder(images)
+    torch.testing.assert_close(changed, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
 def test_fingerprint_changes_with_any_weight_name_or_shape():
     state = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     reference = fingerprint(state)

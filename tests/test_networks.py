@@ -1,11 +1,13 @@
 import copy
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 from monai.handlers import CheckpointLoader, CheckpointSaver
 from monai.networks.utils import copy_model_state
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from components.base import precision as precision_module
 from components.base.weights import RANDOM_WEIGHTS_SEED
@@ -82,6 +84,50 @@ def test_forced_bf16_says_so_where_it_is_emulated(monkeypatch, caplog):
     network(IMAGES)
     network(IMAGES)
     assert caplog.text.count("emulation") == 1
+
+
+EPYC = {"cpu_name": "AMD EPYC", "avx512_f": True}
+
+
+class Rounding(TorchFunctionMode):
+    """Rounds products to bf16, as oneDNN may on a CPU with AMX."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result.bfloat16().float() if "matmul" in func.__name__ else result
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "exact", "routed"),
+    [
+        (EPYC, True, True),
+        (EPYC, False, False),
+        (EPYC | {"amx_bf16": True}, True, False),
+        (EPYC | {"avx512_f": False}, True, False),
+        (EPYC | {"cpu_name": "Intel"}, True, False),
+        ({}, True, False),
+    ],
+)
+def test_rounding_is_permitted_only_where_it_makes_products_faster_and_never_happens(
+    capabilities, exact, routed, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(precision_module, "_onednn_rounds_nothing", lambda: exact)
+    precision_module._onednn_is_better.cache_clear()
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    with caplog.at_level(logging.INFO), precision_module.autocast_to("fp32", "cpu"):
+        assert switch.fp32_precision == ("bf16" if routed else before)
+    assert switch.fp32_precision == before
+    assert f"by {'oneDNN' if routed else 'MKL'}" in caplog.text
+    precision_module._onednn_is_better.cache_clear()
+
+
+def test_products_that_are_rounded_are_noticed(monkeypatch):
+    monkeypatch.setattr(precision_module, "_products_by_onednn", nullcontext)
+    assert precision_module._onednn_rounds_nothing()
+    monkeypatch.setattr(precision_module, "_products_by_onednn", Rounding)
+    assert not precision_module._onednn_rounds_nothing()
 
 
 def test_unknown_precision_is_refused():

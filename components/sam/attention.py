@@ -6,6 +6,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
+from components.base.precision import has_amx
 from components.sam.segment_anything_import import import_from_segment_anything
 
 sam_image_encoder = import_from_segment_anything("modeling.image_encoder")
@@ -15,15 +16,18 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
     """Multi-head self-attention with decomposed relative positions.
 
     Source: `Attention` of `segment_anything/modeling/image_encoder.py`, with the same parameters. Differs: the numbers
-    are the same, but `scaled_dot_product_attention` computes them block by block, so that neither the scores nor the
-    bias of all heads are in memory at once. In windows, padded tokens are not projected: their queries, keys and values
-    are the bias of the projection.
+    are the same, but they are computed block by block, so that neither the scores nor the bias of all heads are in
+    memory at once. In windows, padded tokens are not projected: their queries, keys and values are the bias of the
+    projection.
     """
 
-    # Elements of bias in memory at a time: on a CPU about as many as fit its caches, on a GPU enough to occupy it.
-    bias_elements_cpu: Final[int] = 2**20
-    bias_elements_gpu: Final[int] = 2**26
-    tile_dims: Final[int] = 32  # side of a tile of a bf16 matrix unit
+    # Scores in memory at a time: on a CPU about as many as its L2 cache holds, on a GPU enough to occupy it. A graph
+    # that is exported has fewer blocks.
+    block_elements_cpu: Final[int] = 2**18
+    block_elements_export: Final[int] = 2**20
+    block_elements_gpu: Final[int] = 2**26
+    tile_dims: Final[int] = 32  # side of a tile of AMX, a CPU's unit for bf16 matrices
+    has_amx: Final[bool] = has_amx()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend globally.
@@ -34,17 +38,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         Returns:
             tokens BxHxWxC.
         """
-        batch, height, width, channels = x.shape
-        tokens = x.flatten(1, 2)
-        # Three products rather than one: each result is a block of memory small enough for the allocator to reuse.
-        weights = self.qkv.weight.view(3, channels, channels)
-        bias = self.qkv.bias
-        assert bias is not None
-        biases = bias.view(3, channels)
-        q = F.linear(tokens, weights[0], biases[0]).unflatten(2, [self.num_heads, -1])
-        k = F.linear(tokens, weights[1], biases[1]).unflatten(2, [self.num_heads, -1])
-        v = F.linear(tokens, weights[2], biases[2]).unflatten(2, [self.num_heads, -1])
-        return self.proj(self._attend(q, k, v, height, width).view(batch, height, width, channels))
+        return self._attend_in_strip(x, x.shape[1], x.shape[2])
 
     def attend_in_windows(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
         """Attend within windows that tile the grid from its top left corner.
@@ -57,50 +51,68 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
             tokens BxHxWxC.
         """
         rows_of_windows = max(1, rows_at_a_time(x, 3 * x.shape[3]) // window_size)
-        strips = [self._attend_in_strip(strip, window_size) for strip in x.split(rows_of_windows * window_size, dim=1)]
-        return concatenate(strips, dim=1)
+        strips = x.split(rows_of_windows * window_size, dim=1)
+        return concatenate([self._attend_in_strip(strip, window_size, window_size) for strip in strips], dim=1)
 
-    def _attend_in_strip(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
+    def _attend_in_strip(self, x: torch.Tensor, window_height: int, window_width: int) -> torch.Tensor:
         """Attend within the windows of a strip of the grid; see `attend_in_windows`."""
-        batch, height, width, channels = x.shape
-        rows, columns = -(-height // window_size), -(-width // window_size)
-        qkv = self.qkv(x)
+        rows = []
+        for row in _split_remainder(self.qkv(x), window_height, 1):
+            parts = _split_remainder(row, window_width, 2)
+            rows.append(concatenate([self._attend_in_part(part, window_height, window_width) for part in parts], dim=2))
+        return self.proj(concatenate(rows, dim=1).contiguous())  # a product of a slice is computed row by row
+
+    def _attend_in_part(self, qkv: torch.Tensor, window_height: int, window_width: int) -> torch.Tensor:
+        """Attend within windows.
+
+        Args:
+            qkv: projected tokens BxHxWx3C.
+            window_height: rows of a window; beyond H, windows contain padded tokens.
+            window_width: columns of a window, likewise.
+
+        Returns:
+            BxHxWxC, before the last projection.
+        """
+        batch, height, width = qkv.shape[:3]
+        rows, columns = -(-height // window_height), -(-width // window_width)
         bias = self.qkv.bias
         assert bias is not None
-        if height % window_size > 0 or width % window_size > 0:
+        if height % window_height > 0 or width % window_width > 0:
             # The projection of a padded token, which is zero, is the bias.
-            padded = bias.to(qkv.dtype).repeat(batch, rows * window_size, columns * window_size, 1)
+            padded = bias.to(qkv.dtype).repeat(batch, rows * window_height, columns * window_width, 1)
             padded[:, :height, :width] = qkv
             qkv = padded
-        qkv = qkv.view(batch, rows, window_size, columns, window_size, 3 * channels).transpose(2, 3)
-        qkv = qkv.reshape(batch * rows * columns, window_size * window_size, 3, self.num_heads, -1)
-        attended = self._attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], window_size, window_size)
-        attended = attended.view(batch, rows, columns, window_size, window_size, channels).transpose(2, 3)
-        attended = attended.reshape(batch, rows * window_size, columns * window_size, channels)
-        return self.proj(attended[:, :height, :width])
+        qkv = qkv.view(batch, rows, window_height, columns, window_width, 3, self.num_heads, -1)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).contiguous().flatten(1, 3)
+        # Where a part has but one row or column of windows, its padded tokens ask nothing.
+        query_height, query_width = min(height, window_height), min(width, window_width)
+        q, k, v = qkv[0, :, :, :query_height, :query_width], qkv[1], qkv[2]
+        attended = self._attend(q, k, v).view(batch, rows, columns, self.num_heads, query_height, query_width, -1)
+        attended = attended.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return attended[:, :height, :width]
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attend within grids of tokens.
 
         Args:
-            q: queries Gx(`height`*`width`)xheadsxD, G grids; keys `k` and values `v` likewise.
-            k: keys.
-            v: values.
-            height: rows of a grid.
-            width: columns of a grid.
+            q: queries GxheadsxhxwxD, G grids: those of the first h rows and w columns.
+            k: keys GxheadsxHxWxD.
+            v: values GxheadsxHxWxD.
 
         Returns:
-            Gx(`height`*`width`)x(heads*D).
+            Gxheadsx(h*w)xD.
         """
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        bias_h, bias_w = self._relative_positions(q, height, width)
+        bias_h, bias_w = self._relative_positions(q, k.shape[2], k.shape[3])
+        q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
         on_cpu = q.device.type == "cpu"
-        if on_cpu and q.dtype == torch.bfloat16:
-            attended = _attend_with_folded_bias(q, k, v, bias_h, bias_w, self.tile_dims)
-        else:
-            limit = self.bias_elements_cpu if on_cpu else self.bias_elements_gpu
-            attended = _attend_in_blocks(q, k, v, bias_h, bias_w, limit)
-        return attended.transpose(1, 2).flatten(2)
+        if on_cpu and q.dtype == torch.bfloat16 and self.has_amx:
+            return _attend_with_folded_bias(q, k, v, bias_h, bias_w, self.tile_dims)
+        if not on_cpu or _in_export():
+            limit = self.block_elements_export if on_cpu else self.block_elements_gpu
+            return _attend_in_blocks(q, k, v, bias_h, bias_w, limit)
+        q, k, v, bias_h, bias_w = [part.flatten(0, 1) for part in (q, k, v, bias_h, bias_w)]
+        attended = _attend_by_products(q, k, v, bias_h, bias_w, self.block_elements_cpu)
+        return attended.unflatten(0, [-1, self.num_heads])
 
     def _relative_positions(self, q: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the bias that relative positions add to the scores, for each row and each column of keys.
@@ -108,19 +120,36 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         The tables are computed from the current weights in every call, which costs almost nothing.
 
         Args:
-            q: queries Gxheadsx(`height`*`width`)xD.
-            height: rows of a grid.
-            width: columns of a grid.
+            q: queries GxheadsxhxwxD.
+            height: rows H of keys.
+            width: columns W of keys.
 
         Returns:
-            Gxheadsx(`height`*`width`)x`height` and Gxheadsx(`height`*`width`)x`width`.
+            Gxheadsx(h*w)xH and Gxheadsx(h*w)xW.
         """
-        table_h = sam_image_encoder.get_rel_pos(height, height, self.rel_pos_h)
-        table_w = sam_image_encoder.get_rel_pos(width, width, self.rel_pos_w)
-        grid = q.unflatten(2, [height, width])
-        bias_h = torch.einsum("gnhwc,hkc->gnhwk", grid, table_h)
-        bias_w = torch.einsum("gnhwc,wkc->gnhwk", grid, table_w)
+        table_h = sam_image_encoder.get_rel_pos(height, height, self.rel_pos_h)[: q.shape[2]]
+        table_w = sam_image_encoder.get_rel_pos(width, width, self.rel_pos_w)[: q.shape[3]]
+        bias_h = torch.einsum("gnhwc,hkc->gnhwk", q, table_h)
+        bias_w = torch.einsum("gnhwc,wkc->gnhwk", q, table_w)
         return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
+
+
+def _in_export() -> bool:
+    """Return whether a graph is being recorded, by tracing or compiling."""
+    if torch.jit.is_scripting():
+        return False
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def _split_remainder(x: torch.Tensor, size: int, dim: int) -> list[torch.Tensor]:
+    """Split off what a dimension has beyond a multiple of `size`.
+
+    Only on a CPU: a GPU computes one large part faster than several smaller ones.
+    """
+    whole = x.shape[dim] // size * size
+    if x.device.type != "cpu" or whole == 0 or whole == x.shape[dim]:
+        return [x]
+    return list(x.split([whole, x.shape[dim] - whole], dim=dim))
 
 
 def rows_at_a_time(x: torch.Tensor, channels: int) -> int:
@@ -148,19 +177,19 @@ def _attend_in_blocks(
     """Attend to the whole grid, a few heads and query rows at a time.
 
     Args:
-        q: queries GxheadsxNxD; keys `k` and values `v` likewise.
-        k: keys.
-        v: values.
-        bias_h: GxheadsxNxH, added to the scores of all keys in a row; N = H*W.
+        q: queries GxheadsxNxD.
+        k: keys Gxheadsx(H*W)xD.
+        v: values Gxheadsx(H*W)xD.
+        bias_h: GxheadsxNxH, added to the scores of all keys in a row.
         bias_w: GxheadsxNxW, added to the scores of all keys in a column.
-        limit: elements of bias in memory at a time, per grid.
+        limit: scores in memory at a time, per grid.
 
     Returns:
         GxheadsxNxD.
     """
     heads, tokens = q.shape[1], q.shape[2]
-    head_step = max(1, min(heads, limit // (tokens * tokens)))
-    query_step = max(1, min(tokens, limit // tokens))
+    head_step = max(1, min(heads, limit // (tokens * k.shape[2])))
+    query_step = max(1, min(tokens, limit // k.shape[2]))
     by_head = []
     for head in range(0, heads, head_step):
         by_query = []
@@ -177,6 +206,35 @@ def _attend_in_blocks(
             )
         by_head.append(concatenate(by_query, dim=2))
     return concatenate(by_head, dim=1)
+
+
+def _attend_by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_h: torch.Tensor, bias_w: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """Attend as `_attend_in_blocks`, by explicit products, which take a CPU's fastest kernels, with scores in fp32.
+
+    Args:
+        q: queries PxNxD, of P heads of all grids; all other shapes likewise.
+        k: keys.
+        v: values.
+        bias_h: added to the scores of all keys in a row.
+        bias_w: added to the scores of all keys in a column.
+        limit: scores in memory at a time.
+    """
+    heads, tokens, dim = q.shape
+    head_step = max(1, min(heads, limit // (tokens * k.shape[1])))
+    query_step = max(1, min(tokens, limit // k.shape[1]))
+    attended = torch.empty_like(q)  # small results kept between the blocks would split the memory that these reuse
+    for head in range(0, heads, head_step):
+        keys, values = k[head : head + head_step].transpose(1, 2), v[head : head + head_step]
+        for query in range(0, tokens, query_step):
+            part_h = bias_h[head : head + head_step, query : query + query_step].float()
+            part_w = bias_w[head : head + head_step, query : query + query_step]
+            scores = (part_h.unsqueeze(3) + part_w.unsqueeze(2)).flatten(2)
+            products = torch.bmm(q[head : head + head_step, query : query + query_step], keys)
+            weights = torch.softmax(scores.add_(products, alpha=1 / math.sqrt(dim)), dim=2).to(v.dtype)
+            attended[head : head + head_step, query : query + query_step] = torch.bmm(weights, values)
+    return attended
 
 
 def _attend_with_folded_bias(

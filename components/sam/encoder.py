@@ -13,7 +13,7 @@ from torch import nn
 from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_sam_checkpoint
-from components.sam.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder
+from components.sam.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder, with_cast_weights
 from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
 from components.sam.unet_encoder import UNetEncoder
 
@@ -65,7 +65,7 @@ class SamEncoder(nn.Module):
         FileNotFoundError: when the checkpoint is not there.
     """
 
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions", "_copies"]
 
     def __init__(
         self,
@@ -105,6 +105,7 @@ class SamEncoder(nn.Module):
             self.cache = EmbeddingCache(cache_dir, limit_gb=cache_gb, dtype=cache_dtype)
         self._active_cache = BlankImageCache() if self.cache is None else self.cache
         self._versions: list[tuple[int, int]] = []
+        self._copies: dict[torch.dtype, nn.Module] = {}
         _update_fingerprint(self)
         self.register_state_dict_post_hook(_drop_frozen_weights)
         self.register_load_state_dict_pre_hook(_check_fingerprint)
@@ -171,6 +172,7 @@ class SamEncoder(nn.Module):
             return self._encode(images)
         images = images.as_subclass(torch.Tensor)  # MONAI's tensors copy their metadata in every operation
         namespace = self._namespace(images.device.type)
+        encoder = self._encoder_in_use(images.device.type)
         keys = [self._active_cache.key(namespace, image) for image in images]
         by_key = {key: self._active_cache.get(key) for key in dict.fromkeys(keys)}
         misses = [key for key, embedding in by_key.items() if embedding is None]
@@ -178,7 +180,8 @@ class SamEncoder(nn.Module):
         step = max(1, (512 // self.image_size) ** 2) if images.device.type == "cpu" else len(images)
         for start in range(0, len(misses), step):
             part = misses[start : start + step]
-            embeddings = self._encode(images[[keys.index(key) for key in part]])
+            batch = images[[keys.index(key) for key in part]]
+            embeddings = encoder(self.preprocess(batch)).contiguous()
             for key, embedding in zip(part, embeddings, strict=True):
                 by_key[key] = self._active_cache.put(key, embedding)
         shape = cast(torch.Tensor, by_key[keys[0]]).shape
@@ -186,6 +189,15 @@ class SamEncoder(nn.Module):
         for index, key in enumerate(keys):
             embeddings[index].copy_(cast(torch.Tensor, by_key[key]))  # converts to fp32 and moves to the device
         return embeddings
+
+    def _encoder_in_use(self, device_type: str) -> nn.Module:
+        """Return the image encoder or, under autocast on a CPU, its copy whose weights are cast, made once."""
+        if device_type != "cpu" or not torch.is_autocast_enabled(device_type):
+            return self.image_encoder
+        dtype = torch.get_autocast_dtype(device_type)
+        if dtype not in self._copies:
+            self._copies[dtype] = with_cast_weights(self.image_encoder, dtype)
+        return self._copies[dtype]
 
     def _namespace(self, device_type: str) -> str:
         """Return a string of all that an embedding depends on besides the image."""
@@ -271,6 +283,7 @@ def _update_fingerprint(encoder: SamEncoder) -> torch.Tensor:
         with torch.no_grad():
             encoder.fingerprint.copy_(fingerprint(encoder.image_encoder.state_dict()))
         encoder._versions = versions
+        encoder._copies.clear()
     return encoder.fingerprint
 
 

@@ -1,5 +1,6 @@
 """A faster form of `segment_anything`'s image encoder, for any image size."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -103,7 +104,7 @@ class ImageEncoder(sam_image_encoder.ImageEncoderViT):  # type: ignore[name-defi
         Returns:
             embeddings Bx256x(H/16)x(W/16).
         """
-        x = self.patch_embed(x)
+        x = self.patch_embed(x).contiguous()  # else each layer would copy its input from a layout by channels
         positions = self.pos_embed
         if positions is not None:
             if positions.shape[1] != x.shape[1] or positions.shape[2] != x.shape[2]:
@@ -114,3 +115,15 @@ class ImageEncoder(sam_image_encoder.ImageEncoderViT):  # type: ignore[name-defi
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+
+def with_cast_weights(encoder: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Copy an encoder, with the weights of its products and convolutions in the precision in which autocast uses them.
+
+    Autocast casts weights without gradients again in every product; those of the copy it takes as they are.
+    """
+    encoder = copy.deepcopy(encoder)
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+    return encoder
