@@ -36,8 +36,10 @@ class AnatomyRanges:
     wall_asymmetry: Range = (-0.2, 0.2)  # fraction by which the septum is thicker than the free wall
     wall_asymmetry_deg: Range = (0, 0)  # where the wall is thickest, clockwise from the septum
     wall_roughness_mm: Range = (0.4, 1.0)  # irregularity of the contours, standard deviation
+    epicardial_mm: Range = (0, 0)  # dark layer outside the Myo, counted as none of it
     papillary_size: Range = (0.15, 0.28)  # papillary radius over cavity radius at ED
     trabeculation: Range = (0.2, 0.9)  # 0 smooth pools, 1 many trabeculae
+    trabecular_mm: Range = (0, 0)  # dark layer between pool and Myo, counted as LV as SCMR's contours do
     basal_gap_deg: Range = (0, 0)  # arc in which the Myo is open at the base; below 0 there is none
     basal_gap_towards_deg: Range = (180, 180)  # direction of the opening, clockwise from the septum
     basal_gap_level: Range = (0.2, 0.2)  # level at which the opening has closed
@@ -53,9 +55,12 @@ class AnatomyRanges:
     rv_end_level: Range = (0.82, 0.98)
     rv_contraction: Range = (0.22, 0.45)  # loss of width from ED to ES, fraction
     rv_wall_mm: Range = (1.8, 3.2)
+    rv_trabecular_mm: Range = (0, 0)  # dark layer within the RV's outline, counted as RV
+    rv_base_level: Range = (-1, -1)  # level of the tricuspid valve at ED; above it lies the right atrium
+    rv_descent: Range = (0, 0)  # by how many levels the valve descends until ES
     outflow_radius_mm: Range = (8, 15)  # outflow tract at the base
     # around the heart
-    pericardial_fat_mm: Range = (0, 3.5)
+    pericardial_fat_mm: Range = (0, 5)
     chest_gap_mm: Range = (2, 12)  # RV to chest wall
     chest_width_mm: Range = (190, 250)  # inner width
     chest_lean: Range = (0.0, 0.25)  # slant of the chest, mm to the right per mm upwards
@@ -81,6 +86,7 @@ class AnatomyRanges:
 _KNOTS = 4  # levels at which a field for the organs is drawn; between them it is interpolated
 _ORGAN_FIELDS = {"contour": 18, "organs": 25, "vessels": 75}  # coefficients per side: one every 32, 22 and 7 mm
 _ROUND_THINGS = 4
+_VALVE_LEVELS = 0.2  # levels from the first sight of the right atrium to the last of the ventricle
 _FIELD_MM = 480.0  # side of the square covered by the smooth fields; they are constant outside
 
 
@@ -188,6 +194,8 @@ def _heart_shape(shape: Draw, level: Tensor, phase: Tensor) -> Draw:
         "epi": epi,
         "epi_ed": epi_ed,
         "gap": torch.deg2rad(shape["basal_gap_deg"]) / 2 * (1 - inside / shape["basal_gap_level"]).clamp_min(0),
+        "atrial": ((shape["rv_base_level"] + shape["rv_descent"] * phase - inside) / _VALVE_LEVELS).clamp(0, 1),
+        "rv_wall": shape["rv_wall_mm"] * (1 + phase),
         "rv_on": (shape["rv_chance"] > 0) & (rv_left > 0),
         "rv_along": epi * (1 - span.cos()) + width,
         "rv_across": shape["rv_breadth"] * epi * span.sin(),

@@ -110,30 +110,39 @@ def paint_heart(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw)
     centre = (shift * thickest.cos(), shift * thickest.sin())
     outer = _ellipse(along, across, centre, (aspect, 1 / aspect)).sqrt_().sub_(epi)
     inner = _ellipse(along, across, (0, 0), (aspect, 1 / aspect)).sqrt_()
-    right = _rv_distance(along, across, shape).add_(rough)
+    right, atrium = _rv_distance(along, across, shape)
+    right.add_(rough)
     rough_inner = rough * (endo / 10).clamp_max(1)  # 0 where the cavity has no radius, or it would be painted there
 
     fat = (shape["pericardial_fat_mm"] * (1 + 1.5 * noise["organs"])).clamp_min_(0)
     pericardium = torch.minimum(right, outer).sub_(fat).add_((epi <= 0) * 999.0)
-    _paint(tissues, pericardium < 3.5, Tissue.VESSEL_WALL)
-    _paint(tissues, pericardium < 2, Tissue.PERICARDIAL_FAT)
+    _paint(tissues, pericardium < 1.5, Tissue.VESSEL_WALL)
+    _paint(tissues, pericardium < 0, Tissue.PERICARDIAL_FAT)
+    _paint(tissues, outer < shape["epicardial_mm"], Tissue.RV_WALL)
     outer.add_(rough * (epi / 20).clamp_max(0.5))
     myo = outer < 0
     lv = (outer < -0.35 * thickness).logical_and_(inner + rough_inner < endo)
     rv = right < 0
-    _paint(tissues, right < shape["rv_wall_mm"], Tissue.RV_WALL)
+    _paint(tissues, right < shape["rv_wall"], Tissue.RV_WALL)
     ventricles = ~shape["in_atria"]
     _paint(tissues, rv, Tissue.GREAT_VESSEL)
     _paint(tissues, myo, Tissue.VESSEL_WALL)
     _paint(tissues, lv, Tissue.GREAT_VESSEL)
-    rv, myo, lv = rv & ventricles, myo & ventricles, lv & ventricles
+    _paint(tissues, rv & (atrium < 0), Tissue.RIGHT_ATRIUM)
+    _paint(tissues, rv & (atrium.abs() < 0.8), Tissue.VESSEL_WALL)
+    rv, myo, lv = rv & ventricles & (atrium > 0), myo & ventricles, lv & ventricles
     myo &= ~_paint_basal_gap(tissues, along, across, inner, myo, shape)
     _paint(tissues, rv, Tissue.RV_POOL)
-    _paint(tissues, rv & (noise["vessels"] > 2.6 - 1.2 * shape["trabeculation"]), Tissue.RV_TRABECULA)
+    layer = 1 + 0.7 * noise["vessels"] + shape["inside"]  # thicker towards the apex
+    dark = noise["vessels"] > 2.6 - 1.2 * shape["trabeculation"]
+    dark.logical_or_(torch.maximum(right, -outer) > -layer * shape["rv_trabecular_mm"])  # at the free wall and septum
+    _paint(tissues, rv & dark, Tissue.RV_TRABECULA)
     _paint(tissues, myo, Tissue.MYO)
     _paint(tissues, lv, Tissue.LV_POOL)
     rim = (inner * (1 / endo.clamp_min(1))).square_().mul_(1.3).add_(noise["vessels"])
-    _paint(tissues, lv & (rim > 3.6 - 1.2 * shape["trabeculation"]), Tissue.LV_PAPILLARY)
+    dark = rim > 3.6 - 1.2 * shape["trabeculation"]
+    dark.logical_or_(inner + rough_inner > endo - layer * shape["trabecular_mm"])
+    _paint(tissues, lv & dark, Tissue.LV_PAPILLARY)
     middle = (8 * (shape["inside"] - 0.15) * (0.9 - shape["inside"])).clamp(0, 1).sqrt()
     size = (shape["papillary_size"] * shape["endo_ed"] * middle).clamp_min(0.1)
     for side in (-0.6, 0.6):
@@ -158,8 +167,11 @@ def _paint_basal_gap(tissues: Tensor, along: Tensor, across: Tensor, inner: Tens
     return opening
 
 
-def _rv_distance(along: Tensor, across: Tensor, shape: Draw) -> Tensor:
-    """Return mm to the RV pool's outline (an egg on the septum's chord, and the outflow tract), negative inside."""
+def _rv_distance(along: Tensor, across: Tensor, shape: Draw) -> tuple[Tensor, Tensor]:
+    """Return mm to the RV pool's outline (an egg on the septum's chord, and the outflow tract), negative inside.
+
+    And mm to the tricuspid valve, negative in the right atrium, which takes the pool's place from the diaphragm's side.
+    """
     epi, outflow = shape["epi"], shape["outflow"]
     reach = along - shape["rv_chord"]
     length = shape["rv_along"].clamp_min(1)
@@ -169,4 +181,5 @@ def _rv_distance(along: Tensor, across: Tensor, shape: Draw) -> Tensor:
     tract = (0.55 * (epi + outflow), 0.85 * (epi + outflow))
     distance = torch.minimum(crescent, _ellipse(along, across, tract, (1.0, 1.0)).sqrt_().sub_(outflow))
     behind = (reach < -0.2 * epi).logical_or_(~shape["rv_on"])
-    return distance.add_(behind, alpha=999.0)
+    valve = across + (shape["rv_across"] + 2) - shape["atrial"] * (2 * shape["rv_across"] + outflow.clamp_min(0) + 4)
+    return distance.add_(behind, alpha=999.0), valve.add_((shape["atrial"] <= 0) * 999.0)

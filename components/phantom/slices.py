@@ -22,12 +22,17 @@ NARROW_ANATOMY = AnatomyRanges(
     lv_aspect=(0.85, 1.07),
     lv_contraction=(0.15, 0.55),
     wall_mm=(6, 13),
+    epicardial_mm=(0, 2),
+    trabecular_mm=(0.5, 2),
     rv_angle_deg=(135, 212),
     rv_width_mm=(24, 66),
     rv_breadth=(1.0, 1.4),
+    rv_trabecular_mm=(0, 1.5),
+    rv_base_level=(-0.3, -0.05),
+    rv_descent=(0.1, 0.4),
     fat_mm=(4, 20),
 )
-NARROW_APPEARANCE = AppearanceRanges(fat=(0.5, 1.3), white_percentile=(95.5, 99.7))
+NARROW_APPEARANCE = AppearanceRanges(rv_pool=(0.6, 1.1), fat=(0.5, 1.3), white_percentile=(95.5, 99.7))
 WIDE_ANATOMY = AnatomyRanges(
     rotation_deg=(-180, 180),
     scale=(0.75, 1.65),
@@ -48,6 +53,8 @@ WIDE_ANATOMY = AnatomyRanges(
     wall_roughness_mm=(0.3, 1.8),
     papillary_size=(0.05, 0.35),
     trabeculation=(0, 1.5),
+    epicardial_mm=(0, 3),
+    trabecular_mm=(0, 3),
     basal_gap_deg=(-150, 200),
     basal_gap_towards_deg=(90, 300),
     basal_gap_level=(0.1, 0.3),
@@ -62,6 +69,9 @@ WIDE_ANATOMY = AnatomyRanges(
     rv_end_level=(0.6, 1),
     rv_contraction=(0.05, 0.6),
     rv_wall_mm=(0.5, 5),
+    rv_trabecular_mm=(0, 3),
+    rv_base_level=(-0.4, 0),
+    rv_descent=(0, 0.5),
     outflow_radius_mm=(0, 20),
     pericardial_fat_mm=(0, 14),
     chest_gap_mm=(-8, 30),

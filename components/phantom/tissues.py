@@ -32,6 +32,7 @@ class Tissue(IntEnum):
     RING_A = 23
     DISC_B = 24
     RING_B = 25
+    RIGHT_ATRIUM = 26
 
 
 _LABELS = {"RV_POOL": 1, "RV_TRABECULA": 1, "MYO": 2, "LV_POOL": 3, "LV_PAPILLARY": 3}
