@@ -25,9 +25,11 @@ TINY = "phantom_unet"
 _ENTRIES = read_entries()
 # Each head's bundle, with the name of its head among the pretrained files, None for a head that has none there.
 HEADS = {bundle: head.get("tiny", {}).get("pretrained") for bundle, head in _ENTRIES["heads"].items()}
+_BASELINES = {bundle: entry.get("tiny", {}).get("pretrained") for bundle, entry in _ENTRIES["baselines"].items()}
+COMPLETE = {**HEADS, **{bundle: name for bundle, name in _BASELINES.items() if name}}  # segment as they are packed
 WITHOUT_WEIGHTS = (
     *(bundle for bundle, other in _ENTRIES["others"].items() if other["is_packed"]),
-    *_ENTRIES["baselines"],
+    *(bundle for bundle, name in _BASELINES.items() if not name),
 )
 
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
@@ -94,7 +96,7 @@ def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:
     """
     if model_type not in (TINY, *CHECKPOINT_FILES):
         raise ValueError(f"unknown model_type {model_type!r}: expected one of {TINY}, {', '.join(CHECKPOINT_FILES)}")
-    names = [*HEADS, *WITHOUT_WEIGHTS] if model_type == TINY else list(HEADS)
+    names = [*COMPLETE, *WITHOUT_WEIGHTS] if model_type == TINY else list(HEADS)
     if bundle is not None and bundle not in names:
         raise ValueError(f"no archive of {bundle!r} with {model_type}: expected one of {', '.join(names)}")
     return names if bundle is None else [bundle]
@@ -133,31 +135,16 @@ def assemble(
     else:
         _leave_sam_to_be_downloaded(root, model_type)
     if head is not None:
-        _put_in(root, head, sam_checkpoint=sam_checkpoint or (root / "models" / _ENCODER))
+        _put_in(root, head, sam_checkpoint=(sam_checkpoint or root / "models" / _ENCODER) if bundle in HEADS else None)
     return root
 
 
 def _complete(root: Path, bundle: str) -> None:
-    """Put the tiny encoder and a head trained on it into a bundle, and its overlay into the configs."""
-    _copy(Path(pretrained_file(_ENCODER)), root / "models" / _ENCODER)
-    record = Path(pretrained_file(_ENCODER)).with_name("record.json")
-    _copy(record, root / "docs" / _RECORD)
-    files = {"sam_checkpoint": f"models/{_ENCODER}"}
-    performance = "## Performance\n\nThe archive comes without a trained head: train one first.\n"
-    pretrained = HEADS[bundle]
-    if pretrained is not None:
-        name = Path(pretrained).stem
-        start = f"{name}_from_phantoms.pt"  # longer than model.pt: MONAI Label takes the shortest name for the model
-        for file in (start, "model.pt"):
-            _copy(Path(pretrained_file(pretrained)), root / "models" / file)
-        files["head_checkpoint"] = f"models/{start}"
-        dice = json.loads(record.read_text())["dice"][name.removesuffix("_head")]
-        performance = _TINY_PERFORMANCE.format(**dice)
-
+    """Put weights trained on phantoms into a bundle, a head's on the tiny encoder, and tiny.json into its configs."""
+    files = _copy_weights(root, bundle)
     knobs = json.loads((BUNDLES / bundle / "configs/tiny.json").read_text())
     del knobs["_desc_"]
     knobs |= {name: f"$@bundle_root + '/{file}'" for name, file in files.items()}
-    _set_knobs(root / "configs/train.json", knobs)
     inference = json.loads((root / "configs/inference.json").read_text())
     of_inference = {}
     for name, value in knobs.items():
@@ -167,15 +154,46 @@ def _complete(root: Path, bundle: str) -> None:
             of_inference[name] = value
     of_inference["ckpt_path"] = "$@bundle_root + '/models/model.pt'"
     _set_knobs(root / "configs/inference.json", of_inference)
-    _rename(root, "tiny encoder", "; here a tiny one, trained on synthetic slices only, which comes with the bundle")
+    train = json.loads((root / "configs/train.json").read_text())
+    of_overlay = {name: knobs.pop(name) for name in tuple(knobs) if name not in train}
+    _set_knobs(root / "configs/train.json", knobs, before={"epochs": of_overlay})
 
     readme = (root / "docs/README.md").read_text()
     readme = with_defaults(readme, {name: str(files.get(name, _as_json(value))) for name, value in knobs.items()})
-    readme = with_section(readme, "The tiny encoder", _TINY_SECTION)
-    readme = with_section(readme, "Performance", performance)
-    readme = replaced(readme, r"^# SAM's checkpoint, once\n.*?\n\n", "")
-    readme = replaced(readme, r"\[2,3,256,256\]", "[2,3,{0},{0}]".format(knobs["crop_size"]))
+    if bundle in HEADS:
+        readme = with_section(readme, "The tiny encoder", _TINY_SECTION)
+        readme = with_section(readme, "Performance", _performance(COMPLETE[bundle]))
+        readme = replaced(readme, r"\[2,3,256,256\]", "[2,3,{0},{0}]".format(knobs["crop_size"]))
+        readme = replaced(readme, r"^# SAM's checkpoint, once\n.*?\n\n", "")
+    else:
+        readme = with_section(readme, "The UNet from phantoms", _BASELINE_SECTION)
     (root / "docs/README.md").write_text(readme)
+    addition, what = ("tiny encoder", "a tiny one") if bundle in HEADS else ("from phantoms", "from weights")
+    _rename(root, addition, f"; here {what}, trained on synthetic slices only, which comes with the bundle")
+
+
+def _copy_weights(root: Path, bundle: str) -> dict[str, str]:
+    """Copy what comes with a bundle; return the knobs that name its files, with paths below the bundle."""
+    files = {}
+    if bundle in HEADS:
+        _copy(Path(pretrained_file(_ENCODER)), root / "models" / _ENCODER)
+        _copy(Path(pretrained_file(_ENCODER)).with_name("record.json"), root / "docs" / _RECORD)
+        files["sam_checkpoint"] = f"models/{_ENCODER}"
+    if pretrained := COMPLETE[bundle]:
+        # longer than model.pt: MONAI Label takes the shortest name for the model
+        start = f"models/{Path(pretrained).stem}_from_phantoms.pt"
+        for file in (start, "models/model.pt"):
+            _copy(Path(pretrained_file(pretrained)), root / file)
+        files["head_checkpoint" if bundle in HEADS else "start_checkpoint"] = start
+    return files
+
+
+def _performance(pretrained: str | None) -> str:
+    """Return the section on a head's scores as it comes."""
+    if pretrained is None:
+        return "## Performance\n\nThe archive comes without a trained head: train one first.\n"
+    dice = json.loads(Path(pretrained_file(_ENCODER)).with_name("record.json").read_text())["dice"]
+    return _TINY_PERFORMANCE.format(**dice[Path(pretrained).stem.removesuffix("_head")])
 
 
 def _leave_sam_to_be_downloaded(root: Path, model_type: str) -> None:
@@ -196,16 +214,20 @@ def _leave_sam_to_be_downloaded(root: Path, model_type: str) -> None:
     (root / "docs/README.md").write_text(with_section(readme, "The tiny encoder", ""))
 
 
-def _put_in(root: Path, head: str, *, sam_checkpoint: str | Path) -> None:
-    """Make a head the bundle's model, once it has been loaded on the encoder that it was trained on."""
-    if not Path(sam_checkpoint).is_file():
+def _put_in(root: Path, head: str, *, sam_checkpoint: str | Path | None) -> None:
+    """Make a head the bundle's model, once it has been loaded on the encoder that it was trained on, or a UNet."""
+    if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
         raise ValueError(
             "a head is checked against its encoder: expected SAM's checkpoint that it was trained on, received "
             f"{sam_checkpoint}; give --sam_checkpoint FILE"
         )
     parser = ConfigParser()
     parser.read_config(root / "configs/inference.json")
-    parser.update({"sam_checkpoint": str(sam_checkpoint), "ckpt_path": head, "network_def#head_checkpoint": head})
+    parser.update({"ckpt_path": head})
+    if sam_checkpoint is None:
+        parser.update({"network_def#start_checkpoint": head})
+    else:
+        parser.update({"sam_checkpoint": str(sam_checkpoint), "network_def#head_checkpoint": head})
     parser.get_parsed_content("network_def")
     _copy(Path(head), root / "models/model.pt")
 
@@ -219,8 +241,8 @@ def _rename(root: Path, addition: str, description: str) -> None:
     (root / "docs/README.md").write_text(f"{title}, {addition}\n{rest}")
 
 
-def _set_knobs(path: Path, knobs: Mapping[str, Any]) -> None:
-    path.write_text(edited(path.read_text(), replace=knobs))
+def _set_knobs(path: Path, knobs: Mapping[str, Any], before: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    path.write_text(edited(path.read_text(), replace=knobs, add=before))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -248,4 +270,14 @@ _TINY_PERFORMANCE = """\
 
 As it comes, on synthetic slices that it has not seen: mean Dice {mean:.2f} (RV {RV:.2f}, Myo {Myo:.2f}, LV {LV:.2f}).
 These are drawn harder than patients are: the figure says that training worked, and nothing about patients.
+"""
+_BASELINE_SECTION = """\
+## The UNet from phantoms
+
+The archive is complete. Its network, `models/model.pt`, has 1.9M weights and was trained on synthetic short-axis slices
+only. No patient, labelled or not, went into it.
+
+Training starts from it, kept as `models/unet_from_phantoms.pt`, with synthetic slices in each batch, so that it keeps
+what it knew, and replaces `models/model.pt`. Other classes than RV, Myo and LV need
+`--start_checkpoint '$None' --phantom_share 0 --steps 1000`.
 """

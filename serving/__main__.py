@@ -13,14 +13,14 @@ from pathlib import Path
 
 import fire
 
-from release.bundles import HEADS
+from release.bundles import COMPLETE
 from serving.app import assemble_app
 
 
 def serve(
     studies: str,
     app_dir: str = "monailabel_app",
-    bundles: str = ",".join(HEADS),
+    bundles: str = ",".join(COMPLETE),
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> None:

@@ -8,14 +8,14 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from release.bundles import HEADS, assemble
+from release.bundles import COMPLETE, assemble
 
 _SAMPLE_APP = Path("monailabel/sample-apps/monaibundle")
 _OPERATORS = Path(__file__).with_name("torchvision_operators.py")
 
 
-def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(HEADS)) -> Path:
-    """Copy MONAI Label's sample app and put bundles into it, each complete with the tiny encoder and a head.
+def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> Path:
+    """Copy MONAI Label's sample app and put bundles into it, each complete with weights that were trained on phantoms.
 
     A bundle that is there already is left as it is, with all that it has learned.
 
@@ -30,8 +30,8 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(HEADS)) -> Path:
         FileNotFoundError: when MONAI Label is not installed.
         ValueError: for an unknown bundle.
     """
-    if unknown := set(bundles) - HEADS.keys():
-        raise ValueError(f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(HEADS)}")
+    if unknown := set(bundles) - COMPLETE.keys():
+        raise ValueError(f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(COMPLETE)}")
     sample = Path(sysconfig.get_path("data")) / _SAMPLE_APP
     if not (sample / "main.py").is_file():
         raise FileNotFoundError(

@@ -95,7 +95,9 @@ def list_stages(
     knobs |= {"ckpt_dir": str(folder / "models"), **method.knobs}
     evaluate = ("train", "evaluate", *method.overlays)
     if cell.labelled_patients == 0:
-        knobs["ckpt_path"] = start or "$@head_checkpoint"  # instead of the trained model
+        config = ConfigParser.load_config_files([str(method.config("train"))])
+        own_start = "head_checkpoint" if "head_checkpoint" in config else "start_checkpoint"
+        knobs["ckpt_path"] = start or f"$@{own_start}"  # instead of the trained model
         return [Stage("evaluating", method, evaluate, knobs)]
     knobs["labelled_patients"] = cell.labelled_patients
     training = knobs | {"resume": True} | ({"start_checkpoint": start} if start else {})

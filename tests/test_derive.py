@@ -144,7 +144,7 @@ def test_a_head_added_by_a_class_a_line_and_a_block_trains_evaluates_infers_and_
 ):
     monkeypatch.setenv("PYTHONPATH", str(repository))
     (bundle,) = {path.parent.parent.name for path in repository.glob("bundles/*/configs/tiny.json")} - set(
-        read_entries()["heads"]
+        read_entries()["heads"] | read_entries()["baselines"]
     )
     root = repository / "bundles" / bundle
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=4, size_hw_d=(64, 48, 3))

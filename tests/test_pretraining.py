@@ -295,7 +295,7 @@ def test_exporting_without_a_trained_model_says_what_to_do(tmp_path):
     folders = {"bundle_root": str(BUNDLE), "ckpt_dir": str(tmp_path), "export_dir": str(tmp_path / "export")}
     with pytest.raises(RuntimeError) as error:
         monai.bundle.run("exporting", config_file=config("train", "export"), **TINY, **folders)
-    assert "run `training` first" in messages_of(error.value)
+    assert "train first, or say where" in messages_of(error.value)
 
 
 def test_encoder_under_one_head_then_all_heads_on_it_frozen(tmp_path):

@@ -21,7 +21,7 @@ from components.sam.checkpoint import CHECKPOINT_FILES
 from release import bundles
 from release.__main__ import build
 from release.archives import write_archive, write_model_info
-from release.bundles import HEADS, WITHOUT_WEIGHTS, check_release_facts
+from release.bundles import COMPLETE, HEADS, WITHOUT_WEIGHTS, check_release_facts
 from release.texts import with_defaults, with_section
 
 VERSION = components.__version__
@@ -55,10 +55,10 @@ def config(root: Path, name: str) -> dict:
 
 def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
     assert {path.name for path in dist.iterdir()} == {
-        *(f"{bundle}_v{VERSION}.zip" for bundle in (*HEADS, *WITHOUT_WEIGHTS)),
+        *(f"{bundle}_v{VERSION}.zip" for bundle in (*COMPLETE, *WITHOUT_WEIGHTS)),
         "model_info.json",
     }
-    for bundle in (*HEADS, *WITHOUT_WEIGHTS):
+    for bundle in (*COMPLETE, *WITHOUT_WEIGHTS):
         files = entries(dist / f"{bundle}_v{VERSION}.zip")
         expected = {"LICENSE", "configs/metadata.json", "configs/train.json", "configs/logging.conf", "docs/README.md"}
         assert {f"{bundle}/{name}" for name in (*expected, "docs/data_license.txt")} <= files.keys()
@@ -71,7 +71,7 @@ def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
 
 def test_model_info_points_to_the_archives(dist):
     info = json.loads((dist / "model_info.json").read_text())
-    assert info.keys() == {f"{bundle}_v{VERSION}" for bundle in (*HEADS, *WITHOUT_WEIGHTS)}
+    assert info.keys() == {f"{bundle}_v{VERSION}" for bundle in (*COMPLETE, *WITHOUT_WEIGHTS)}
     for name, entry in info.items():
         assert entry["checksum"] == hashlib.sha1((dist / f"{name}.zip").read_bytes()).hexdigest()
         assert entry["source"] == f"{name}.zip"
@@ -114,37 +114,46 @@ def test_two_builds_give_the_same_bytes(dist, tmp_path):
     assert (tmp_path / name).read_bytes() == (dist / name).read_bytes()
 
 
-@pytest.mark.parametrize("bundle", HEADS)
+@pytest.mark.parametrize("bundle", COMPLETE)
 def test_archive_has_the_overlay_merged_and_the_weights_inside(bundle, unpacked):
     root = unpacked / bundle
     tiny = json.loads((REPOSITORY / "bundles" / bundle / "configs/tiny.json").read_text())
     del tiny["_desc_"]
-    start = f"{Path(HEADS[bundle]).stem}_from_phantoms.pt"
-    tiny["sam_checkpoint"] = "$@bundle_root + '/models/phantom_unet.pth'"
-    tiny["head_checkpoint"] = f"$@bundle_root + '/models/{start}'"
+    start, encoder = f"{Path(COMPLETE[bundle]).stem}_from_phantoms.pt", set()
+    if bundle in HEADS:
+        encoder = {"phantom_unet.pth"}
+        tiny["sam_checkpoint"] = "$@bundle_root + '/models/phantom_unet.pth'"
+    tiny["head_checkpoint" if bundle in HEADS else "start_checkpoint"] = f"$@bundle_root + '/models/{start}'"
     for name in ("train", "inference"):
         source = json.loads((REPOSITORY / "bundles" / bundle / f"configs/{name}.json").read_text())
         given = {"ckpt_path": "$@bundle_root + '/models/model.pt'"} if name == "inference" else {}
         left_out = set()
         if name == "inference":  # what is of training, and what follows the model
-            left_out = {"epochs", "learning_rate", "phantom_share", *source["as_trained"]["given"]}
+            left_out = {
+                "epochs",
+                "steps",
+                "val_interval",
+                "learning_rate",
+                "phantom_share",
+                *source["as_trained"]["given"],
+            }
             otherwise = source["as_trained"]["otherwise"]  # for whoever loads the archive where its model is not found
             otherwise |= {name: value for name, value in tiny.items() if name in source["as_trained"]["given"]}
         assert config(root, name) == source | {k: v for k, v in tiny.items() if k not in left_out} | given
-    assert {path.name for path in (root / "models").iterdir()} == {"model.pt", start, "phantom_unet.pth"}
-    assert (root / "models/model.pt").read_bytes() == Path(pretrained_file(HEADS[bundle])).read_bytes()
+    assert {path.name for path in (root / "models").iterdir()} == {"model.pt", start} | encoder
+    assert (root / "models/model.pt").read_bytes() == Path(pretrained_file(COMPLETE[bundle])).read_bytes()
     assert min((root / "models").glob("*.pt"), key=lambda path: len(path.name)).name == "model.pt"
     assert not (root / "large_files.yml").exists()
 
 
-@pytest.mark.parametrize("bundle", [*HEADS, *WITHOUT_WEIGHTS])
+@pytest.mark.parametrize("bundle", [*COMPLETE, *WITHOUT_WEIGHTS])
 def test_metadata_of_archives_follow_the_schema(bundle, unpacked, metadata_schema):
     path = unpacked / bundle / "configs/metadata.json"
     verify_metadata(meta_file=str(path), filepath=metadata_schema, create_dir=False)
     assert ("tiny encoder" in json.loads(path.read_text())["name"]) == (bundle in HEADS)
 
 
-@pytest.mark.parametrize("bundle", HEADS)
+@pytest.mark.parametrize("bundle", COMPLETE)
 def test_readme_of_an_archive_names_its_own_defaults_and_no_overlay(bundle, unpacked):
     readme = (unpacked / bundle / "docs/README.md").read_text()
     train = config(unpacked / bundle, "train")

@@ -19,7 +19,7 @@ from conftest import REPOSITORY
 
 from components.data.acdc import list_patients
 from components.phantom.dataset import write_phantom_dataset
-from release.bundles import HEADS
+from release.bundles import COMPLETE
 from serving.app import assemble_app
 
 LABELS = {"rv": 1, "myo": 2, "lv": 3}
@@ -136,14 +136,14 @@ def read(content: bytes, path: Path) -> nib.Nifti1Image:
 
 
 @pytest.mark.slow
-def test_server_offers_the_three_bundles_and_their_labels(server):
+def test_server_offers_the_bundles_and_their_labels(server):
     info = json.loads(server[0].ask("GET", "/info/"))
-    assert info["models"].keys() == info["trainers"].keys() == HEADS.keys()
+    assert info["models"].keys() == info["trainers"].keys() == COMPLETE.keys()
     assert all(model["labels"] == LABELS for model in info["models"].values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", HEADS)
+@pytest.mark.parametrize("bundle", COMPLETE)
 def test_bundle_segments_learns_and_segments_anew(bundle, server, patients, tmp_path):
     client, app, studies = server
     image = Path(patients[0]["image"])

@@ -263,7 +263,7 @@ def test_a_slice_follows_its_neighbours_where_they_are_surer(names, key):
     assert torch.equal(middle(0.2), torch.zeros(8, 8))
 
 
-@pytest.mark.parametrize("bundle", HEADS)
+@pytest.mark.parametrize("bundle", [*HEADS, "unet_acdc"])
 def test_copy_of_a_bundle_segments_and_adapts_with_nothing_but_the_package(bundle, phantoms, tmp_path):
     copy = tmp_path / "elsewhere" / bundle
     shutil.copytree(REPOSITORY / "bundles" / bundle / "configs", copy / "configs")

@@ -68,7 +68,15 @@ _SIGNAL_OF_TISSUE = {  # where it is not that of the tissue's own name
     Tissue.RING_A: "round_ring",
     Tissue.RING_B: "myo",
 }
-_HEART = (Tissue.RV_WALL, Tissue.RV_POOL, Tissue.RV_TRABECULA, Tissue.RIGHT_ATRIUM, Tissue.MYO, Tissue.LV_POOL, Tissue.LV_PAPILLARY)
+_HEART = (
+    Tissue.RV_WALL,
+    Tissue.RV_POOL,
+    Tissue.RV_TRABECULA,
+    Tissue.RIGHT_ATRIUM,
+    Tissue.MYO,
+    Tissue.LV_POOL,
+    Tissue.LV_PAPILLARY,
+)
 _POOLS = (Tissue.RV_POOL, Tissue.RIGHT_ATRIUM, Tissue.LV_POOL, Tissue.GREAT_VESSEL)
 _FATS = (Tissue.FAT, Tissue.ABDOMINAL_FAT, Tissue.PERICARDIAL_FAT)
 _TEXTURE_FACTORS = {"LUNG": 4.0, "ORGAN": 2.0, "BOWEL": 4.0, "STOMACH": 2.0, "FAT": 0.3, "AIR": 0.0}

@@ -1,4 +1,4 @@
-"""Weights that come with the package: an encoder trained on phantoms, and initial weights for each head."""
+"""Weights that come with the package, trained on phantoms: an encoder, initial weights for each head, and a UNet."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ def pretrained_file(name: str) -> str:
     """Return the path of a file of weights in this package.
 
     Args:
-        name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt` or `linear_head.pt`.
+        name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt`, `linear_head.pt` or
+            `unet.pt`.
 
     Returns:
         its path.
@@ -20,6 +21,6 @@ def pretrained_file(name: str) -> str:
     if name not in present:
         raise FileNotFoundError(
             f"no pretrained file {name!r} in {folder}: expected one of {', '.join(present) or '(none is there)'}; "
-            "bundles/phantom_encoder makes them"
+            "bundles/phantom_encoder and unet_acdc make them"
         )
     return str(folder / name)

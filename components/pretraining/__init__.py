@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "export": ["ExportRecord", "export_network"],
+        "export": ["ExportRecord", "export_model", "export_network"],
         "joint_head": ["JointHead", "predictions_of_all"],
         "optimization": ["GradientClipping", "parameter_groups"],
         "phantom_stream": ["PhantomStream", "StreamPosition", "phantom_stacks"],

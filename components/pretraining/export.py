@@ -45,12 +45,7 @@ def export_network(
     Raises:
         FileNotFoundError: when there is no `model.pt`.
     """
-    model = Path(ckpt_dir) / MODEL_FILENAME
-    if not model.is_file():
-        raise FileNotFoundError(
-            f"no trained model at {model}: run `training` first, or say where its checkpoints are with --ckpt_dir"
-        )
-    network.load_state_dict(torch.load(model, map_location="cpu", weights_only=True))
+    network.load_state_dict(_trained_state(ckpt_dir))
     folder, trained, device = Path(export_dir), cast(SamEncoder, network.encoder), next(network.parameters()).device
     heads = dict(cast(nn.ModuleDict, network.head.heads).items())
 
@@ -64,6 +59,28 @@ def export_network(
         _save_in_fp16(alone.state_dict(), path)
         alone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return PromptFreeSam(encoder, JointHead(heads), network.precision).to(device)
+
+
+def export_model(*, ckpt_dir: str, path: str) -> None:
+    """Write a trained network in fp16, as initial weights of other runs.
+
+    Args:
+        ckpt_dir: folder with the trained `model.pt`.
+        path: of the file; its folder is made if missing.
+
+    Raises:
+        FileNotFoundError: when there is no `model.pt`.
+    """
+    _save_in_fp16(_trained_state(ckpt_dir), Path(path))
+
+
+def _trained_state(ckpt_dir: str) -> dict[str, torch.Tensor]:
+    model = Path(ckpt_dir) / MODEL_FILENAME
+    if not model.is_file():
+        raise FileNotFoundError(
+            f"no trained model at {model}: train first, or say where its checkpoints are with --ckpt_dir"
+        )
+    return torch.load(model, map_location="cpu", weights_only=True)
 
 
 def sam_state(encoder: SamEncoder, head: ViTHead | None) -> dict[str, torch.Tensor]:
