@@ -34,7 +34,7 @@ from types import ModuleType
 
 import torch
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Modules of version 0.1 that configs and scripts of users may still name, and where what they held is now.
 _MOVED = {

@@ -282,9 +282,9 @@ assert import_from_segment_anything("modeling.sam").ImageEncoderViT is ours.Imag
     assert done.returncode == 0, done.stderr
 
 
-def test_head_on_the_encoder_of_a_former_version_is_told_where_that_encoder_is():
+@pytest.mark.parametrize(("former", "advice"), FORMER_ENCODERS.items())
+def test_head_on_the_encoder_of_a_former_version_is_told_where_that_encoder_is(former, advice):
     encoder = SamEncoder("phantom_unet", image_size=32)
-    (former, advice), *_ = FORMER_ENCODERS.items()
     stored = torch.tensor(list(bytes.fromhex(former).ljust(32, b"0")), dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="encoder of version 0") as error:
         encoder.load_state_dict({"fingerprint": stored})

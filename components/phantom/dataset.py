@@ -17,7 +17,7 @@ from components.phantom.appearance import AppearanceRanges, draw_appearance, sig
 from components.phantom.draws import select
 
 MANIFEST = "phantom.json"
-_FORMAT = 2  # increment it whenever the same arguments give other voxels
+_FORMAT = 3  # increment it whenever the same arguments give other voxels
 
 _SIZES_HW = ((216, 256), (154, 224), (232, 256), (184, 288), (256, 216), (174, 224), (208, 256), (264, 288))
 _SPACING_MM = (1.37, 1.68)
