@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "box_prompted_sam": ["BoxPromptedSam"],
         "contrastive": ["ContrastiveUNet", "TwoViews"],
         "heads": ["CNNHead", "LinearHead", "ViTHead"],
+        "onnx_network": ["OnnxNetwork"],
         "prompt_free_sam": ["PromptFreeSam"],
         "trained_with": ["as_trained"],
         "unet": ["GreyUNet"],

@@ -1,0 +1,47 @@
+"""`configs/inference_onnx.json`: an exported network that ONNX Runtime computes."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import REPOSITORY, run_monai_bundle, succeeds
+
+from components.networks.onnx_network import OnnxNetwork
+from components.phantom.dataset import write_phantom_dataset
+from components.pretrained import pretrained_file
+
+DYNAMIC_BATCH = {
+    "input_names": ["image"],
+    "output_names": ["pred"],
+    "dynamic_axes": {"image": {0: "batch"}, "pred": {0: "batch"}},
+    "opset_version": 20,
+}
+TINY = "['configs/inference.json','configs/tiny.json']"
+
+
+@pytest.mark.parametrize(("bundle", "weights"), [("linearhead_acdc", "linear_head.pt"), ("unet_acdc", "unet.pt")])
+def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, weights, tmp_path):
+    def run(*arguments: str) -> None:
+        succeeds(run_monai_bundle(*arguments, cwd=REPOSITORY / "bundles" / bundle))
+
+    data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=1, size_hw_d=(96, 80, 3))
+    volume = next(Path(data).rglob("*frame01.nii.gz"))
+    file = ("--meta_file", "configs/metadata.json", "--net_id", "network_def", "--ckpt_file", pretrained_file(weights))
+    shape = ("--input_shape", "[2,3,176,176]", "--converter_kwargs", str(DYNAMIC_BATCH))
+    run("onnx_export", "--config_file", TINY, *file, "--filepath", str(tmp_path / "model.onnx"), *shape)
+    inferring = ("run", "inferring", "--dataset_dir", str(volume))
+    run(*inferring, "--config_file", TINY, "--precision", "fp32", "--output_dir", str(tmp_path / "eager"))
+    overlaid = TINY.replace("]", ",'configs/inference_onnx.json']")
+    onnx = ("--onnx_path", str(tmp_path / "model.onnx"), "--output_dir", str(tmp_path / "onnx"))
+    run(*inferring, "--config_file", overlaid, *onnx)
+
+    name = volume.name.replace(".nii.gz", "_pred.nii.gz")
+    eager, exported = (np.asarray(nib.load(tmp_path / folder / name).dataobj) for folder in ("eager", "onnx"))
+    assert np.unique(eager).tolist() == [0, 1, 2, 3]
+    assert (eager == exported).mean() > 0.9999
+
+
+def test_missing_file_is_named_with_the_way_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no exported network at .*onnx_export.*--onnx_path FILE"):
+        OnnxNetwork(str(tmp_path / "model.onnx"))
