@@ -160,10 +160,10 @@ def _complete(root: Path, bundle: str) -> None:
 
     readme = (root / "docs/README.md").read_text()
     readme = with_defaults(readme, {name: str(files.get(name, _as_json(value))) for name, value in knobs.items()})
+    readme = replaced(readme, r"\[2,3,256,256\]", "[2,3,{0},{0}]".format(knobs["crop_size"]))
     if bundle in HEADS:
         readme = with_section(readme, "The tiny encoder", _TINY_SECTION)
         readme = with_section(readme, "Performance", _performance(COMPLETE[bundle]))
-        readme = replaced(readme, r"\[2,3,256,256\]", "[2,3,{0},{0}]".format(knobs["crop_size"]))
         readme = replaced(readme, r"^# SAM's checkpoint, once\n.*?\n\n", "")
     else:
         readme = with_section(readme, "The UNet from phantoms", _BASELINE_SECTION)
