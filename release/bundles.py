@@ -241,7 +241,7 @@ def _rename(root: Path, addition: str, description: str) -> None:
     (root / "docs/README.md").write_text(f"{title}, {addition}\n{rest}")
 
 
-def _set_knobs(path: Path, knobs: Mapping[str, Any], before: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+def _set_knobs(path: Path, knobs: Mapping[str, Any], before: Mapping[str, dict[str, Any]] | None = None) -> None:
     path.write_text(edited(path.read_text(), replace=knobs, add=before))
 
 
