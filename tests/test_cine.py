@@ -49,7 +49,8 @@ def noise(frames):
     return np.random.default_rng(0).integers(0, 100, (*SHAPE, frames))
 
 
-def segment(path: Path, output_dir: Path, *, network=None, smoothing=None) -> SegmentationEvaluator:
+def segment(path: Path, output_dir: Path, *, network=None, smoothing=None, handlers=()) -> SegmentationEvaluator:
+    """Segment without any scaling of the grey values, on slices padded to a square."""
     preprocessing = Compose([LoadVolumed("image"), SlicesLastd("image"), PadInPlaneToSquared("image")])
     dataset = VolumeDataset(find_volumes(str(path)), preprocessing)
     inverse = Invertd("pred", orig_keys="image", transform=preprocessing, nearest_interp=False)
@@ -58,10 +59,11 @@ def segment(path: Path, output_dir: Path, *, network=None, smoothing=None) -> Se
         device=torch.device("cpu"),
         val_data_loader=DataLoader(dataset, batch_size=1),
         network=network or Threshold(),
-        inferer=TurnedSliceInferer(roi_size=(8, 8), spatial_dim=2, sw_batch_size=2),
+        inferer=TurnedSliceInferer(roi_size=(64, 64), spatial_dim=2, sw_batch_size=2),
         postprocessing=Compose([inverse, *saving]),
         frames=FrameStore(str(output_dir), smoothing=smoothing),
         skipped=dataset.skipped,
+        val_handlers=list(handlers),
     )
     evaluator.logger.setLevel(logging.ERROR)
     evaluator.run()

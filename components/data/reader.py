@@ -126,7 +126,7 @@ class VolumeReader(ImageReader):
                     f"{img.path} has no frame {self.frame}: expected (H, W, D, T) with T > {self.frame}, "
                     f"received {shape}; was the file changed after its frames were counted?"
                 )
-            *axes, time = series
+            axes, time = series[:3], series[3]
             array = array.take(self.frame, axis=time)
             seconds = _frame_seconds(img.header)
             of_series = {FRAME: self.frame, FRAMES: shape[time], FRAME_SECONDS: seconds}
@@ -176,8 +176,8 @@ def _read_nifti(path: Path) -> _Opened:
 
 
 @functools.lru_cache(maxsize=1)
-def _read_series(path: Path, _: int) -> _Opened:
-    """Read a file of which the frames are asked for one after the other; the time of its last change is part of the key."""
+def _read_series(path: Path, _changed_ns: int) -> _Opened:
+    """Read a file of which the frames are asked for one after the other; it is read again once it has changed."""
     return _read_nifti(path)
 
 

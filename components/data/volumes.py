@@ -78,10 +78,11 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
 
     Of a series, a 4D file such as a cine, every frame is listed, one after the other.
 
-    Left out, with the reason in `skipped`: files that hold neither a 3D volume nor a series of them; labels and predictions by their
-    postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`, `labelsVal`; folders such
-    as `labels`, `masks` or `segmentations` that have one such as `images` or `imagesTr` beside them; second ways to the
-    same file. Left out without mention: hidden files and folders, and files without an image's suffix.
+    Left out, with the reason in `skipped`: files that hold neither a 3D volume nor a series of them; labels and
+    predictions by their postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`,
+    `labelsVal`; folders such as `labels`, `masks` or `segmentations` that have one such as `images` or `imagesTr`
+    beside them; second ways to the same file. Left out without mention: hidden files and folders, and files without an
+    image's suffix.
 
     Args:
         dataset_dir: a volume's file, taken as it is named, or a folder.

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "frames": ["FrameStore"],
+        "function_report": ["FunctionReport"],
         "metrics": ["VolumeAssdHandler", "VolumeDiceHandler"],
         "model_loader": ["ModelCheckpointLoader"],
         "overlays": ["SaveOverlayd"],

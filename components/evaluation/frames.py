@@ -90,10 +90,10 @@ class FrameStore:
         is_cyclic = self._covers_cycle()
         for frame in range(count):
             neighbours = (frame + offsets) % count if is_cyclic else (frame + offsets).clip(0, count - 1)
-            parts = (
-                np.float32(weight) * np.load(self._files[n]) for weight, n in zip(weights, neighbours, strict=True)
-            )
-            yield sum(parts, start=np.float32(0))
+            average = np.zeros_like(np.load(self._files[frame]))
+            for weight, neighbour in zip(weights, neighbours, strict=True):
+                average += np.float32(weight) * np.load(self._files[neighbour])
+            yield average
 
     def remove(self) -> None:
         """Remove what is kept of the series."""
