@@ -3,11 +3,13 @@
 import logging
 import math
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import REPOSITORY
 from test_cine import segment
 
 from components.evaluation.function import (
@@ -201,3 +203,24 @@ def test_a_model_of_other_classes_and_a_heart_that_stands_still_are_refused(tmp_
         FunctionReport(str(tmp_path), class_names=["liver"])
     with pytest.raises(ValueError, match="expected heart_rate in beats per minute"):
         FunctionReport(str(tmp_path), heart_rate=0)
+
+
+@pytest.mark.parametrize("bundle", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc", "unet_acdc"])
+def test_every_bundle_measures_a_cine_by_one_command(bundle, tmp_path):
+    write_phantom_dataset(str(tmp_path / "data"), patients=1, size_hw_d=(64, 56, 2))
+    frames = [nib.load(path) for path in sorted((tmp_path / "data/training/patient001").glob("*_frame??.nii.gz"))]
+    voxels = np.stack([frame.dataobj for frame in frames], axis=-1)
+    nib.save(nib.Nifti1Image(voxels, frames[0].affine), tmp_path / "cine.nii.gz")
+    configs = REPOSITORY / "bundles" / bundle / "configs"
+    monai.bundle.run(
+        "measuring",
+        config_file=[str(configs / f"{name}.json") for name in ("inference", "tiny", "function")],
+        logging_file=False,
+        dataset_dir=str(tmp_path / "cine.nii.gz"),
+        output_dir=str(tmp_path / "out"),
+        test_time_views=1,
+    )
+    assert nib.load(tmp_path / "out/cine_pred.nii.gz").shape == (64, 56, 2, 2)
+    (row,) = pd.read_csv(tmp_path / "out/function.csv").to_dict("records")
+    assert {row["ed_frame"], row["es_frame"]} == {1, 2}
+    assert row["lv_edv_ml"] > row["lv_esv_ml"] > 0
