@@ -143,6 +143,8 @@ def test_every_patient_and_every_cine_has_its_row(study, tmp_path, caplog):
     assert list(table.index) == ["patient001", "patient001_4d", "patient002", "patient002_4d", "volume"]
     assert set(ASKED_FOR.split(",")) <= {"case", *table.columns}
     assert "Ventricular function of 5 cases" in caplog.text
+    walls = pd.read_csv(tmp_path / "wall_thickness.csv").set_index("case")
+    assert walls.groupby("case").size().to_dict() == dict.fromkeys(table.index, 16)
     for name in ("patient001", "patient002"):
         info = (root / "training" / name / "Info.cfg").read_text().split()
         frames = {key: int(info[info.index(f"{key}:") + 1]) for key in ("ED", "ES")}
@@ -154,6 +156,8 @@ def test_every_patient_and_every_cine_has_its_row(study, tmp_path, caplog):
             assert row["rv_esv_ml"] == pytest.approx(es[0], abs=0.01)
             assert row["lv_ef_percent"] == pytest.approx(100 * (1 - es[2] / ed[2]), abs=0.01)
             assert row["lv_mass_g"] == pytest.approx(1.05 * ed[1], abs=0.01)
+            assert walls.loc[case, "ed_mm"].mean() == pytest.approx(9, abs=2)
+            assert walls.loc[case, "thickening_percent"].median() > 20
             assert row["lv_edv_ml_per_m2"] == pytest.approx(ed[2] / row["body_surface_m2"], abs=0.1)
         assert 50 <= table.loc[f"{name}_4d", "heart_rate_per_min"] <= 90
         assert math.isnan(table.loc[name, "lv_output_l_per_min"])
@@ -169,6 +173,8 @@ def test_every_patient_and_every_cine_has_its_row(study, tmp_path, caplog):
     assert (volume["ed_frame"], volume["ed_es_by"]) == (1, "only frame")
     assert volume["lv_edv_ml"] == table.loc["patient001", "lv_edv_ml"]
     assert math.isnan(volume["lv_ef_percent"])
+    assert walls.loc["volume", "ed_mm"].tolist() == walls.loc["patient001", "ed_mm"].tolist()
+    assert walls.loc["volume", "es_mm"].isna().all()
 
 
 def test_a_cine_alone_is_measured_at_the_extremes_of_its_curve(study, tmp_path):
