@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import monai.bundle
 import nibabel as nib
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY
+from PIL import Image, ImageSequence
 from test_cine import segment
 
 from components.evaluation.function import (
@@ -19,6 +21,7 @@ from components.evaluation.function import (
     measure_function,
     volumes_ml,
 )
+from components.evaluation.function_page import draw_bulls_eyes
 from components.evaluation.function_report import FunctionReport
 from components.phantom.dataset import write_phantom_dataset
 
@@ -162,6 +165,10 @@ def test_every_patient_and_every_cine_has_its_row(study, tmp_path, caplog):
         assert 50 <= table.loc[f"{name}_4d", "heart_rate_per_min"] <= 90
         assert math.isnan(table.loc[name, "lv_output_l_per_min"])
         assert (tmp_path / f"{name}_frame{frames['ES']:02d}_pred.nii.gz").is_file()
+        with Image.open(tmp_path / f"{name}_4d_cine.gif") as cine:
+            lasts_ms = [frame.info["duration"] for frame in ImageSequence.Iterator(cine)]  # equal frames become one
+            beat_ms = 6e4 / table.loc[f"{name}_4d", "heart_rate_per_min"]
+            assert sum(lasts_ms) == pytest.approx(beat_ms, abs=5 * len(truth[f"{name}_4d"][0]))
         curve = pd.read_csv(tmp_path / f"{name}_4d_volumes.csv")
         assert list(curve.columns) == ["frame", "time_ms", "lv_ml", "rv_ml", "myo_ml"]
         found = curve[["rv_ml", "myo_ml", "lv_ml"]].to_numpy().T
@@ -175,6 +182,35 @@ def test_every_patient_and_every_cine_has_its_row(study, tmp_path, caplog):
     assert math.isnan(volume["lv_ef_percent"])
     assert walls.loc["volume", "ed_mm"].tolist() == walls.loc["patient001", "ed_mm"].tolist()
     assert walls.loc["volume", "es_mm"].isna().all()
+
+
+def test_a_page_for_each_case_shows_what_was_measured_without_any_network(study, tmp_path):
+    root, _ = study
+    segment(root / "training/patient002", tmp_path, network=GreyIsClass(), handlers=[FunctionReport(str(tmp_path))])
+    summary = (tmp_path / "function.html").read_text()
+    assert re.findall(r'href="(.*?)"', summary) == ["patient002.html", "patient002_4d.html"]
+    table = pd.read_csv(tmp_path / "function.csv").set_index("case")
+    for case, headings in {"patient002": [], "patient002_4d": ["Cine", "Volumes over time"]}.items():
+        page = (tmp_path / f"{case}.html").read_text()
+        assert re.findall("<h2>(.*?)</h2>", page) == [*headings, "Contours at ED", "Contours at ES", "Wall thickness"]
+        assert f"{table.loc[case, 'lv_ef_percent']:.2f}" in page
+        assert f"{table.loc[case, 'lv_ef_percent']:.2f}" in summary
+        sources = re.findall(r'src="(.*?)[,"]', page)
+        assert set(sources) <= {"data:image/png;base64", "patient002_4d_cine.gif"}
+        assert "http" not in page
+    assert (tmp_path / "patient002_4d_cine.gif").is_file()
+
+
+def test_the_bulls_eye_has_the_anterior_wall_on_top_and_the_septum_left():
+    thickness = np.arange(1.0, 17)
+    thickness[4] = NAN
+    (axes,) = draw_bulls_eyes({"ED, mm": thickness}).axes
+    places = {text.get_text(): text.get_position() for text in axes.texts}
+    assert places["1"][0] == places["7"][0] == places["13"][0] == pytest.approx(np.pi / 2)
+    assert places["14"][0] == pytest.approx(np.pi)  # counter-clockwise from the right
+    assert places["4"][0] == pytest.approx(1.5 * np.pi)
+    assert places["1"][1] > places["7"][1] > places["13"][1]
+    assert "5" not in places
 
 
 def test_a_cine_alone_is_measured_at_the_extremes_of_its_curve(study, tmp_path):

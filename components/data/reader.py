@@ -175,7 +175,7 @@ def _read_nifti(path: Path) -> _Opened:
     return _Opened(path, array, affine, unit_mm, header)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # a cine and its labels
 def _read_series(path: Path, _changed_ns: int) -> _Opened:
     """Read a file of which the frames are asked for one after the other; it is read again once it has changed."""
     return _read_nifti(path)

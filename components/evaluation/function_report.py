@@ -6,13 +6,14 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 
 from components.data.acdc import CLASS_NAMES, INFO, read_info
@@ -29,6 +30,15 @@ from components.evaluation.function import (
     measure_function,
     volumes_ml,
 )
+from components.evaluation.function_page import (
+    beating_picture,
+    draw_bulls_eyes,
+    draw_curve,
+    save_gif,
+    write_case_page,
+    write_summary_page,
+)
+from components.evaluation.overlays import draw_overlay, foreground_extent
 from components.evaluation.reports import Row, write_csv
 from components.evaluation.wall import SEGMENTS, thickening_percent, wall_thickness_mm
 
@@ -40,6 +50,15 @@ NOT_YET = ("predicted_dice", "flag", "reason")  # columns that are left empty
 _DECIMALS = 2
 
 
+class _Volume(NamedTuple):
+    """A frame with its labels, both `(H,W,D)`, slices last; the affine in mm."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    affine: np.ndarray
+    spacing_mm: tuple[float, ...]
+
+
 @dataclass
 class _Case:
     """The frames of a series, of an ACDC patient, or a single volume."""
@@ -47,7 +66,7 @@ class _Case:
     name: str
     info: dict[str, str] = field(default_factory=dict)  # what the Info.cfg beside it says
     frames: list[int] = field(default_factory=list)  # their numbers, from 1
-    items: list[dict[Hashable, Any]] = field(default_factory=list)  # what loads the labels of each, for `LoadVolumed`
+    items: list[dict[Hashable, Any]] = field(default_factory=list)  # what loads each with its labels
     volumes: list[dict[str, float]] = field(default_factory=list)  # in ml, of each frame
     frame_seconds: float = NAN
     is_series: bool = False
@@ -80,7 +99,8 @@ class FunctionReport:
 
     `function.csv` has a row for each case, sorted by name, with the measures of `measure_function`, empty where they
     are unknown, and the columns of `NOT_YET`, which are empty. `wall_thickness.csv` has a row for each case and each of
-    `SEGMENTS`. A series also has `<case>_volumes.csv`, with the volumes in each frame.
+    `SEGMENTS`. A series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.gif`, with all
+    frames. `<case>.html` shows what belongs to a case, and `function.html` leads to them.
 
     Args:
         output_dir: folder of the tables, which `SavePredictiond` has saved the label maps in.
@@ -126,12 +146,17 @@ class FunctionReport:
         cases = self._cases(engine.segmented)
         rows, walls = [], []
         for case in sorted(cases, key=lambda case: case.name):
-            rows.append(self._row(case))
-            walls += self._wall_rows(case)
+            row, phases = self._row(case), self._phases(case)
+            wall_mm = {phase: self._wall_mm(volume) for phase, volume in phases.items()}
+            rows.append(row)
+            walls += _wall_rows(case, wall_mm)
             if case.is_series:
                 write_csv(self.output_dir / f"{case.name}_volumes.csv", CURVE_COLUMNS, _curve_rows(case))
+            self._write_page(case, row, phases, wall_mm)
         if rows:
             write_csv(self.output_dir / "wall_thickness.csv", WALL_COLUMNS, walls)
+            pages = {case.name: f"{case.name}.html" for case in cases}
+            write_summary_page(self.output_dir / "function.html", rows, pages)
             path = write_csv(self.output_dir / "function.csv", tuple(rows[0]), rows)
             logger.info("Ventricular function of %d cases: %s", len(rows), path)
 
@@ -155,7 +180,10 @@ class FunctionReport:
             path, measured = Path(file), self._measured[file]
             folder, name = path.parent, case_name(path)
             info = read_info(folder) if (folder / INFO).is_file() else {}
-            item: dict[Hashable, Any] = {"label": str(self.output_dir / f"{name}_{PREDICTION_POSTFIX}.nii.gz")}
+            item: dict[Hashable, Any] = {
+                "image": file,
+                "label": str(self.output_dir / f"{name}_{PREDICTION_POSTFIX}.nii.gz"),
+            }
             of_patient = re.fullmatch(rf"{re.escape(folder.name)}_frame(\d+)", name)
             if info and of_patient:
                 cases.setdefault(folder, _Case(folder.name, info)).add(int(of_patient[1]), item, measured[0])
@@ -186,25 +214,67 @@ class FunctionReport:
             **dict.fromkeys(NOT_YET, ""),
         }
 
-    def _wall_rows(self, case: _Case) -> list[Row]:
+    def _phases(self, case: _Case) -> dict[str, _Volume]:
+        """Load the frames at ED and at ES, as far as there are any."""
         ed, es, _ = case.phases()
-        thickness = [np.full(len(SEGMENTS), NAN) if n is None else self._wall_mm(case.items[n]) for n in (ed, es)]
-        columns = [*thickness, thickening_percent(*thickness)]
-        return [
-            {
-                "case": case.name,
-                "segment": number,
-                "name": name,
-                **{key: _as_text(float(value)) for key, value in zip(WALL_COLUMNS[3:], values, strict=True)},
-            }
-            for number, (name, *values) in enumerate(zip(SEGMENTS, *columns, strict=True), start=1)
-        ]
+        return {phase: self._load(case.items[index]) for phase, index in (("ED", ed), ("ES", es)) if index is not None}
 
-    def _wall_mm(self, item: dict[Hashable, Any]) -> np.ndarray:
-        loaded: Any = LoadVolumed("label", num_classes=len(self.class_names) + 1)(item)["label"]
-        labels: Any = slices_last(loaded, self.slice_axis)
+    def _load(self, item: Mapping[Hashable, Any]) -> _Volume:
+        loaded = LoadVolumed(["image", "label"], num_classes=len(self.class_names) + 1)(item)
+        image, labels = (slices_last(loaded[key], self.slice_axis) for key in ("image", "label"))
+        affine = cast(MetaTensor, labels).affine.numpy()
+        return _Volume(image[0].numpy(), labels[0].numpy(), affine, header_spacing_mm(labels))
+
+    def _wall_mm(self, volume: _Volume) -> np.ndarray:
         classes = {name: self.class_names.index(name) + 1 for name in CLASS_NAMES}
-        return wall_thickness_mm(labels[0].numpy(), labels.affine.numpy(), classes)
+        return wall_thickness_mm(volume.labels, volume.affine, classes)
+
+    def _write_page(
+        self, case: _Case, row: Row, phases: Mapping[str, _Volume], wall_mm: Mapping[str, np.ndarray]
+    ) -> None:
+        figures, cine = {}, None
+        if case.is_series:
+            cine = f"{case.name}_cine.gif"
+            extent = foreground_extent(
+                [volume.labels for volume in phases.values()], next(iter(phases.values())).spacing_mm
+            )
+            classes = {name: label for label, name in enumerate(self.class_names, start=1)}
+            frames = ((volume.image, volume.labels) for volume in map(self._load, case.items))
+            save_gif(self.output_dir / cine, beating_picture(frames, extent, classes), case.frame_seconds)
+            known = not math.isnan(case.frame_seconds)
+            time = [1000 * case.frame_seconds * (frame - 1) if known else frame for frame in case.frames]
+            curves = {name: case.curve(name) for name in self.class_names}
+            marks = {phase: n for phase, n in zip(("ED", "ES"), case.phases(), strict=False) if n is not None}
+            figures["Volumes over time"] = draw_curve(time, curves, unit="ms" if known else "", marks=marks)
+        for phase, volume in phases.items():
+            figures[f"Contours at {phase}"] = draw_overlay(
+                volume.image,
+                None,
+                volume.labels,
+                spacing_mm=volume.spacing_mm,
+                title=f"{case.name}, {phase}",
+                class_names=self.class_names,
+            )
+        thickness = {f"{phase}, mm": values for phase, values in wall_mm.items()}
+        if len(wall_mm) == 2:
+            thickness["thickening, %"] = thickening_percent(wall_mm["ED"], wall_mm["ES"])
+        figures["Wall thickness"] = draw_bulls_eyes(thickness)
+        write_case_page(self.output_dir / f"{case.name}.html", row, figures=figures, cine=cine)
+
+
+def _wall_rows(case: _Case, wall_mm: Mapping[str, np.ndarray]) -> list[Row]:
+    ed, es = (wall_mm.get(phase, np.full(len(SEGMENTS), NAN)) for phase in ("ED", "ES"))
+    return [
+        {
+            "case": case.name,
+            "segment": number,
+            "name": name,
+            **{key: _as_text(float(value)) for key, value in zip(WALL_COLUMNS[3:], values, strict=True)},
+        }
+        for number, (name, *values) in enumerate(
+            zip(SEGMENTS, ed, es, thickening_percent(ed, es), strict=True), start=1
+        )
+    ]
 
 
 def _curve_rows(case: _Case) -> list[Row]:
