@@ -57,6 +57,12 @@ def test_the_order_in_which_voxels_are_stored_does_not_matter(axis):
     assert by_name(np.flip(labels, axis), AFFINE @ flip) == pytest.approx(by_name(labels), abs=1e-6)
 
 
+def test_slices_whose_file_calls_them_axial_have_the_anterior_wall_on_top():
+    labels = heart(septal_mm=10, inferior_extra_mm=4)
+    axial = np.diag([-SPACING, -SPACING, 10, 1])  # as ACDC's files have it: axis 1 runs to the back
+    assert by_name(labels, axial) == pytest.approx(by_name(labels))
+
+
 def test_what_is_not_seen_is_not_measured():
     labels = heart(slices=2)
     assert np.isnan(wall_thickness_mm(labels, AFFINE, CLASSES)).tolist() == [False] * 12 + [True] * 4

@@ -14,7 +14,10 @@ SEGMENTS = (
     *(f"mid {name}" for name in _AROUND),
     *(f"apical {name}" for name in _AROUND_APEX),
 )
-_UP = np.array([0.0, 0.0, 1.0])  # the patient's head in RAS: the inferior wall lies on the diaphragm
+# Where the anterior wall lies, in RAS: towards the head, since the inferior wall lies on the diaphragm. Files such as
+# ACDC's have lost the orientation and say that slices are axial; there the front is what screens show on top.
+_HEAD, _FRONT = np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0])
+_LEANS = 0.2  # cosine from which on a direction counts as one towards the head
 _RAYS = 120
 _STEP_MM, _FARTHEST_MM = 0.5, 90.0
 _SEPTUM_VOXELS = 2  # from the right ventricle within which the wall counts as septum
@@ -26,7 +29,7 @@ def wall_thickness_mm(labels: np.ndarray, affine: np.ndarray, classes: Mapping[s
     The slices that show cavity and wall are divided in thirds: basal, mid and apical. The middle of the septum is the
     middle of the wall that the right ventricle touches, in all slices together; half-way between its insertion points.
     From there each segment spans 60 degrees, near the apex 90, and the anterior wall lies on the side of the patient's
-    head. The apex itself, segment 17, is not measured, nor is a ray on which the wall is open.
+    head, or of the front where the affine says that slices are axial. The apex itself, segment 17, is not measured, nor is a ray on which the wall is open.
 
     Source: Cerqueira et al., "Standardized myocardial segmentation and nomenclature for tomographic imaging of the
     heart", Circulation 2002.
@@ -48,7 +51,9 @@ def wall_thickness_mm(labels: np.ndarray, affine: np.ndarray, classes: Mapping[s
         return thickness
     septal /= np.linalg.norm(septal)
     anterior = np.array([-septal[1], septal[0]])
-    anterior *= np.sign(anterior @ (affine[:3, :2] / spacing).T @ _UP) or 1
+    direction = (affine[:3, :2] / spacing) @ anterior
+    towards = _HEAD if abs(direction @ _HEAD) > _LEANS else _FRONT
+    anterior *= np.sign(direction @ towards) or 1
     pool = (cavity | right).sum((0, 1))[slices]
     if pool[len(slices) // 2 :].sum() > pool[: (len(slices) + 1) // 2].sum():
         slices = slices[::-1]  # the base, where the ventricles are wide, comes first
