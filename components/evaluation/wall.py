@@ -29,7 +29,8 @@ def wall_thickness_mm(labels: np.ndarray, affine: np.ndarray, classes: Mapping[s
     The slices that show cavity and wall are divided in thirds: basal, mid and apical. The middle of the septum is the
     middle of the wall that the right ventricle touches, in all slices together; half-way between its insertion points.
     From there each segment spans 60 degrees, near the apex 90, and the anterior wall lies on the side of the patient's
-    head, or of the front where the affine says that slices are axial. The apex itself, segment 17, is not measured, nor is a ray on which the wall is open.
+    head, or of the front where the affine says that slices are axial. The apex itself, segment 17, is not measured, nor
+    is a ray on which the wall is open.
 
     Source: Cerqueira et al., "Standardized myocardial segmentation and nomenclature for tomographic imaging of the
     heart", Circulation 2002.
