@@ -235,7 +235,8 @@ def expected_files(folder: Path = BUNDLES) -> dict[Path, str]:
     configs: dict[str, dict[str, Config]] = {}
     for bundle in (*entries["heads"], *entries["baselines"], "sambox_acdc"):
         of_bundle = {
-            name: folder / bundle / f"configs/{name}.json" for name in ("train", "inference", "evaluate", "small")
+            name: folder / bundle / f"configs/{name}.json"
+            for name in ("train", "inference", "evaluate", "function", "small")
         }
         configs[bundle] = {name: json.loads(files[path]) for name, path in of_bundle.items() if path in files}
         name = next(iter(configs[bundle]))

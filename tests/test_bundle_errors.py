@@ -133,11 +133,11 @@ def test_inference_with_another_encoder(phantoms):
     assert "the vit_tiny encoder in use" in infer(phantoms, phantoms.parent)
 
 
-def test_inference_of_a_series_named_itself(tmp_path):
+def test_inference_of_an_array_of_five_axes(tmp_path):
     torch.save(untrained_state(), tmp_path / "model.pt")
-    series = tmp_path / "patient001_4d.nii.gz"
-    nib.save(nib.Nifti1Image(np.random.RandomState(0).rand(16, 16, 2, 3), np.eye(4)), series)
-    assert "is not one 3D volume: expected (H, W, D), received (16, 16, 2, 3)" in infer(series, tmp_path)
+    tensors = tmp_path / "tensors.nii.gz"
+    nib.save(nib.Nifti1Image(np.random.RandomState(0).rand(16, 16, 2, 3, 6), np.eye(4)), tensors)
+    assert "is not one 3D volume: expected (H, W, D), received (16, 16, 2, 3, 6)" in infer(tensors, tmp_path)
 
 
 def test_cache_for_a_trainable_encoder(phantoms):

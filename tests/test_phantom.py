@@ -325,6 +325,9 @@ def test_the_series_holds_the_two_frames(tmp_path):
     for phase in ("ED", "ES"):
         frame = nib.load(folder / f"patient001_frame{int(info[phase]):02d}.nii.gz")
         assert np.array_equal(series.dataobj[..., int(info[phase]) - 1], frame.dataobj)
+    truth = nib.load(folder / "patient001_4d_gt.nii.gz")
+    assert truth.shape == series.shape
+    assert 60 / 90 <= series.header["pixdim"][4] * series.shape[-1] <= 60 / 50  # a heart beat in seconds
 
 
 @pytest.mark.parametrize("call", [{"patients": 0}, {"seed": -1}, {"size_hw_d": (8, 32, 4)}, {"size_hw_d": (32, 32)}])

@@ -62,7 +62,7 @@ def study(tmp_path) -> Path:
     (folder / "a" / "back").symlink_to(folder)
     save(folder / "labelsTr" / "plain2.nii.gz")
     save(folder / "a" / "plain_gt.nii.gz")
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 2, 3), np.int16), np.eye(4)), folder / "series.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 2, 3, 6), np.int16), np.eye(4)), folder / "tensors.nii.gz")
     (folder / "notes.txt").write_text("hello")
     save(folder / "a" / "._plain.nii.gz")
     return folder
@@ -88,7 +88,7 @@ def test_good_volumes_are_segmented_and_the_others_named(study, tmp_path, caplog
     assert "segmented 4 of 7 volumes" in caplog.text
     assert "skipped 1, a folder of labels: labelsTr" in caplog.text
     assert "skipped 1, a label or prediction by its name: a/plain_gt.nii.gz" in caplog.text
-    assert "skipped 1, not one 3D volume but an array (4, 4, 2, 3)" in caplog.text
+    assert "skipped 1, neither a 3D volume nor a series of them but an array (4, 4, 2, 3, 6)" in caplog.text
     assert "notes.txt" not in caplog.text
     assert "._plain" not in caplog.text
 

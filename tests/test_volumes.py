@@ -17,14 +17,40 @@ def save(path, shape, dtype=np.int16, values=None):
     return str(path)
 
 
-def test_folder_is_searched_recursively_without_labels_predictions_and_series(tmp_path):
+def test_folder_is_searched_recursively_without_labels_and_predictions(tmp_path):
     expected = [save(tmp_path / "a" / "x_frame01.nii.gz", (4, 4, 2)), save(tmp_path / "b" / "c" / "y.nii", (4, 4, 1))]
     save(tmp_path / "a" / "x_frame01_gt.nii.gz", (4, 4, 2))
     save(tmp_path / "a" / "x_frame01_pred.nii.gz", (4, 4, 2))
-    save(tmp_path / "a" / "x_4d.nii.gz", (4, 4, 2, 3))
-    save(tmp_path / "a" / "series.nii.gz", (4, 4, 2, 3))
+    save(tmp_path / "a" / "x_4d_gt.nii.gz", (4, 4, 2, 3))
+    save(tmp_path / "a" / "tensors.nii.gz", (4, 4, 2, 3, 6))
     save(tmp_path / "a" / "._x_frame01.nii.gz", (4, 4, 2))
-    assert [volume["image"] for volume in find_volumes(str(tmp_path))] == expected
+    found = find_volumes(str(tmp_path))
+    assert [volume["image"] for volume in found] == expected
+    assert list(found.skipped) == [
+        "a/tensors.nii.gz",
+        "a/x_4d_gt.nii.gz",
+        "a/x_frame01_gt.nii.gz",
+        "a/x_frame01_pred.nii.gz",
+    ]
+    assert "neither a 3D volume nor a series of them but an array (4, 4, 2, 3, 6)" in found.skipped["a/tensors.nii.gz"]
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 2, 3), (4, 4, 2, 1, 3), (4, 1, 4, 2, 3), (4, 4, 2, 3, 1)])
+def test_every_frame_of_a_series_is_found(tmp_path, shape):
+    volume, series = save(tmp_path / "x.nii.gz", (4, 4, 2)), save(tmp_path / "cine.nii.gz", shape)
+    frames = [{"image": series, "frame": frame, "frames": 3} for frame in range(3)]
+    assert find_volumes(series) == frames
+    assert find_volumes(str(tmp_path)) == [*frames, {"image": volume}]
+    for frame in frames:
+        loaded = LoadVolumed("image")(frame)["image"]
+        whole = np.arange(96).reshape(4, 4, 2, 3)
+        assert np.array_equal(loaded[0].numpy(), whole[..., frame["frame"]])
+
+
+def test_a_series_is_no_volume_to_train_on(tmp_path):
+    with pytest.raises(Exception) as caught:
+        LoadVolumed("image")({"image": save(tmp_path / "cine.nii.gz", (4, 4, 2, 3))})
+    assert "give single frames of a series" in messages_of(caught.value)
 
 
 def test_file_is_taken_as_it_is_named(tmp_path):

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 SUBSETS = ("training", "validation", "test")
 CLASS_NAMES = ("RV", "Myo", "LV")  # labels 1, 2 and 3
+INFO = "Info.cfg"  # in each patient's folder
 LABEL_UNITS = ("patients", "frames")
 HELD_OUT_PERCENT = 15  # of the patients for validation, and the same for test (paper section 4.1)
 
@@ -154,10 +155,10 @@ def _is_patient(path: Path) -> bool:
 
 def _list_frames(patient: Path) -> list[Case]:
     """Return the ED and ES case in a patient's folder."""
-    info = patient / "Info.cfg"
+    info = patient / INFO
     if not info.is_file():
         raise ValueError(f"{patient} is not an ACDC patient: expected an Info.cfg that names its ED and ES frames")
-    fields = dict(re.findall(r"^\s*(\w+)\s*:\s*(\S+)", _read_text(info), flags=re.MULTILINE))
+    fields = read_info(patient)
     by_name: dict[str, Path] = {}  # of several files of one name the one with the release's suffix, which comes first
     volumes = [path for path in patient.iterdir() if volume_suffix(path)]
     for path in sorted(volumes, key=lambda path: (VOLUME_SUFFIXES.index(volume_suffix(path)), path)):
@@ -178,6 +179,15 @@ def _list_frames(patient: Path) -> list[Case]:
                 )
         cases.append({"image": str(by_name[stem]), "label": str(by_name[f"{stem}_gt"])})
     return cases
+
+
+def read_info(patient: Path) -> dict[str, str]:
+    """Return what the `Info.cfg` in a patient's folder says: `ED` and `ES`, `Height` in cm, `Weight` in kg and others.
+
+    Raises:
+        ValueError: when the file is no text.
+    """
+    return dict(re.findall(r"^\s*(\w+)\s*:\s*(\S+)", _read_text(patient / INFO), flags=re.MULTILINE))
 
 
 def _read_text(file: Path) -> str:

@@ -1,5 +1,6 @@
 """Reading of volumes from files: by their content, with their geometry in millimetres as their header says."""
 
+import functools
 import gzip
 import logging
 import zlib
@@ -14,16 +15,26 @@ from monai.data import ImageReader, ITKReader
 from monai.data.utils import affine_to_spacing
 from monai.utils import MetaKeys, OptionalImportError, SpaceKeys, ensure_tuple
 
-from components.data.volume_metadata import ITK_SUFFIXES, other_of_pair, volume_axes, volume_suffix
+from components.data.volume_metadata import (
+    FRAME,
+    FRAMES,
+    ITK_SUFFIXES,
+    other_of_pair,
+    series_axes,
+    volume_axes,
+    volume_suffix,
+)
 
 logger = logging.getLogger(__name__)
 
 # Keys of a volume's metadata: the bytes of its file's NIfTI header, the shape that its array has there.
 NIFTI_HEADER = "nifti_header"
 STORED_SHAPE = "stored_shape"
+FRAME_SECONDS = "frame_seconds"  # from one frame to the next; nan where the header names no unit of time
 UNIT_MM = "unit_mm"  # the unit of its file's lengths; nan where the header names none, which is taken for mm
 
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes: metre, millimetre, micrometre
+_SECONDS_PER_UNIT = {8: 1.0, 16: 1e-3, 24: 1e-6}  # likewise: second, millisecond, microsecond
 _CONTRADICTION = 1e-3  # relative difference beyond which two voxel sizes of one header contradict each other
 _GZIP = b"\x1f\x8b"
 _OTHER_FORMATS = {
@@ -52,7 +63,7 @@ class _Opened(NamedTuple):
 
 
 class VolumeReader(ImageReader):
-    """Read one 3D volume as float64 (H, W, D), with its affine in mm.
+    """Read one 3D volume, or one frame of a series, as float64 (H, W, D), with its affine in mm.
 
     NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, whatever the name, and what else nibabel
     reads by its name. `.mha`, `.mhd`,
@@ -62,7 +73,14 @@ class VolumeReader(ImageReader):
     that is no affine (a row of zeros, say) counts as not set. MONAI's reader differs: it changes a voxel size that
     contradicts the affine; here both stay and a warning names them. Complex values are read as magnitudes. Of more than
     three axes those of length 1 are dropped. The metadata keep what a prediction needs to get the same header.
+
+    Args:
+        frame: index of the frame to read of a series, which is kept in memory for the next one; None for a volume.
     """
+
+    def __init__(self, frame: int | None = None) -> None:
+        super().__init__()
+        self.frame = frame
 
     def verify_suffix(self, _: Sequence[PathLike] | PathLike) -> bool:
         """Accept any name, since the content decides."""
@@ -83,6 +101,8 @@ class VolumeReader(ImageReader):
             OptionalImportError: for a format that needs `itk-io`, which is not installed.
         """
         (path,) = (Path(name) for name in ensure_tuple(data))
+        if self.frame is not None:
+            return _read_series(path, path.stat().st_mtime_ns)
         return _read_with_itk(path) if volume_suffix(path) in ITK_SUFFIXES else _read_nifti(path)
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -95,10 +115,21 @@ class VolumeReader(ImageReader):
             float64 (H, W, D), and metadata with keys of MONAI's readers and this module's.
 
         Raises:
-            ValueError: when the array is no 3D volume.
+            ValueError: when the array is no 3D volume, or no series that has the frame.
         """
-        shape = img.array.shape
+        shape, array, of_series = img.array.shape, img.array, {}
         axes = volume_axes(shape)
+        if self.frame is not None:
+            series = series_axes(shape)
+            if series is None or self.frame >= shape[series[-1]]:
+                raise ValueError(
+                    f"{img.path} has no frame {self.frame}: expected (H, W, D, T) with T > {self.frame}, "
+                    f"received {shape}; was the file changed after its frames were counted?"
+                )
+            axes, time = series[:3], series[3]
+            array = array.take(self.frame, axis=time)
+            seconds = _frame_seconds(img.header)
+            of_series = {FRAME: self.frame, FRAMES: shape[time], FRAME_SECONDS: seconds}
         if axes is None:
             is_one_hot = img.array.ndim == 4 and np.isin(img.array, (0, 1)).all()
             remedy = "give the argmax of one-hot labels" if is_one_hot else "give single frames of a series"
@@ -107,7 +138,7 @@ class VolumeReader(ImageReader):
         dropped = [axis for axis in range(3) if axis not in axes]
         columns = [axis if axis < 3 else dropped.pop(0) for axis in axes]
         affine = img.affine_mm[:, [*columns, 3]]
-        volume = np.abs(img.array) if np.iscomplexobj(img.array) else img.array
+        volume = np.abs(array) if np.iscomplexobj(array) else array
         metadata = {
             MetaKeys.AFFINE: affine,
             MetaKeys.ORIGINAL_AFFINE: affine.copy(),
@@ -116,6 +147,7 @@ class VolumeReader(ImageReader):
             MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),
             STORED_SHAPE: np.asarray(shape),
             UNIT_MM: img.unit_mm,
+            **of_series,
         }
         if img.header is not None:
             metadata[NIFTI_HEADER] = np.frombuffer(img.header, np.uint8).copy()
@@ -141,6 +173,21 @@ def _read_nifti(path: Path) -> _Opened:
     unit_mm = _MM_PER_UNIT.get(int(image.header["xyzt_units"]) & 7, np.nan)
     affine = scaled(_affine(image.header, path), np.nan_to_num(unit_mm, nan=1.0))
     return _Opened(path, array, affine, unit_mm, header)
+
+
+@functools.lru_cache(maxsize=2)  # a cine and its labels
+def _read_series(path: Path, _changed_ns: int) -> _Opened:
+    """Read a file of which the frames are asked for one after the other; it is read again once it has changed."""
+    return _read_nifti(path)
+
+
+def _frame_seconds(header: bytes | None) -> float:
+    """Return the time from frame to frame according to a NIfTI header, or nan."""
+    if header is None:
+        return float("nan")
+    kind = nib.Nifti1Header if len(header) == nib.Nifti1Header.sizeof_hdr else nib.Nifti2Header
+    fields = kind(header, check=False)
+    return float(fields["pixdim"][4]) * _SECONDS_PER_UNIT.get(int(fields["xyzt_units"]) & 56, float("nan"))
 
 
 def _open_nifti(path: Path) -> tuple[Any, bytes]:

@@ -24,7 +24,7 @@ from monai.utils import ImageMetaKey
 from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
 from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
-from components.data.volume_metadata import DEAD_LINK, is_dead_link, is_picture
+from components.data.volume_metadata import DEAD_LINK, FRAME, is_dead_link, is_picture
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ _COLOURS = {1: "grey values", 3: "colours"}  # by number of channels
 
 class LoadVolumed(LoadImaged):
     """Load 3D volumes as 1xHxWxD and reject those that are unfit for segmentation or training.
+
+    Of a series one frame is loaded, that with the index in the item `frame`; without that item a series is rejected.
 
     A 2D picture is a volume one slice deep, 1xWxHx1, or 3xWxHx1 if it has colours; see `PictureReader`.
 
@@ -101,7 +103,8 @@ class LoadVolumed(LoadImaged):
                 raise FileNotFoundError(f"{path} is {DEAD_LINK}")
             if not Path(path).is_file():
                 raise FileNotFoundError(f"there is no {key} {path}")
-            own = PictureReader(is_label=key == self.label_key) if is_picture(path) else VolumeReader()
+            of_pictures = PictureReader(is_label=key == self.label_key)
+            own = of_pictures if is_picture(path) else VolumeReader(loaded.get(FRAME))
             loaded[key] = self._loader(path, reader or own)
             if not self._loader.image_only:
                 loaded[key], loaded[meta_key or f"{key}_{postfix}"] = loaded[key]

@@ -14,6 +14,7 @@ from monai.data.utils import affine_to_spacing
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")  # of the formats that MONAI's `ITKReader` reads
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img", *ITK_SUFFIXES)
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+FRAME, FRAMES = "frame", "frames"  # of an item that is one frame of a series: its index, and how many there are
 DEAD_LINK = "a link whose target is not there: fetch it (git annex get, datalad get) or mend the link"
 
 
@@ -27,11 +28,28 @@ def volume_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
         three axes: all of a 3D array; of one with more axes those that are left when axes of length 1 are dropped, the
         last first. None where three do not result: a series, channels, a flat image.
     """
+    return _axes_left(shape, 3)
+
+
+def series_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Return which axes of a file's array are those of a series of volumes.
+
+    Args:
+        shape: of the array as stored.
+
+    Returns:
+        four axes, the last that of time, found like those of `volume_axes`; None for a single volume, a flat image, and
+        where more than four axes are longer than 1.
+    """
+    return None if volume_axes(shape) else _axes_left(shape, 4)
+
+
+def _axes_left(shape: Sequence[int], count: int) -> tuple[int, ...] | None:
     axes = list(range(len(shape)))
     for axis in reversed(range(len(shape))):
-        if len(axes) > 3 and shape[axis] == 1:
+        if len(axes) > count and shape[axis] == 1:
             axes.remove(axis)
-    return tuple(axes) if len(axes) == 3 else None
+    return tuple(axes) if len(axes) == count else None
 
 
 def volume_suffix(path: str | os.PathLike[str]) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.config import KeysCollection, NdarrayOrTensor, PathLike
-from monai.data import Dataset, NibabelWriter
+from monai.data import Dataset, MetaTensor, NibabelWriter
 from monai.transforms import SaveImaged
 
 from components.base.atomic_write import write_atomically
@@ -20,6 +21,8 @@ from components.data.pictures import PictureWriter
 from components.data.reader import NIFTI_HEADER, STORED_SHAPE
 from components.data.volume_metadata import (
     DEAD_LINK,
+    FRAME,
+    FRAMES,
     ITK_SUFFIXES,
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
@@ -28,6 +31,7 @@ from components.data.volume_metadata import (
     is_dead_link,
     is_picture,
     other_of_pair,
+    series_axes,
     volume_axes,
     volume_suffix,
 )
@@ -56,11 +60,11 @@ class FoundVolumes(list):
     """The volumes of a folder as a data list, and what else there was.
 
     Args:
-        volumes: dictionaries with the path of a volume as `image`.
+        volumes: dictionaries with the path of a volume as `image`; that of a frame also with `frame` and `frames`.
         skipped: reason by path, relative to the folder, of each image file or folder that is left out.
     """
 
-    def __init__(self, volumes: list[dict[str, str]], skipped: dict[str, str]) -> None:
+    def __init__(self, volumes: list[dict[str, Any]], skipped: dict[str, str]) -> None:
         super().__init__(volumes)
         self.skipped = skipped
 
@@ -72,17 +76,21 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. A damaged file and a link whose target is
     not there stay in the list, for the loader to name.
 
-    Left out, with the reason in `skipped`: files that do not hold one 3D volume; labels and predictions by their
-    postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`, `labelsVal`; folders such
-    as `labels`, `masks` or `segmentations` that have one such as `images` or `imagesTr` beside them; second ways to the
-    same file. Left out without mention: hidden files and folders, and files without an image's suffix.
+    Of a series, a 4D file such as a cine, every frame is listed, one after the other.
+
+    Left out, with the reason in `skipped`: files that hold neither a 3D volume nor a series of them; labels and
+    predictions by their postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`,
+    `labelsVal`; folders such as `labels`, `masks` or `segmentations` that have one such as `images` or `imagesTr`
+    beside them; second ways to the same file. Left out without mention: hidden files and folders, and files without an
+    image's suffix.
 
     Args:
         dataset_dir: a volume's file, taken as it is named, or a folder.
         pictures: list files of `PICTURE_SUFFIXES` instead of volumes.
 
     Returns:
-        one dictionary per volume with its path as `image`, sorted by path.
+        one dictionary per volume with its path as `image`, sorted by path; that of a frame also has its index as
+        `frame`, and their number as `frames`.
 
     Raises:
         ValueError: when `dataset_dir` is empty or has no volume, or two predictions would have the same name.
@@ -98,7 +106,7 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     if not root.exists():
         raise FileNotFoundError(f"dataset_dir {root} is not there: expected a volume's file or a folder of them")
     if root.is_file():
-        return FoundVolumes([{"image": str(root)}], {})
+        return FoundVolumes(_frames_of(root), {})
     left_out: dict[Path, str] = {}
     by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # and by real path
     for path in _files_below(root, left_out, set()):
@@ -125,7 +133,7 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
                 "one by one into different --output_dir"
             )
     found = sorted(path for paths in by_case.values() for path in paths.values())
-    return FoundVolumes([{"image": str(path)} for path in found], skipped)
+    return FoundVolumes([item for path in found for item in _frames_of(path)], skipped)
 
 
 def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -> Iterator[Path]:
@@ -160,22 +168,39 @@ def _reason_to_skip(path: Path) -> str:
         return "a label or prediction by its name"
     if (other := other_of_pair(path)) and not os.path.lexists(other):
         return f"half of a pair: there is no {other.name} beside it"
-    if suffix in ("", ".img", *ITK_SUFFIXES):  # a pair is judged by its .hdr, pictures and ITK's by the loader
+    image = None if suffix == ".img" else _header_of(path)  # a pair is judged by its .hdr
+    if image is None:
         return ""
-    try:
-        image: Any = nib.load(path)
-        shape, colours = image.shape, image.get_data_dtype().fields
-    except Exception:
-        return ""
-    if colours:
+    if image.get_data_dtype().fields:
         return "colours instead of grey values"
-    return "" if volume_axes(shape) else f"not one 3D volume but an array {shape}: give single frames of a series"
+    is_fit = volume_axes(image.shape) or series_axes(image.shape)
+    return "" if is_fit else f"neither a 3D volume nor a series of them but an array {image.shape}"
+
+
+def _frames_of(path: Path) -> list[dict[str, Any]]:
+    """Return the items of a file: one of a volume, and also of what the loader is to name, one a frame of a series."""
+    image = _header_of(path)
+    axes = image and series_axes(image.shape)
+    if not axes:
+        return [{"image": str(path)}]
+    frames = image.shape[axes[-1]]
+    return [{"image": str(path), FRAME: frame, FRAMES: frames} for frame in range(frames)]
+
+
+def _header_of(path: Path) -> Any:
+    """Return nibabel's image of a file without its voxels; None of pictures, of ITK's formats and of damaged files."""
+    if volume_suffix(path) in ("", *ITK_SUFFIXES):
+        return None
+    try:
+        return nib.load(path)
+    except Exception:  # nibabel raises many types of errors on damaged headers
+        return None
 
 
 class VolumeDataset(Dataset):
     """MONAI's `Dataset` of volumes, in which one that cannot be loaded does not stop the others.
 
-    In its place is `{"image": path, "failure": reason}`, which `SegmentationEvaluator` reports. The error of an only
+    In its place is the item with the reason as `failure`, which `SegmentationEvaluator` reports. The error of an only
     volume is raised, and so is that of a lack of memory.
 
     Args: as `Dataset`; `data` has paths as `image`, and what `find_volumes` left out in `skipped`.
@@ -186,15 +211,20 @@ class VolumeDataset(Dataset):
         """Reason by path of what the search for volumes left out."""
         return getattr(self.data, "skipped", {})
 
+    @property
+    def files(self) -> int:
+        """How many files the volumes and frames are from."""
+        return len({str(item["image"]) for item in self.data})
+
     def _transform(self, index: int) -> Any:
-        path = self.data[index]["image"]
+        item = self.data[index]
         try:
             return super()._transform(index)
         except Exception as error:
-            if len(self) == 1 or is_out_of_memory(error):
+            if self.files == 1 or is_out_of_memory(error):
                 raise
-            logger.debug("%s cannot be loaded", path, exc_info=True)
-            return {"image": str(path), FAILURE: reason_of(error)}
+            logger.debug("%s cannot be loaded", item["image"], exc_info=True)
+            return {**item, "image": str(item["image"]), FAILURE: reason_of(error)}
 
 
 class VolumeWriter(NibabelWriter):
@@ -213,15 +243,17 @@ class VolumeWriter(NibabelWriter):
         """Set the label map from a channel-first array with one channel.
 
         Args:
-            data_array: 1xHxWxD.
+            data_array: 1xHxWxD, or 1xHxWxDxT of a series.
             channel_dim: must be 0.
             _: MONAI's other options, ignored: all three spatial axes are kept.
 
         Raises:
             ValueError: when the array has another number of axes or channels.
         """
-        if channel_dim != 0 or data_array.ndim != 4 or data_array.shape[0] != 1:
-            raise ValueError(f"expected a label map (1, H, W, D), received {tuple(data_array.shape)}")
+        if channel_dim != 0 or data_array.ndim not in (4, 5) or data_array.shape[0] != 1:
+            raise ValueError(
+                f"expected a label map (1, H, W, D) or (1, H, W, D, T), received {tuple(data_array.shape)}"
+            )
         self.data_obj = data_array[0]
 
     def set_metadata(self, meta_dict: Mapping | None, **_: Any) -> None:  # type: ignore[override]
@@ -237,6 +269,8 @@ class VolumeWriter(NibabelWriter):
         """
         meta = meta_dict or {}
         expected = tuple(int(size) for size in meta.get("spatial_shape", ()))
+        if FRAMES in meta:
+            expected += (int(meta[FRAMES]),)
         if tuple(self.data_obj.shape) != expected or "original_affine" not in meta:
             raise ValueError(
                 f"expected a label map on its image's grid {expected}, received {tuple(self.data_obj.shape)}: "
@@ -279,10 +313,11 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
 class SavePredictiond(SaveImaged):
     """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`; those of pictures as indexed PNG.
 
+    Those of a series' frames, given one after the other, become one file when the last of them comes.
     Differs: MONAI's own name keeps a part of a suffix such as that of `X.NII.GZ`.
 
     Args:
-        keys: items 1xHxWxD on their image's grid, with its metadata.
+        keys: the item 1xHxWxD on its image's grid, with its metadata.
         output_dir: folder of the files, made if missing.
     """
 
@@ -297,13 +332,23 @@ class SavePredictiond(SaveImaged):
         }
         super().__init__(keys, writer=VolumeWriter, **options)
         self._pictures = SaveImaged(keys, output_ext=".png", writer=PictureWriter, **options)
+        self._frames: list[torch.Tensor] = []
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Save the items of one dictionary and return it."""
-        first = data[next(self.key_iterator(data))]
-        if is_picture(files_of(first)[0]):
+        """Save the item of one dictionary and return the dictionary."""
+        key = next(self.key_iterator(data))
+        labels = data[key]
+        if is_picture(files_of(labels)[0]):
             return self._pictures(data)
-        return super().__call__(data)
+        if FRAMES not in labels.meta:
+            return super().__call__(data)
+        if int(labels.meta[FRAME]) == 0:
+            self._frames = []
+        self._frames.append(labels.as_tensor().byte().cpu())
+        if len(self._frames) == int(labels.meta[FRAMES]):
+            super().__call__({key: MetaTensor(torch.stack(self._frames, dim=-1), meta=labels.meta)})
+            self._frames = []
+        return dict(data)
 
 
 def _named_by_case(metadata: Mapping[str, Any], _: Any) -> dict[str, Any]:

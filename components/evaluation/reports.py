@@ -135,8 +135,8 @@ class EvaluationReport:
         summary = summarise(
             dice=dice, assd_mm=assd_mm, in_pred=in_pred, in_truth=in_truth, class_names=self.class_names
         )
-        metrics_path = _write_csv(self.output_dir / "metrics.csv", METRICS_COLUMNS, scores)
-        summary_path = _write_csv(self.output_dir / "summary.csv", SUMMARY_COLUMNS, summary)
+        metrics_path = write_csv(self.output_dir / "metrics.csv", METRICS_COLUMNS, scores)
+        summary_path = write_csv(self.output_dir / "summary.csv", SUMMARY_COLUMNS, summary)
         logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{_as_table(summary)}")
 
     def _forget_cases(self, _: Engine) -> None:
@@ -196,8 +196,17 @@ def _as_text(value: str | int | float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
-    """Write rows, floats with 6 decimals, in one step; return the file's absolute path."""
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
+    """Write rows of a table in one step.
+
+    Args:
+        path: file to create or replace.
+        columns: their names, in order.
+        rows: values by column; floats are written with 6 decimals.
+
+    Returns:
+        the file's absolute path.
+    """
     with write_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)

@@ -7,12 +7,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
 from torch import Tensor
 
 from components.base.reasons import is_out_of_memory, reason_of
-from components.data.volume_metadata import files_of
+from components.data.volume_metadata import FRAME, FRAMES, case_name, files_of
 from components.data.volumes import FAILURE
+from components.evaluation.frames import FrameStore
 
 logger = logging.getLogger(__name__)
 
@@ -22,21 +27,32 @@ _IN_ERROR = 3  # failures that the error at the end repeats
 class SegmentationEvaluator(SupervisedEvaluator):
     """MONAI's `SupervisedEvaluator` that goes on after a volume that fails.
 
-    At the end, or when it is stopped, it logs how many volumes were segmented, which files were skipped and why, and
-    which volumes failed and why. The error of an only volume is raised as it is, and so is that of a lack of memory.
+    A series comes frame by frame. When its last frame has been through the network, all frames are smoothed over time
+    and go through the postprocessing one after the other, each as a volume of its own.
+
+    At the end, or when it is stopped, it logs how many files were segmented, which files were skipped and why, and
+    which files failed and why. The error of an only file is raised as it is, and so is that of a lack of memory.
 
     Args:
-        args: as `SupervisedEvaluator`; the loader gives one volume at a time, of a `VolumeDataset`.
+        args: as `SupervisedEvaluator`; the loader gives one volume or frame at a time, of a `VolumeDataset`.
+        frames: keeps what the network says of a series' frames; needed where there are series.
         skipped: reason by path of the files left out before.
         kwargs: as `SupervisedEvaluator`.
 
     Attributes:
-        segmented: the volumes' files.
+        segmented: the files, that of a series once.
         failed: reason by file.
     """
 
-    def __init__(self, *args: Any, skipped: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        frames: FrameStore | None = None,
+        skipped: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.frames = frames
         self.skipped = skipped or {}
         self.segmented: list[str] = []
         self.failed: dict[str, str] = {}
@@ -48,7 +64,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
             global_epoch: as for `SupervisedEvaluator`.
 
         Raises:
-            RuntimeError: at the end, when a volume has failed.
+            RuntimeError: at the end, when a file has failed.
         """
         self.segmented, self.failed = [], {}
         try:
@@ -60,28 +76,70 @@ class SegmentationEvaluator(SupervisedEvaluator):
             failures = [_naming(*failure) for failure in self.failed.items()]
             more = f"; and {len(failures) - _IN_ERROR} more, listed above" if len(failures) > _IN_ERROR else ""
             raise RuntimeError(
-                f"{len(failures)} of {self.state.epoch_length} volumes failed: {'; '.join(failures[:_IN_ERROR])}{more}"
+                f"{len(failures)} of {self._files} volumes failed: {'; '.join(failures[:_IN_ERROR])}{more}"
             )
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Tensor]:
+        frame, frames = (int(batchdata.get(name, default)) for name, default in ((FRAME, 0), (FRAMES, 1)))
         if FAILURE in batchdata:
             (path,), (reason,) = batchdata["image"], batchdata[FAILURE]
-            self.failed[path] = reason
+            self.failed.setdefault(path, reason)
             return {}
         path = ", ".join(files_of(batchdata["image"]))  # read before the batch is decollated
+        if path in self.failed:  # a frame of a series of which another one has failed
+            return {}
         try:
-            output = super()._iteration(engine, batchdata)
+            if frames == 1:
+                output = super()._iteration(engine, batchdata)
+            else:
+                output = self._frame_iteration(engine, batchdata, frame, frames)
         except Exception as error:
-            if engine.state.epoch_length == 1 or is_out_of_memory(error):
+            if self._files == 1 or is_out_of_memory(error):
                 raise
             logger.debug("%s failed", path, exc_info=True)
             self.failed[path] = reason_of(error)
             return {}
-        self.segmented.append(path)
+        if frame == frames - 1:
+            self.segmented.append(path)
         return output
 
+    def _frame_iteration(
+        self, engine: SupervisedEvaluator, batchdata: dict[str, Any], frame: int, frames: int
+    ) -> dict[str, Tensor]:
+        """Segment a frame; after the last one all go through the postprocessing, as the output of their network."""
+        if self.frames is None:
+            raise ValueError("a series needs a place for its frames: give the evaluator `frames`, a FrameStore")
+        image = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[0]
+
+        def predict(volume: Tensor) -> np.ndarray:
+            with torch.no_grad(), engine.mode(engine.network):
+                prediction: Any = engine.inferer(volume, engine.network)
+            return torch.as_tensor(prediction).float().cpu().numpy()
+
+        if frame == 0:
+            middle = image.shape[-1] // 2
+            self.frames.start(case_name(files_of(image)[0]), predict(image[..., middle : middle + 1]))
+        self.frames.add(image.cpu().numpy(), lambda: predict(image))
+        if frame < frames - 1:
+            return {}
+        for number, prediction in enumerate(self.frames.smoothed()):
+            # all frames lie on the same grid, so the last one's way to the network is that of all
+            of_frame = image.clone()
+            of_frame.meta[FRAME] = torch.tensor([number])
+            output = MetaTensor(torch.from_numpy(prediction).to(image.device)).copy_meta_from(of_frame)
+            engine.state.batch = {**batchdata, "image": of_frame}
+            engine.state.output = {"image": of_frame, "pred": output}
+            engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        self.frames.remove()
+        return {}
+
+    @property
+    def _files(self) -> int:
+        dataset: Any = self.data_loader.dataset  # type: ignore[union-attr]  # of a DataLoader
+        return dataset.files
+
     def _log(self) -> None:
-        logger.info("segmented %d of %d volumes", len(self.segmented), self.state.epoch_length)
+        logger.info("segmented %d of %d volumes", len(self.segmented), self._files)
         logger.debug("segmented: %s", ", ".join(self.segmented))
         by_reason = defaultdict(list)
         for path, reason in self.skipped.items():

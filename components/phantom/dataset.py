@@ -43,6 +43,7 @@ class _Scan:
     height_cm: float
     weight_kg: float
     affine: np.ndarray
+    frame_seconds: float  # a heart beat over the number of frames
 
 
 def write_phantom_dataset(
@@ -66,7 +67,8 @@ def write_phantom_dataset(
         seed: 0 or more; the same seed gives the same voxels.
         size_hw_d: shape of the arrays in the order of their axes (x, y, z), at least (16, 16, 2); it varies by default.
         zoom: factor by which the field of view is divided.
-        series: whether to write the whole cardiac cycle, too, `patientNNN_4d.nii.gz` (some seconds per patient).
+        series: whether to write the whole cardiac cycle, too, `patientNNN_4d.nii.gz` with its frame time, and the truth
+            of all its frames, `patientNNN_4d_gt.nii.gz` (some seconds per patient).
 
     Returns:
         `root`, as a string.
@@ -149,6 +151,9 @@ def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None, zoom: flo
     affine[:3, :3] = rotation * spacing_mm
     heart = np.array([-30.0, 25.0, -20.0]) + random.uniform(-20, 20, size=3)
     affine[:3, 3] = heart - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    frames = es_frame + int(random.integers(10, 18))
+    gain = float(random.uniform(120, 500))
+    height_cm, weight_kg = round(float(random.normal(170, 9)), 1), round(float(random.normal(75, 12)), 1)
     return _Scan(
         name=f"patient{number:03d}",
         size_hw_d=shape,
@@ -156,11 +161,12 @@ def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None, zoom: flo
         levels=np.linspace(first, last, depth),
         ed_frame=ed_frame,
         es_frame=es_frame,
-        frames=es_frame + int(random.integers(10, 18)),
-        gain=float(random.uniform(120, 500)),
-        height_cm=round(float(random.normal(170, 9)), 1),
-        weight_kg=round(float(random.normal(75, 12)), 1),
+        frames=frames,
+        gain=gain,
+        height_cm=height_cm,
+        weight_kg=weight_kg,
         affine=affine,
+        frame_seconds=round(60 / random.uniform(50, 90) / frames, 4),
     )
 
 
@@ -185,8 +191,9 @@ def _write_patient(
         _save(image, scan, place / f"{scan.name}_frame{frame:02d}.nii.gz")
         _save(labels, scan, place / f"{scan.name}_frame{frame:02d}_gt.nii.gz")
     if series:
-        cycle = [_render_frame(scan, frame, seed=seed, number=number)[0] for frame in range(1, scan.frames + 1)]
-        _save(np.stack(cycle, axis=-1), scan, place / f"{scan.name}_4d.nii.gz")
+        cycle = [_render_frame(scan, frame, seed=seed, number=number) for frame in range(1, scan.frames + 1)]
+        for voxels, ending in zip(zip(*cycle, strict=True), ("", "_gt"), strict=True):
+            _save(np.stack(voxels, axis=-1), scan, place / f"{scan.name}_4d{ending}.nii.gz")
 
 
 def _generator(*entropy: int) -> torch.Generator:
@@ -226,4 +233,6 @@ def _save(voxels: np.ndarray, scan: _Scan, path: Path) -> None:
     image.set_sform(scan.affine, code="scanner")
     image.set_qform(scan.affine, code="scanner")
     image.header.set_xyzt_units("mm", "sec")
+    if voxels.ndim == 4:
+        image.header["pixdim"][4] = scan.frame_seconds
     nib.save(image, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from components.data.acdc import CLASS_NAMES, Case, patient_of
+from components.data.acdc import Case, patient_of
 from components.data.volume_metadata import case_name
 from components.data.volumes import PREDICTION_POSTFIX
+from components.evaluation.function import MYOCARDIAL_DENSITY_G_PER_ML, ejection_fraction_percent, volumes_ml
 from study.grid import Cell
 from study.report.scores import cell_labels, list_test_cases
 
@@ -23,8 +23,6 @@ CLINICAL_CAPTION = (
     "several splits counts once, with the mean of its predictions. Undefined: patients of a split without an ejection "
     "fraction, because the predicted or the true mask has no ventricle at ED; they are excluded from all other columns."
 )
-MYOCARDIAL_DENSITY_G_PER_ML = 1.05
-
 _BY = ["method", "title", "labelled_patients", "quantity"]
 _PAIR = ["truth", "predicted"]
 _COLUMNS = ["method", "title", "ablation", "value", "labelled_patients", "split", "patient", "quantity", *_PAIR]
@@ -38,9 +36,7 @@ def read_volumes_ml(path: str | Path) -> dict[str, float]:
         path: NIfTI file of a label map `(H,W,D)`: 1 RV, 2 Myo, 3 LV.
     """
     image = nib.Nifti1Image.from_filename(path)
-    labels = np.asarray(image.dataobj)
-    voxel_ml = math.prod(float(mm) for mm in image.header.get_zooms()[:3]) / 1000
-    return {name: np.count_nonzero(labels == label) * voxel_ml for label, name in enumerate(CLASS_NAMES, start=1)}
+    return volumes_ml(np.asarray(image.dataobj), [float(mm) for mm in image.header.get_zooms()[:3]])
 
 
 def measure(ed_ml: Mapping[str, float], es_ml: Mapping[str, float]) -> dict[str, float]:
@@ -57,8 +53,8 @@ def measure(ed_ml: Mapping[str, float], es_ml: Mapping[str, float]) -> dict[str,
         each quantity by its name, which ends with its unit; an ejection fraction is nan if the volume at ED is 0.
     """
     return {
-        "LV EF (%)": _ejection_fraction(ed_ml["LV"], es_ml["LV"]),
-        "RV EF (%)": _ejection_fraction(ed_ml["RV"], es_ml["RV"]),
+        "LV EF (%)": ejection_fraction_percent(ed_ml["LV"], es_ml["LV"]),
+        "RV EF (%)": ejection_fraction_percent(ed_ml["RV"], es_ml["RV"]),
         "LV EDV (ml)": ed_ml["LV"],
         "RV EDV (ml)": ed_ml["RV"],
         "myocardial mass, ED (g)": MYOCARDIAL_DENSITY_G_PER_ML * ed_ml["Myo"],
@@ -162,10 +158,6 @@ def agreement_table(agreements: pd.DataFrame) -> pd.DataFrame:
             "Pearson's r": ordered["pearson_r"].map(lambda r: _format_number(r, "z.2f")),
         }
     ).reset_index(drop=True)
-
-
-def _ejection_fraction(ed_ml: float, es_ml: float) -> float:
-    return 100 * (ed_ml - es_ml) / ed_ml if ed_ml > 0 else float("nan")
 
 
 def _measure_all(files: Sequence[str | Path]) -> list[dict[str, float]]:

@@ -1,0 +1,202 @@
+"""Pages and pictures of a ventricular function read-out: curve, contours, bull's-eye, beating heart."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.ndimage import binary_erosion
+
+from components.base.atomic_write import write_atomically
+from components.data.pictures import CLASS_COLOURS
+from components.evaluation.overlays import WINDOW_PERCENTILES, Extent
+
+MEASURES = {  # what a page shows: columns of `function.csv`
+    "lv_edv_ml": "LV end-diastolic volume, ml",
+    "lv_esv_ml": "LV end-systolic volume, ml",
+    "lv_sv_ml": "LV stroke volume, ml",
+    "lv_ef_percent": "LV ejection fraction, %",
+    "rv_edv_ml": "RV end-diastolic volume, ml",
+    "rv_esv_ml": "RV end-systolic volume, ml",
+    "rv_sv_ml": "RV stroke volume, ml",
+    "rv_ef_percent": "RV ejection fraction, %",
+    "lv_mass_g": "LV myocardial mass at end-diastole, g",
+    "heart_rate_per_min": "Heart rate, beats per minute",
+    "lv_output_l_per_min": "Cardiac output, l/min",
+}
+IN_SUMMARY = ("lv_edv_ml", "lv_esv_ml", "lv_ef_percent", "rv_edv_ml", "rv_esv_ml", "rv_ef_percent", "lv_mass_g")
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}"
+    "td.number{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}"
+)
+_TILES_PER_ROW = 5
+_ENLARGED = 2  # pixels of the beating picture for one of the image
+_DEFAULT_FRAME_MS = 40
+_COLOURS = 64  # of the beating picture
+_RINGS = ((0.72, 6), (0.44, 6), (0.16, 4))  # inner radius and segments: basal, mid, apical
+_RING_WIDTH = 0.28
+
+
+def draw_curve(time: Sequence[float], volumes: Mapping[str, Sequence[float]], *, unit: str, marks: Mapping) -> Figure:
+    """Draw volumes over time.
+
+    Args:
+        time: of each frame.
+        volumes: in ml in each frame, by class in the order of the labels.
+        unit: of the time.
+        marks: index of a frame by the name that is written beside it.
+    """
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, values) in zip(CLASS_COLOURS, volumes.items(), strict=False):
+        axes.plot(time, values, ".-", color=colour, label=name)
+    for name, index in marks.items():
+        axes.axvline(time[index], color="0.6", linewidth=1, linestyle=":")
+        axes.annotate(name, (time[index], 1), xycoords=("data", "axes fraction"), va="bottom", ha="center")
+    axes.set(xlabel=f"time, {unit}" if unit else "frame", ylabel="volume, ml", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_bulls_eyes(values: Mapping[str, np.ndarray]) -> Figure:
+    """Draw the 16 segments as rings, basal outside and apical inside, the anterior wall on top and the septum left.
+
+    Args:
+        values: of the 16 segments, nan left white, by the title above them.
+    """
+    figure = Figure(figsize=(3.6 * len(values), 3.7), layout="constrained")
+    every = figure.subplots(1, len(values), subplot_kw={"projection": "polar"}, squeeze=False)[0]
+    for axes, (title, of_segments) in zip(every, values.items(), strict=True):
+        known = of_segments[~np.isnan(of_segments)]
+        scale = Normalize(min(known.min(initial=0), 0), max(known.max(initial=0), 1e-6))
+        segment = 0
+        for inner, count in _RINGS:
+            for number in range(count):
+                value, middle = of_segments[segment], math.pi / 2 + number * 2 * math.pi / count
+                colour = "white" if math.isnan(value) else colormaps["viridis"](scale(value))
+                axes.bar(middle, _RING_WIDTH, 2 * math.pi / count, inner, color=colour, edgecolor="white")
+                text = "-" if math.isnan(value) else f"{value:.0f}"
+                dark = not math.isnan(value) and scale(value) < 0.6
+                axes.text(
+                    middle,
+                    inner + _RING_WIDTH / 2,
+                    text,
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                )
+                segment += 1
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    return figure
+
+
+def beating_picture(
+    frames: Iterable[tuple[np.ndarray, np.ndarray]], extent: Extent, classes: Mapping[str, int]
+) -> list[Image.Image]:
+    """Draw every frame of a cine: all slices side by side, with the outlines of the classes.
+
+    Args:
+        frames: grey values and labels of each, `(H,W,D)`, as scanners show slices: axis 0 to the right, 1 down.
+        extent: start and stop on axes 0 and 1 of what is shown.
+        classes: label of each class.
+
+    Returns:
+        pictures of one size, all on the grey scale of the first.
+    """
+    (left, right), (top, bottom) = extent
+    pictures: list[Image.Image] = []
+    low, high = 0.0, 1.0
+    for image, labels in frames:
+        if not pictures:
+            low, high = (float(value) for value in np.percentile(image, WINDOW_PERCENTILES))
+        grey = ((image[left:right, top:bottom] - low) / max(high - low, 1e-6)).clip(0, 1) * 255
+        cut = labels[left:right, top:bottom]
+        tiles = [_tile(grey[..., n], cut[..., n], classes) for n in range(image.shape[2])]
+        columns = min(_TILES_PER_ROW, len(tiles))
+        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+        rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
+        pictures.append(Image.fromarray(np.concatenate(rows, axis=0)))
+    return pictures
+
+
+def _tile(grey: np.ndarray, labels: np.ndarray, classes: Mapping[str, int]) -> np.ndarray:
+    """Return one slice as an RGB array, rows first, enlarged, with outlines."""
+    size = (grey.shape[0] * _ENLARGED, grey.shape[1] * _ENLARGED)
+    enlarged = Image.fromarray(grey.T.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    tile = np.repeat(np.asarray(enlarged)[..., None], 3, axis=2)
+    large = labels.T.repeat(_ENLARGED, 0).repeat(_ENLARGED, 1)
+    for number, value in enumerate(classes.values()):
+        mask = large == value
+        tile[mask & ~binary_erosion(mask)] = [255 * part for part in to_rgb(CLASS_COLOURS[number])]
+    return tile
+
+
+def save_gif(path: Path, pictures: Sequence[Image.Image], frame_seconds: float) -> None:
+    """Write pictures as an endless GIF; 40 ms each where the time from frame to frame is not known."""
+    duration = _DEFAULT_FRAME_MS if math.isnan(frame_seconds) else max(20, 10 * round(100 * frame_seconds))
+    pictures = [picture.quantize(_COLOURS, dither=Image.Dither.NONE) for picture in pictures]
+    with write_atomically(path) as temporary:
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=list(pictures[1:]), duration=duration, loop=0
+        )
+
+
+def write_case_page(path: Path, row: Mapping, *, figures: Mapping[str, Figure], cine: str | None = None) -> None:
+    """Write the page of a case, which needs no network.
+
+    Args:
+        path: the file.
+        row: of `function.csv`.
+        figures: by the heading above them; they become part of the file.
+        cine: name of the picture of the beating heart beside the file, if there is one.
+    """
+    measured = [(title, row[name]) for name, title in MEASURES.items() if row[name] != ""]
+    told = f"ED is frame {row['ed_frame'] or '-'}, ES frame {row['es_frame'] or '-'}, by {row['ed_es_by']}."
+    rows = "".join(f"<tr><td>{title}</td><td class=number>{value}</td></tr>" for title, value in measured)
+    parts = [f"<p>{html.escape(told)}</p>", f"<table>{rows}</table>"]
+    if cine:
+        parts.append(f'<h2>Cine</h2><img src="{html.escape(cine)}" alt="all slices over time, with contours">')
+    for heading, figure in figures.items():
+        with io.BytesIO() as file:
+            figure.savefig(file, format="png", dpi=110)
+            picture = base64.b64encode(file.getvalue()).decode()
+        title = html.escape(heading)
+        parts.append(f'<h2>{title}</h2><img src="data:image/png;base64,{picture}" alt="{title}">')
+    _write_page(path, str(row["case"]), parts)
+
+
+def write_summary_page(path: Path, rows: Sequence[Mapping], pages: Mapping[str, str]) -> None:
+    """Write the page over all cases.
+
+    Args:
+        path: the file.
+        rows: of `function.csv`.
+        pages: name of the file of each case's page, beside it.
+    """
+    head = "".join(f"<th>{title}</th>" for title in ("case", *(MEASURES[name] for name in IN_SUMMARY)))
+    lines = []
+    for row in rows:
+        case = html.escape(str(row["case"]))
+        cells = "".join(f"<td class=number>{row[name] or '-'}</td>" for name in IN_SUMMARY)
+        lines.append(f'<tr><td><a href="{html.escape(pages[str(row["case"])])}">{case}</a></td>{cells}</tr>')
+    _write_page(path, "Ventricular function", [f"<table><tr>{head}</tr>{''.join(lines)}</table>"])
+
+
+def _write_page(path: Path, title: str, parts: Iterable[str]) -> None:
+    text = html.escape(title)
+    note = "<p>Research only; not for clinical use. Nothing here says how far a case is to be trusted: look at it.</p>"
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{text}</title><style>{_STYLE}</style>'
+    with write_atomically(path) as temporary:
+        temporary.write_text(f"{page}<h1>{text}</h1>{note}{''.join(parts)}</html>\n", encoding="utf-8")

@@ -1,0 +1,299 @@
+"""The read-out of a segmentation: ventricular function of every case, and its volumes over time."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.engines.utils import IterationEvents
+
+from components.data.acdc import CLASS_NAMES, INFO, read_info
+from components.data.geometry import slices_last
+from components.data.reader import FRAME_SECONDS
+from components.data.transforms import LoadVolumed
+from components.data.volume_metadata import FRAME, case_name, files_of, header_spacing_mm
+from components.data.volumes import PREDICTION_POSTFIX
+from components.evaluation.function import (
+    NAN,
+    body_surface_m2,
+    find_phases,
+    heart_rate_per_min,
+    measure_function,
+    volumes_ml,
+)
+from components.evaluation.function_page import (
+    beating_picture,
+    draw_bulls_eyes,
+    draw_curve,
+    save_gif,
+    write_case_page,
+    write_summary_page,
+)
+from components.evaluation.overlays import draw_overlay, foreground_extent
+from components.evaluation.reports import Row, write_csv
+from components.evaluation.wall import SEGMENTS, thickening_percent, wall_thickness_mm
+
+logger = logging.getLogger(__name__)
+
+CURVE_COLUMNS = ("frame", "time_ms", "lv_ml", "rv_ml", "myo_ml")
+WALL_COLUMNS = ("case", "segment", "name", "ed_mm", "es_mm", "thickening_percent")
+NOT_YET = ("predicted_dice", "flag", "reason")  # columns that are left empty
+_DECIMALS = 2
+
+
+class _Volume(NamedTuple):
+    """A frame with its labels, both `(H,W,D)`, slices last; the affine in mm."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    affine: np.ndarray
+    spacing_mm: tuple[float, ...]
+
+
+@dataclass
+class _Case:
+    """The frames of a series, of an ACDC patient, or a single volume."""
+
+    name: str
+    info: dict[str, str] = field(default_factory=dict)  # what the Info.cfg beside it says
+    frames: list[int] = field(default_factory=list)  # their numbers, from 1
+    items: list[dict[Hashable, Any]] = field(default_factory=list)  # what loads each with its labels
+    volumes: list[dict[str, float]] = field(default_factory=list)  # in ml, of each frame
+    frame_seconds: float = NAN
+    is_series: bool = False
+
+    def add(self, frame: int, item: dict[Hashable, Any], volumes: dict[str, float]) -> None:
+        self.frames.append(frame)
+        self.items.append(item)
+        self.volumes.append(volumes)
+
+    def curve(self, name: str) -> list[float]:
+        return [volumes[name] for volumes in self.volumes]
+
+    def phases(self) -> tuple[int | None, int | None, str]:
+        """Return the indices of the frames at ED and at ES, None where there is none, and what tells them."""
+        named = [int(self.info[phase]) if self.info.get(phase, "").isdecimal() else None for phase in ("ED", "ES")]
+        ed, es = (self.frames.index(frame) if frame in self.frames else None for frame in named)
+        if ed is not None or es is not None:
+            return ed, es, INFO
+        if len(self.frames) == 1:
+            return 0, None, "only frame"
+        return *find_phases(self.curve("LV")), "LV volume"
+
+
+class FunctionReport:
+    """Ignite handler that measures ventricular function on what a `SegmentationEvaluator` has segmented.
+
+    A case is a series; a patient in ACDC's layout, with the frames that there are; or any other volume on its own,
+    which counts as end-diastole. ED and ES are the frames that the `Info.cfg` beside the images names, else those in
+    which the left ventricle is largest and smallest, also for the right one. Labels are never read.
+
+    `function.csv` has a row for each case, sorted by name, with the measures of `measure_function`, empty where they
+    are unknown, and the columns of `NOT_YET`, which are empty. `wall_thickness.csv` has a row for each case and each of
+    `SEGMENTS`. A series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.gif`, with all
+    frames. `<case>.html` shows what belongs to a case, and `function.html` leads to them.
+
+    Args:
+        output_dir: folder of the tables, which `SavePredictiond` has saved the label maps in.
+        class_names: names of the foreground classes, in the order of their labels; RV, Myo and LV are among them.
+        heart_rate: beats per minute of all cases; None to take it from the frame time where the frames cover the cycle.
+        slice_axis: as for `SlicesLastd`.
+
+    Raises:
+        ValueError: when a class is missing, or the heart rate is no positive number.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        *,
+        class_names: Sequence[str] = CLASS_NAMES,
+        heart_rate: float | None = None,
+        slice_axis: int | None = None,
+    ) -> None:
+        missing = [name for name in CLASS_NAMES if name not in class_names]
+        if missing:
+            raise ValueError(
+                f"expected a model of the classes {', '.join(CLASS_NAMES)}, received one of {', '.join(class_names)}: "
+                "ventricular function cannot be measured without them"
+            )
+        if heart_rate is not None and not heart_rate > 0:
+            raise ValueError(f"expected heart_rate in beats per minute, above 0, received {heart_rate!r}")
+        self.output_dir = Path(output_dir)
+        self.class_names = tuple(class_names)
+        self.heart_rate = heart_rate
+        self.slice_axis = slice_axis
+        self._measured: dict[str, list[dict[str, float]]] = defaultdict(list)
+        self._frame_seconds: dict[str, float] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler on an evaluator, after its postprocessing."""
+        engine.add_event_handler(Events.STARTED, self._forget)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Write the tables of the files that were segmented."""
+        cases = self._cases(engine.segmented)
+        rows, walls = [], []
+        for case in sorted(cases, key=lambda case: case.name):
+            row, phases = self._row(case), self._phases(case)
+            wall_mm = {phase: self._wall_mm(volume) for phase, volume in phases.items()}
+            rows.append(row)
+            walls += _wall_rows(case, wall_mm)
+            if case.is_series:
+                write_csv(self.output_dir / f"{case.name}_volumes.csv", CURVE_COLUMNS, _curve_rows(case))
+            self._write_page(case, row, phases, wall_mm)
+        if rows:
+            write_csv(self.output_dir / "wall_thickness.csv", WALL_COLUMNS, walls)
+            pages = {case.name: f"{case.name}.html" for case in cases}
+            write_summary_page(self.output_dir / "function.html", rows, pages)
+            path = write_csv(self.output_dir / "function.csv", tuple(rows[0]), rows)
+            logger.info("Ventricular function of %d cases: %s", len(rows), path)
+
+    def _forget(self, _: Engine) -> None:
+        self._measured.clear()
+        self._frame_seconds.clear()
+
+    def _collect(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        for item in output:
+            labels = item["pred"]
+            (file,) = files_of(labels)
+            spacing = header_spacing_mm(labels)
+            self._measured[file].append(volumes_ml(np.asarray(labels[0].cpu()), spacing, self.class_names))
+            self._frame_seconds[file] = float(labels.meta.get(FRAME_SECONDS, NAN))
+
+    def _cases(self, files: Iterable[str]) -> list[_Case]:
+        """Group the files to cases."""
+        cases: dict[Path, _Case] = {}
+        for file in files:
+            path, measured = Path(file), self._measured[file]
+            folder, name = path.parent, case_name(path)
+            info = read_info(folder) if (folder / INFO).is_file() else {}
+            item: dict[Hashable, Any] = {
+                "image": file,
+                "label": str(self.output_dir / f"{name}_{PREDICTION_POSTFIX}.nii.gz"),
+            }
+            of_patient = re.fullmatch(rf"{re.escape(folder.name)}_frame(\d+)", name)
+            if info and of_patient:
+                cases.setdefault(folder, _Case(folder.name, info)).add(int(of_patient[1]), item, measured[0])
+                continue
+            is_series = len(measured) > 1
+            cases[path] = _Case(name, info if is_series else {}, is_series=is_series)
+            cases[path].frame_seconds = self._frame_seconds[file]
+            for frame, volumes in enumerate(measured):
+                cases[path].add(frame + 1, item | {FRAME: frame} if is_series else item, volumes)
+        return list(cases.values())
+
+    def _row(self, case: _Case) -> Row:
+        ed, es, found_by = case.phases()
+        heart_rate = self.heart_rate or heart_rate_per_min(case.frame_seconds, case.curve("LV"))
+        measures = measure_function(
+            None if ed is None else case.volumes[ed],
+            None if es is None else case.volumes[es],
+            heart_rate=heart_rate,
+            surface_m2=body_surface_m2(*(_number(case.info.get(name)) for name in ("Height", "Weight"))),
+        )
+        return {
+            "case": case.name,
+            "frames": len(case.frames),
+            "ed_frame": "" if ed is None else case.frames[ed],
+            "es_frame": "" if es is None else case.frames[es],
+            "ed_es_by": found_by,
+            **{name: _as_text(value) for name, value in measures.items()},
+            **dict.fromkeys(NOT_YET, ""),
+        }
+
+    def _phases(self, case: _Case) -> dict[str, _Volume]:
+        """Load the frames at ED and at ES, as far as there are any."""
+        ed, es, _ = case.phases()
+        return {phase: self._load(case.items[index]) for phase, index in (("ED", ed), ("ES", es)) if index is not None}
+
+    def _load(self, item: Mapping[Hashable, Any]) -> _Volume:
+        loaded = LoadVolumed(["image", "label"], num_classes=len(self.class_names) + 1)(item)
+        image, labels = (slices_last(loaded[key], self.slice_axis) for key in ("image", "label"))
+        affine = cast(MetaTensor, labels).affine.numpy()
+        return _Volume(image[0].numpy(), labels[0].numpy(), affine, header_spacing_mm(labels))
+
+    def _wall_mm(self, volume: _Volume) -> np.ndarray:
+        classes = {name: self.class_names.index(name) + 1 for name in CLASS_NAMES}
+        return wall_thickness_mm(volume.labels, volume.affine, classes)
+
+    def _write_page(
+        self, case: _Case, row: Row, phases: Mapping[str, _Volume], wall_mm: Mapping[str, np.ndarray]
+    ) -> None:
+        figures, cine = {}, None
+        if case.is_series:
+            cine = f"{case.name}_cine.gif"
+            extent = foreground_extent(
+                [volume.labels for volume in phases.values()], next(iter(phases.values())).spacing_mm
+            )
+            classes = {name: label for label, name in enumerate(self.class_names, start=1)}
+            frames = ((volume.image, volume.labels) for volume in map(self._load, case.items))
+            save_gif(self.output_dir / cine, beating_picture(frames, extent, classes), case.frame_seconds)
+            known = not math.isnan(case.frame_seconds)
+            time = [1000 * case.frame_seconds * (frame - 1) if known else frame for frame in case.frames]
+            curves = {name: case.curve(name) for name in self.class_names}
+            marks = {phase: n for phase, n in zip(("ED", "ES"), case.phases(), strict=False) if n is not None}
+            figures["Volumes over time"] = draw_curve(time, curves, unit="ms" if known else "", marks=marks)
+        for phase, volume in phases.items():
+            figures[f"Contours at {phase}"] = draw_overlay(
+                volume.image,
+                None,
+                volume.labels,
+                spacing_mm=volume.spacing_mm,
+                title=f"{case.name}, {phase}",
+                class_names=self.class_names,
+            )
+        thickness = {f"{phase}, mm": values for phase, values in wall_mm.items()}
+        if len(wall_mm) == 2:
+            thickness["thickening, %"] = thickening_percent(wall_mm["ED"], wall_mm["ES"])
+        figures["Wall thickness"] = draw_bulls_eyes(thickness)
+        write_case_page(self.output_dir / f"{case.name}.html", row, figures=figures, cine=cine)
+
+
+def _wall_rows(case: _Case, wall_mm: Mapping[str, np.ndarray]) -> list[Row]:
+    ed, es = (wall_mm.get(phase, np.full(len(SEGMENTS), NAN)) for phase in ("ED", "ES"))
+    return [
+        {
+            "case": case.name,
+            "segment": number,
+            "name": name,
+            **{key: _as_text(float(value)) for key, value in zip(WALL_COLUMNS[3:], values, strict=True)},
+        }
+        for number, (name, *values) in enumerate(
+            zip(SEGMENTS, ed, es, thickening_percent(ed, es), strict=True), start=1
+        )
+    ]
+
+
+def _curve_rows(case: _Case) -> list[Row]:
+    return [
+        {
+            "frame": frame,
+            "time_ms": _as_text(1000 * case.frame_seconds * (frame - 1)),
+            **{f"{name.lower()}_ml": _as_text(volumes[name]) for name in CLASS_NAMES},
+        }
+        for frame, volumes in zip(case.frames, case.volumes, strict=True)
+    ]
+
+
+def _as_text(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.{_DECIMALS}f}"
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or NAN)
+    except ValueError:
+        return NAN
