@@ -168,6 +168,11 @@ def test_a_layer_around_the_myocardium_looks_like_it_and_has_no_label():
         assert picture[wall].unique().tolist() == picture[muscle].unique().tolist()
 
 
+def test_an_atrium_has_no_layer_that_would_make_it_a_ventricle():
+    plain, layered = (anatomy(subjects(epicardial_mm=(mm, mm)), level=-0.04, phase=0.0)[0] for mm in (0, 3))
+    assert torch.equal(plain, layered)
+
+
 def test_above_the_tricuspid_valve_lies_an_atrium_that_looks_like_the_ventricle():
     body = subjects(rv_base_level=(-1, -1), rv_descent=(1.25, 1.25))  # at ES the valve is at level 0.25
     areas = {}

@@ -114,17 +114,18 @@ def paint_heart(tissues: Tensor, x: Tensor, y: Tensor, shape: Draw, noise: Draw)
     right.add_(rough)
     rough_inner = rough * (endo / 10).clamp_max(1)  # 0 where the cavity has no radius, or it would be painted there
 
+    ventricles = ~shape["in_atria"]
     fat = (shape["pericardial_fat_mm"] * (1 + 1.5 * noise["organs"])).clamp_min_(0)
     pericardium = torch.minimum(right, outer).sub_(fat).add_((epi <= 0) * 999.0)
     _paint(tissues, pericardium < 1.5, Tissue.VESSEL_WALL)
     _paint(tissues, pericardium < 0, Tissue.PERICARDIAL_FAT)
-    _paint(tissues, outer < shape["epicardial_mm"], Tissue.RV_WALL)
+    around = (outer < shape["epicardial_mm"]) & ventricles  # an atrium with such a layer would look like a ventricle
+    _paint(tissues, around, Tissue.RV_WALL)
     outer.add_(rough * (epi / 20).clamp_max(0.5))
     myo = outer < 0
     lv = (outer < -0.35 * thickness).logical_and_(inner + rough_inner < endo)
     rv = right < 0
     _paint(tissues, right < shape["rv_wall"], Tissue.RV_WALL)
-    ventricles = ~shape["in_atria"]
     _paint(tissues, rv, Tissue.GREAT_VESSEL)
     _paint(tissues, myo, Tissue.VESSEL_WALL)
     _paint(tissues, lv, Tissue.GREAT_VESSEL)
