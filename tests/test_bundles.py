@@ -27,6 +27,13 @@ from components.phantom.dataset import write_phantom_dataset
 ENTRIES = read_entries()
 HEADS = tuple(ENTRIES["heads"])
 BUNDLES = (*HEADS, *ENTRIES["baselines"])
+DEAR = ("autosam_acdc", "cnnhead_acdc")  # heads of millions of weights, on fine tokens
+
+
+def dear_ones_slow(bundles):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in DEAR else name for name in bundles]
+
+
 TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}
 CLASSES = ("RV", "Myo", "LV")
 
@@ -191,7 +198,7 @@ def test_each_image_is_encoded_once_for_all_epochs_validations_and_heads(phantom
     # Of four patients of four slices a frame two are trained on, 16 slices in two views, and one validates, 8 slices.
     shared = {"dataset_dir": phantoms, "output_dir": tmp_path / "eval", "cache_dir": tmp_path / "embeddings"}
     training = {"labelled_patients": "$None", "views": 2, "epochs": 3, "val_interval": 1}
-    for bundle in HEADS:
+    for bundle in ("autosam_acdc", "linearhead_acdc"):
         overrides = knobs(bundle, **shared, **training, ckpt_dir=tmp_path / bundle)
         counts = looked_up_and_encoded(succeeds(run(bundle, "training", "train", **overrides)))
         assert counts == (3 * (16 + 8), 2 * 16 + 8 if bundle == HEADS[0] else 0)
@@ -202,7 +209,7 @@ def test_each_image_is_encoded_once_for_all_epochs_validations_and_heads(phantom
         assert looked_up_and_encoded(output) == (8, n_encoded)
 
 
-@pytest.mark.parametrize("trained", HEADS, indirect=True)
+@pytest.mark.parametrize("trained", dear_ones_slow(HEADS), indirect=True)
 def test_predictions_are_the_same_with_and_without_the_cache(trained, phantoms, tmp_path):
     bundle, folder = trained
     predictions = {}
@@ -219,6 +226,7 @@ def test_predictions_are_the_same_with_and_without_the_cache(trained, phantoms, 
     assert (predictions["float16"] != predictions["none"]).mean() < 0.001
 
 
+@pytest.mark.parametrize("trained", dear_ones_slow(BUNDLES), indirect=True)
 def test_resumed_training_goes_on_after_the_last_epoch(trained, phantoms, tmp_path):
     bundle, folder = trained
     models = tmp_path / "models"
@@ -354,6 +362,7 @@ def test_head_and_data_of_ones_own_need_an_overlay_only(phantoms, tmp_path, monk
     assert state["head.0.weight"].shape == (256, 5, 4, 4)
 
 
+@pytest.mark.parametrize("trained", dear_ones_slow(BUNDLES), indirect=True)
 def test_real_volumes_are_segmented_on_their_own_grid(trained, acdc_dir, tmp_path):
     bundle, folder = trained
     patient = next(iter(sorted((Path(acdc_dir) / "training").glob("patient*"))))

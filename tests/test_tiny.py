@@ -263,7 +263,15 @@ def test_a_slice_follows_its_neighbours_where_they_are_surer(names, key):
     assert torch.equal(middle(0.2), torch.zeros(8, 8))
 
 
-@pytest.mark.parametrize("bundle", [*HEADS, "unet_acdc"])
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        pytest.param("autosam_acdc", marks=pytest.mark.slow),
+        pytest.param("cnnhead_acdc", marks=pytest.mark.slow),
+        "linearhead_acdc",
+        "unet_acdc",
+    ],
+)
 def test_copy_of_a_bundle_segments_and_adapts_with_nothing_but_the_package(bundle, phantoms, tmp_path):
     copy = tmp_path / "elsewhere" / bundle
     shutil.copytree(REPOSITORY / "bundles" / bundle / "configs", copy / "configs")
