@@ -14,6 +14,12 @@ from torch import nn
 from components.sam.segment_anything_import import import_from_segment_anything
 
 REPOSITORY = Path(__file__).parents[1]
+DYNAMIC_BATCH = {  # of `onnx_export`: any number of slices
+    "input_names": ["image"],
+    "output_names": ["pred"],
+    "dynamic_axes": {"image": {0: "batch"}, "pred": {0: "batch"}},
+    "opset_version": 20,
+}
 
 
 def randomise_positions(image_encoder: nn.Module) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY, succeeds
+from conftest import DYNAMIC_BATCH, REPOSITORY, succeeds
 
 import components
 from components.phantom.dataset import write_phantom_dataset
@@ -21,12 +21,6 @@ from release.bundles import HEADS
 
 pytestmark = pytest.mark.slow
 
-DYNAMIC_BATCH = {
-    "input_names": ["image"],
-    "output_names": ["pred"],
-    "dynamic_axes": {"image": {0: "batch"}, "pred": {0: "batch"}},
-    "opset_version": 20,
-}
 CHECK_EXPORTS = """
 import sys
 import numpy as np, onnxruntime, torch

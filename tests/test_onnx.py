@@ -5,18 +5,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY, run_monai_bundle, succeeds
+from conftest import DYNAMIC_BATCH, REPOSITORY, run_monai_bundle, succeeds
 
 from components.networks.onnx_network import OnnxNetwork
 from components.phantom.dataset import write_phantom_dataset
 from components.pretrained import pretrained_file
 
-DYNAMIC_BATCH = {
-    "input_names": ["image"],
-    "output_names": ["pred"],
-    "dynamic_axes": {"image": {0: "batch"}, "pred": {0: "batch"}},
-    "opset_version": 20,
-}
 TINY = "['configs/inference.json','configs/tiny.json']"
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from monai.config import NdarrayOrTensor, PathLike
-from monai.data import ImageReader, ImageWriter
+from monai.data import ImageWriter
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from components.base.atomic_write import write_atomically
-from components.data.reader import UNIT_MM
+from components.data.reader import UNIT_MM, ContentReader
 
 # Okabe and Ito's colour-blind-safe palette, starting with the colours that stand out on grey; reused beyond 7 classes.
 CLASS_COLOURS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
@@ -25,7 +25,7 @@ _COLOURS = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA")
 _AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # columns to the patient's left, rows down, as on a screen; a pixel is 1 mm
 
 
-class PictureReader(ImageReader):
+class PictureReader(ContentReader):
     """Read one picture as a volume one slice deep, (W, H, 1), or (W, H, 1, 3) for colours, by Pillow.
 
     Grey values have 8, 16 or 32 bits, colours 8; transparency is left out. Colours all of which are grey stay colours:
@@ -39,10 +39,6 @@ class PictureReader(ImageReader):
     def __init__(self, *, is_label: bool = False) -> None:
         super().__init__()
         self.is_label = is_label
-
-    def verify_suffix(self, _: Sequence[PathLike] | PathLike) -> bool:
-        """Accept any name, since the content decides."""
-        return True
 
     def read(self, data: Sequence[PathLike] | PathLike, **_: Any) -> Any:
         """Read a file.

@@ -62,7 +62,15 @@ class _Opened(NamedTuple):
     header: bytes | None
 
 
-class VolumeReader(ImageReader):
+class ContentReader(ImageReader):
+    """A reader of files that go by their content, whatever their names."""
+
+    def verify_suffix(self, _: Sequence[PathLike] | PathLike) -> bool:
+        """Accept any name, since the content decides."""
+        return True
+
+
+class VolumeReader(ContentReader):
     """Read one 3D volume, or one frame of a series, as float64 (H, W, D), with its affine in mm.
 
     NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, whatever the name, and what else nibabel
@@ -81,10 +89,6 @@ class VolumeReader(ImageReader):
     def __init__(self, frame: int | None = None) -> None:
         super().__init__()
         self.frame = frame
-
-    def verify_suffix(self, _: Sequence[PathLike] | PathLike) -> bool:
-        """Accept any name, since the content decides."""
-        return True
 
     def read(self, data: Sequence[PathLike] | PathLike, **_: Any) -> Any:
         """Read a file.

@@ -90,10 +90,8 @@ class FrameStore:
         is_cyclic = self._covers_cycle()
         for frame in range(count):
             neighbours = (frame + offsets) % count if is_cyclic else (frame + offsets).clip(0, count - 1)
-            average = np.zeros_like(np.load(self._files[frame]))
-            for weight, neighbour in zip(weights, neighbours, strict=True):
-                average += np.float32(weight) * np.load(self._files[neighbour])
-            yield average
+            weighted = zip(weights.astype(np.float32), neighbours, strict=True)
+            yield sum(weight * np.load(self._files[neighbour]) for weight, neighbour in weighted)
 
     def remove(self) -> None:
         """Remove what is kept of the series."""
