@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bundles.derive import edited
 from components.networks.trained_with import as_trained
@@ -65,17 +66,20 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tup
         shutil.rmtree(partial, ignore_errors=True)
         root = assemble_own(own[name], partial) if name in own else assemble(name, partial)
         if name in own:
-            _learn_from_submitted_labels(root)
+            _as_monai_label_expects(root)
         root.rename(model)
         partial.rmdir()
     return app_dir, names
 
 
-def _learn_from_submitted_labels(root: Path) -> None:
-    """Make a bundle for one's own data train on from its model, on labels whose values are the classes' indices."""
+def _as_monai_label_expects(root: Path) -> None:
+    """Make a bundle for one's own data train on from its model, and exchange the indices of its classes as labels."""
     trained = as_trained(str(root / MODEL), {}, {})
     start = {"start_checkpoint": f"$@bundle_root + '/{MODEL}'"}
-    knobs = start | {name: trained[name] for name in _CHOSEN}  # else chosen anew, by the submitted labels
-    indices = {"label_values": list(range(trained["out_channels"]))}
-    for file, values in (("configs/train.json", knobs), (DATA_FILE, indices)):
-        (root / file).write_text(edited((root / file).read_text(), replace=values))
+    _edit(root / "configs/train.json", replace=start | {name: trained[name] for name in _CHOSEN})
+    _edit(root / DATA_FILE, replace={"label_values": list(range(trained["out_channels"]))})
+    _edit(root / "configs/inference.json", add={"run": {"displayable_configs": {"result_dtype": "uint8"}}})
+
+
+def _edit(file: Path, **edits: Any) -> None:
+    file.write_text(edited(file.read_text(), **edits))

@@ -231,9 +231,9 @@ class VolumeDataset(Dataset):
 class VolumeWriter(NibabelWriter):
     """Write a label map atomically with the shape and the geometry of its image's: as NIfTI, MetaImage or NRRD.
 
-    In NIfTI both forms, their codes, voxel sizes and units are those of the image's header, bit for bit. Differs: MONAI's writer
-    makes both forms of one affine, drops a last axis of length 1, so that a volume of a single slice becomes a 2D
-    image, and leaves a partial file when the run is killed while writing.
+    In NIfTI both forms, their codes, voxel sizes and units are those of the image's header, bit for bit. Differs:
+    MONAI's writer makes both forms of one affine, drops a last axis of length 1, so that a volume of a single slice
+    becomes a 2D image, and leaves a partial file when the run is killed while writing.
     """
 
     header: bytes | None = None
