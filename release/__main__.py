@@ -57,8 +57,9 @@ def build(
         names = bundles_of(model_type, bundle)
         if head is not None and len(names) != 1:
             raise ValueError(f"a head belongs to one bundle: say which of {', '.join(names)} with --bundle")
-        options = {"model_type": model_type, "head": head, "sam_checkpoint": sam_checkpoint}
-        assemblies = [partial(assemble, name, **options) for name in names]
+        assemblies = [
+            partial(assemble, name, model_type=model_type, head=head, sam_checkpoint=sam_checkpoint) for name in names
+        ]
     output = Path(output_dir)
     archives = []
     for write_files in assemblies:
