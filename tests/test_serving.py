@@ -45,7 +45,7 @@ def test_app_is_assembled_once_and_keeps_what_bundles_learn(tmp_path, monkeypatc
     sample.mkdir(parents=True)
     (sample / "main.py").write_text("app")
     monkeypatch.setattr("serving.app.sysconfig.get_path", lambda _: str(tmp_path / "data"))
-    app = assemble_app(tmp_path / "app", ["linearhead_acdc"])
+    app, _ = assemble_app(tmp_path / "app", ["linearhead_acdc"])
     model = app / "model/linearhead_acdc/models/model.pt"
     model.write_bytes(b"learned")
     assemble_app(app, ["linearhead_acdc", "cnnhead_acdc"])
