@@ -37,7 +37,7 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tup
 
     Raises:
         FileNotFoundError: when MONAI Label is not installed, or a bundle for one's own data has not been trained.
-        ValueError: for an unknown bundle, or one whose name or pictures MONAI Label cannot serve.
+        ValueError: for an unknown bundle, two of one name, or a name by which MONAI Label expects another task.
     """
     own = {folder.name: folder for bundle in bundles if (folder := own_bundle(bundle))}
     names = [folder.name if (folder := own_bundle(bundle)) else bundle for bundle in bundles]
@@ -46,6 +46,8 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tup
             f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(COMPLETE)}, or folders of "
             "bundles that `python -m adapt new` has made"
         )
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected bundles of different names, received {', '.join(names)}: rename a folder")
     for name in own:
         if other := next((task for task in _OTHER_TASKS if task in name.lower()), None):
             raise ValueError(f"MONAI Label takes {name} for {other} by its name: rename the bundle's folder")

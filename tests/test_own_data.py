@@ -223,6 +223,8 @@ def test_monai_labels_app_trains_on_from_the_model_with_indices_as_labels(tmp_pa
     parser.update({"bundle_root": str(root), "train#dataset#data": submitted})
     start, network = (torch.load(bundle / "models/model.pt"), parser.get_parsed_content("network_def").state_dict())
     assert all(torch.equal(start[name], network[name]) for name in start)
+    with pytest.raises(ValueError, match="expected bundles of different names, received cells, cells: rename"):
+        assemble_app(tmp_path / "other", [str(bundle), str(bundle)])
     bundle.rename(tmp_path / "cell_detection")
     with pytest.raises(ValueError, match="MONAI Label takes cell_detection for detection by its name: rename"):
         assemble_app(tmp_path / "other", [str(tmp_path / "cell_detection")])
