@@ -22,7 +22,7 @@ from components.phantom.degraded import SPACING_MM, degraded_phantom
 
 logger = logging.getLogger("study")
 
-BUNDLES = ("autosam_acdc", "cnnhead_acdc", "linearhead_acdc", "unet_acdc")
+BUNDLES = ("linearhead_acdc", "unet_acdc")  # one with the encoder, one without
 CONFIGS = ("inference.json", "tiny.json")
 _FOLDER = Path(__file__).parents[1] / "bundles"
 _SEED = 1

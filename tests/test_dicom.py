@@ -47,7 +47,7 @@ def dataset(sop_class, path, series, *, number=1, name="sax", study=STUDY) -> Fi
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, sop_class
     meta.MediaStorageSOPInstanceUID = generate_uid()
-    made = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    made = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=False)
     made.SOPClassUID, made.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
     made.StudyInstanceUID, made.SeriesInstanceUID, made.FrameOfReferenceUID = study, series, PLACE
     made.Modality, made.SeriesNumber, made.SeriesDescription = "MR", number, name
@@ -228,7 +228,7 @@ def test_a_study_of_long_axes_and_localisers_is_refused_with_what_it_holds(beati
     frames = beating.shape[3]
     assert "study has no short-axis cine: expected at least 4 parallel slices of several frames each" in message
     assert f"'4ch': 1 slice of {frames} frames" in message
-    assert "'localiser': 5 slices of 1 frames, across a body axis" in message
+    assert "'localiser': 5 slices of 1 frame, across a body axis" in message
 
 
 def test_a_stack_across_the_body_is_no_short_axis(beating, tmp_path):

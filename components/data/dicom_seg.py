@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from components.data.volume_metadata import FRAME, case_name, files_of
 
 pydicom, _ = optional_import("pydicom")
 highdicom, HAS_HIGHDICOM = optional_import("highdicom")
+
+logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every module that it copies
 
 # SNOMED CT's codes and meanings, all of the category "Anatomical Structure"
 SNOMED = {
@@ -100,21 +104,23 @@ def segmentation_of(
     header = pydicom.dcmread(images[0].path, stop_before_pixels=True)
     distance_mm = float(np.linalg.norm(stack.affine[:3, 2]))
     stand_ins = [_stand_in(image, header, distance_mm) for image in images]
-    segmentation = highdicom.seg.Segmentation(
-        source_images=stand_ins,
-        pixel_array=labels.transpose(2, 1, 0),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[_segment(number, name) for number, name in enumerate(class_names, start=1)],
-        series_instance_uid=series_uid,
-        series_number=_SERIES_NUMBER,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=frame + 1,
-        manufacturer=_MAKER,
-        manufacturer_model_name=_MAKER,
-        software_versions=components.__version__,
-        device_serial_number="-",
-        series_description=f"Segmentation of {images[0].name}"[:64],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The string .* person name")  # of names without a family's
+        segmentation = highdicom.seg.Segmentation(
+            source_images=stand_ins,
+            pixel_array=labels.transpose(2, 1, 0),
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=[_segment(number, name) for number, name in enumerate(class_names, start=1)],
+            series_instance_uid=series_uid,
+            series_number=_SERIES_NUMBER,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=frame + 1,
+            manufacturer=_MAKER,
+            manufacturer_model_name=_MAKER,
+            software_versions=components.__version__,
+            device_serial_number="-",
+            series_description=f"Segmentation of {images[0].name}"[:64],
+        )
     _refer_to(segmentation, {str(stand.SOPInstanceUID): image for stand, image in zip(stand_ins, images, strict=True)})
     return segmentation
 

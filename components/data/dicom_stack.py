@@ -212,7 +212,8 @@ def _in_words(stack: Positions) -> str:
     of_frames = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
     kind = "" if _is_oblique(stack) else ", across a body axis"
     more = f" and {len(names) - 1} more series" if len(names) > 1 else ""
-    return f"'{names[0]}'{more}: {len(stack)} slice{'s' if len(stack) > 1 else ''} of {of_frames} frames{kind}"
+    plural = ["s" if many else "" for many in (len(stack) > 1, frames[-1] > 1)]
+    return f"'{names[0]}'{more}: {len(stack)} slice{plural[0]} of {of_frames} frame{plural[1]}{kind}"
 
 
 def _refuse_gaps(folder: Path, stack: Positions) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.ndimage import binary_dilation, label
+from scipy.ndimage import binary_dilation, binary_fill_holes, label
 
 from components.evaluation.function import FEWEST_OF_A_CURVE, covers_cycle
 
@@ -86,7 +86,8 @@ def faults_of_curve(volumes_ml: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def _open_share(cavity: np.ndarray, wall: np.ndarray) -> float:
-    """Return the share of the pixels around a cavity that are no wall."""
+    """Return the share of the pixels around a cavity, without its holes such as papillary muscles, that are no wall."""
+    cavity = binary_fill_holes(cavity)
     border = binary_dilation(cavity) & ~cavity
     return float((border & ~wall).sum() / max(border.sum(), 1))
 
