@@ -38,7 +38,13 @@ PAGES = [
 ]
 ADAPT_TEMPLATE = REPOSITORY / "adapt/template"
 LANGUAGES = {"bash", "json", "python", "text"}
-FIRE_COMMANDS = {("release",): build, ("serving",): serve, ("study", "run"): run, ("study", "report"): report, ("study", "calibrate"): calibrate}
+FIRE_COMMANDS = {
+    ("release",): build,
+    ("serving",): serve,
+    ("study", "run"): run,
+    ("study", "report"): report,
+    ("study", "calibrate"): calibrate,
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 

@@ -13,7 +13,7 @@ from test_function import GreyIsClass, beat
 
 from components.evaluation.function_report import FunctionReport
 from components.evaluation.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
-from components.evaluation.quality import CALIBRATION, Dice, expected_dice, predicted_dice
+from components.evaluation.quality import CALIBRATION, FLAG_BELOW, Dice, expected_dice, predicted_dice
 from components.phantom.degraded import degraded_phantom
 from study.calibration import calibrate
 
@@ -189,7 +189,7 @@ def test_a_case_that_a_sure_network_segments_is_not_flagged(tmp_path):
 def test_a_case_that_a_doubtful_network_segments_is_flagged(tmp_path):
     row, page, summary = measured([heart(), heart(contraction=3)], Scaled(0.3), tmp_path)
     assert row["flag"] == "check"
-    assert row["predicted_dice"] < 0.75
+    assert row["predicted_dice"] < FLAG_BELOW
     assert row["reason"].startswith("ED: the predicted Dice of 0.")
     assert f"<li>{row['reason'].split('; ')[0]}</li>" in page
     assert page.count("<td class=check>0.") == 10

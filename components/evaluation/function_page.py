@@ -19,7 +19,7 @@ from scipy.ndimage import binary_erosion
 from components.base.atomic_write import write_atomically
 from components.data.pictures import CLASS_COLOURS
 from components.evaluation.overlays import WINDOW_PERCENTILES, Extent
-from components.evaluation.quality import FLAG_BELOW
+from components.evaluation.quality import SLICE_BELOW
 
 MEASURES = {  # what a page shows: columns of `function.csv`
     "lv_edv_ml": "LV end-diastolic volume, ml",
@@ -199,7 +199,7 @@ def _slice_table(slice_dice: Mapping[str, np.ndarray]) -> str:
     lines = ["<tr><th>slice</th>" + "".join(f"<th>{number}</th>" for number in range(1, depth + 1)) + "</tr>"]
     for phase, values in slice_dice.items():
         cells = (
-            "<td>-</td>" if math.isnan(value) else f"<td{_marked(value < FLAG_BELOW)}>{value:.2f}</td>"
+            "<td>-</td>" if math.isnan(value) else f"<td{_marked(value < SLICE_BELOW)}>{value:.2f}</td>"
             for value in values.tolist()
         )
         lines.append(f"<tr><td>{phase}</td>{''.join(cells)}</tr>")
