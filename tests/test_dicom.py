@@ -3,11 +3,12 @@
 import logging
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import messages_of
+from conftest import REPOSITORY, messages_of
 from monai.utils import OptionalImportError
 from test_cine import segment
 from test_function import GreyIsClass
@@ -326,3 +327,30 @@ def test_without_pydicom_the_error_says_what_to_install(beating, tmp_path, monke
     monkeypatch.setattr(dicom, "HAS_PYDICOM", False)
     with pytest.raises(OptionalImportError, match="pip install pydicom highdicom"):
         find_volumes(str(tmp_path / "in"))
+
+
+def test_a_bundle_measures_a_study_like_its_nifti_file(tmp_path):
+    write_phantom_dataset(str(tmp_path / "data"), patients=1, size_hw_d=(64, 56, 4))
+    frames = [nib.load(path) for path in sorted((tmp_path / "data/training/patient001").glob("*_frame??.nii.gz"))]
+    cine = nib.Nifti1Image(np.stack([frame.dataobj for frame in frames], axis=-1), frames[0].affine)
+    nib.save(cine, tmp_path / "cine.nii.gz")
+    write_classic(tmp_path / "study", cine)
+    configs = REPOSITORY / "bundles/linearhead_acdc/configs"
+    for name in ("cine.nii.gz", "study"):
+        monai.bundle.run(
+            "measuring",
+            config_file=[str(configs / f"{config}.json") for config in ("inference", "tiny", "function")],
+            logging_file=False,
+            dataset_dir=str(tmp_path / name),
+            output_dir=str(tmp_path / "out" / name[:4]),
+            test_time_views=1,
+        )
+    of_nifti, of_dicom = (
+        nib.load(tmp_path / "out" / name) for name in ("cine/cine_pred.nii.gz", "stud/study_pred.nii.gz")
+    )
+    assert len(np.unique(of_nifti.dataobj)) == 4
+    assert np.array_equal(on_grid_of(of_dicom, of_nifti), np.asarray(of_nifti.dataobj))
+    assert_reads_back(tmp_path / "out/stud/study_seg", tmp_path / "study", np.asarray(of_dicom.dataobj))
+    rows = [pd.read_csv(tmp_path / f"out/{name}/function.csv").iloc[0] for name in ("cine", "stud")]
+    assert rows[0]["lv_edv_ml"] == pytest.approx(rows[1]["lv_edv_ml"], abs=0.02)
+    assert rows[0]["predicted_dice"] == pytest.approx(rows[1]["predicted_dice"], abs=0.011)

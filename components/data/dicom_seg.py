@@ -60,7 +60,8 @@ class SaveDicomSegd(MapTransform):
         super().__init__(keys)
         self.output_dir = Path(output_dir)
         self.class_names = tuple(class_names)
-        self._series: tuple[Path, str] | None = None
+        self._stack: DicomStack | None = None
+        self._series_uid = ""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save the items of one dictionary and return the dictionary."""
@@ -72,11 +73,11 @@ class SaveDicomSegd(MapTransform):
         return dict(data)
 
     def _save(self, labels: np.ndarray, folder: Path, frame: int) -> None:
-        if self._series is None or frame == 0:
+        if self._stack is None or frame == 0:
             _require_highdicom(folder)
-            self._series = folder, highdicom.UID()
+            self._stack, self._series_uid = read_stack(folder), highdicom.UID()
         segmentation = segmentation_of(
-            labels, read_stack(folder), frame, class_names=self.class_names, series_uid=self._series[1]
+            labels, self._stack, frame, class_names=self.class_names, series_uid=self._series_uid
         )
         with write_atomically(self.output_dir / f"{case_name(folder)}_seg" / f"frame{frame + 1:02d}.dcm") as temporary:
             segmentation.save_as(temporary)
