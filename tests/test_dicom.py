@@ -291,6 +291,17 @@ def test_the_later_one_of_two_breath_holds_counts_and_phase_images_do_not(beatin
     assert stack.left_out == ["3 'sax'"]
 
 
+def test_a_study_that_holds_its_own_results_is_segmented_as_before(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, one_series=True)
+    saving = [SaveDicomSegd("pred", str(tmp_path / "study/out"), CLASSES)]
+    labels = []
+    for _ in range(2):
+        segment(tmp_path / "study", tmp_path / "study/out", network=GreyIsClass(), smoothing=0, saving=saving)
+        labels.append(np.asarray(nib.load(tmp_path / "study/out/study_pred.nii.gz").dataobj))
+    assert np.array_equal(*labels)
+    assert read_stack(tmp_path / "study").shape == labels[0].shape
+
+
 def test_studies_are_cases_by_their_folders_and_one_that_fails_stops_none(beating, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     write_classic(tmp_path / "in/anna/IMAGES", beating)

@@ -12,6 +12,8 @@ from monai.utils import OptionalImportError, optional_import
 pydicom, HAS_PYDICOM = optional_import("pydicom")
 
 _PREAMBLE = 128
+_MODALITIES = ("MR", "CT")  # not the SEG of an earlier run, whose frames have a place as well
+_PER_FRAME = "PerFrameFunctionalGroupsSequence"
 _NO_MAGNITUDE = {"P", "PHASE", "PHASE MAP", "VELOCITY", "I", "R", "IMAGINARY", "REAL"}  # values of ImageType
 
 
@@ -65,9 +67,9 @@ def study_of(path: Path) -> str:
 def images_of(path: Path) -> list[DicomImage]:
     """Return the images of a file that have a place in the patient, without phase images."""
     header = pydicom.dcmread(path, stop_before_pixels=True)
-    if "Rows" not in header:
+    if "Rows" not in header or header.get("Modality") not in _MODALITIES:
         return []
-    if "NumberOfFrames" not in header:
+    if _PER_FRAME not in header:
         found = [_image(path, None, [header], header)]
     else:
         found = [_image(path, n, [*groups, header], header) for n, groups in enumerate(_frames_groups(header))]
@@ -85,7 +87,7 @@ def pixels_of(path: Path) -> np.ndarray:
             f"({error})"
         ) from error
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
-    groups = _frames_groups(dataset) if "NumberOfFrames" in dataset else [[dataset]]
+    groups = _frames_groups(dataset) if _PER_FRAME in dataset else [[dataset]]
     slope, intercept = (
         np.array([_first(of_frame, name, default) for of_frame in groups], np.float32)[:, None, None]
         for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
@@ -102,8 +104,8 @@ def body_of(path: Path) -> tuple[float, float]:
 
 def _frames_groups(header: Any) -> list[list[Any]]:
     """Return for each frame of a multi-frame file the items of its functional groups, its own first."""
-    shared = _items(header.get("SharedFunctionalGroupsSequence", [None])[0])
-    return [[*_items(item), *shared] for item in header.get("PerFrameFunctionalGroupsSequence", [])]
+    shared = _items(next(iter(header.get("SharedFunctionalGroupsSequence") or []), None))
+    return [[*_items(item), *shared] for item in header.get(_PER_FRAME)]
 
 
 def _items(groups: Any) -> list[Any]:
@@ -115,8 +117,9 @@ def _image(path: Path, frame: int | None, groups: Sequence[Any], header: Any) ->
     position, orientation, spacing = (
         _first(groups, name) for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
     )
-    kinds = set(_first(groups, "FrameType") or header.get("ImageType") or [])
-    if position is None or orientation is None or spacing is None or kinds & _NO_MAGNITUDE:
+    kinds = _first(groups, "FrameType") or header.get("ImageType") or []
+    is_phase = not isinstance(kinds, str) and not _NO_MAGNITUDE.isdisjoint(kinds)
+    if position is None or orientation is None or spacing is None or is_phase:
         return None
     trigger = _first(groups, "NominalCardiacTriggerDelayTime", _first(groups, "TriggerTime"))
     temporal = _first(groups, "TemporalPositionIndex", _first(groups, "TemporalPositionIdentifier"))
