@@ -169,8 +169,8 @@ def phantom_slices(
     generator = torch.Generator(device)
     generator.manual_seed(int(entropy >> np.uint64(1)))
     own = width * torch.rand(count, generator=generator, device=generator.device)
-    body = draw_anatomy(count, _widened(NARROW_ANATOMY, WIDE_ANATOMY, own), generator)
-    look = draw_appearance(count, _widened(NARROW_APPEARANCE, WIDE_APPEARANCE, own), generator)
+    body = draw_anatomy(count, widened(NARROW_ANATOMY, WIDE_ANATOMY, own), generator)
+    look = draw_appearance(count, widened(NARROW_APPEARANCE, WIDE_APPEARANCE, own), generator)
     for name in ("flow_void", "ghost", "banding"):  # their ranges begin below 0, so that some slices have none
         look[name].clamp_min_(0)
     unit = torch.rand(4, count, generator=generator, device=generator.device)
@@ -182,7 +182,7 @@ def phantom_slices(
     return (images * visible)[:, None], (labels * visible)[:, None]
 
 
-def _widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
+def widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
     """Return the ranges of each slice, interpolated by its `width` from the narrow (0) to the wide ones (1)."""
     ends = {}
     for name in (field.name for field in fields(narrow)):
