@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 
 import components
 from bundles.derive import edited, read_entries
+from components.evaluation.quality import CALIBRATION
 from components.pretrained import pretrained_file
 from components.sam.checkpoint import CHECKPOINT_FILES
 from release.texts import replaced, with_defaults, with_section
@@ -204,7 +205,7 @@ def _copy_sources(source: Path, root: Path) -> None:
     for path in sorted([source / "LICENSE", *source.glob("configs/*"), *source.glob("docs/*")]):
         if path.name not in _CONFIGS_BESIDE_TINY:
             _copy(path, root / path.relative_to(source))
-    for path in sorted((REPOSITORY / "components").rglob("*.py")):
+    for path in sorted([*(REPOSITORY / "components").rglob("*.py"), CALIBRATION]):
         if path.parent.name != "pretrained":
             _copy(path, root / path.relative_to(REPOSITORY))
 

@@ -3,6 +3,8 @@
 From the repository's root: `python -m study run --config study/quick.json --output_dir DIR`, with `--dataset_dir ACDC`
 if the study uses real patients. The same command continues a study that was killed. `python -m study report` with the
 same arguments writes the report of the cells that are finished so far.
+
+`python -m study calibrate --output_dir DIR` makes the calibration of the predicted Dice anew.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 import fire
 
 from components.phantom.dataset import write_phantom_dataset
+from study.calibration import calibrate
 from study.cells import is_finished, last_error, run_cell
 from study.costs import cost_table, remaining_seconds
 from study.execution import (
@@ -143,4 +146,5 @@ def _log_to_terminal() -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire({"run": run, "report": report})
+    _log_to_terminal()
+    fire.Fire({"run": run, "report": report, "calibrate": calibrate})

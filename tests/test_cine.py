@@ -49,12 +49,14 @@ def noise(frames):
     return np.random.default_rng(0).integers(0, 100, (*SHAPE, frames))
 
 
-def segment(path: Path, output_dir: Path, *, network=None, smoothing=None, handlers=()) -> SegmentationEvaluator:
+def segment(
+    path: Path, output_dir: Path, *, network=None, smoothing=None, handlers=(), saving=()
+) -> SegmentationEvaluator:
     """Segment without any scaling of the grey values, on slices padded to a square."""
     preprocessing = Compose([LoadVolumed("image"), SlicesLastd("image"), PadInPlaneToSquared("image")])
     dataset = VolumeDataset(find_volumes(str(path)), preprocessing)
     inverse = Invertd("pred", orig_keys="image", transform=preprocessing, nearest_interp=False)
-    saving = [AsDiscreted("pred", argmax=True), SavePredictiond("pred", str(output_dir))]
+    saving = [AsDiscreted("pred", argmax=True), SavePredictiond("pred", str(output_dir)), *saving]
     evaluator = SegmentationEvaluator(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(dataset, batch_size=1),

@@ -26,6 +26,7 @@ from components.training.command_line import refuse_unknown_knobs
 from release.__main__ import build
 from serving.__main__ import serve
 from study.__main__ import report, run
+from study.calibration import calibrate
 
 README = REPOSITORY / "README.md"
 ARCHITECTURE = REPOSITORY / "docs/architecture.md"
@@ -37,7 +38,13 @@ PAGES = [
 ]
 ADAPT_TEMPLATE = REPOSITORY / "adapt/template"
 LANGUAGES = {"bash", "json", "python", "text"}
-FIRE_COMMANDS = {("release",): build, ("serving",): serve, ("study", "run"): run, ("study", "report"): report}
+FIRE_COMMANDS = {
+    ("release",): build,
+    ("serving",): serve,
+    ("study", "run"): run,
+    ("study", "report"): report,
+    ("study", "calibrate"): calibrate,
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 

@@ -192,7 +192,8 @@ def test_a_page_for_each_case_shows_what_was_measured_without_any_network(study,
     table = pd.read_csv(tmp_path / "function.csv").set_index("case")
     for case, headings in {"patient002": [], "patient002_4d": ["Cine", "Volumes over time"]}.items():
         page = (tmp_path / f"{case}.html").read_text()
-        assert re.findall("<h2>(.*?)</h2>", page) == [*headings, "Contours at ED", "Contours at ES", "Wall thickness"]
+        sections = ["Predicted Dice of each slice", *headings, "Contours at ED", "Contours at ES", "Wall thickness"]
+        assert re.findall("<h2>(.*?)</h2>", page) == sections
         assert f"{table.loc[case, 'lv_ef_percent']:.2f}" in page
         assert f"{table.loc[case, 'lv_ef_percent']:.2f}" in summary
         sources = re.findall(r'src="(.*?)[,"]', page)

@@ -220,8 +220,9 @@ def test_training_records_what_it_took(trained):
 
 
 def test_commands_are_recorded_without_folders():
-    given = "run training --ckpt_dir /somewhere --epochs 3 --output_dir=/elsewhere --resume True"
-    assert command_without_folders(given.split()) == "python -m monai.bundle run training --epochs 3 --resume True"
+    given = "run training --ckpt_dir /somewhere --epochs 3 --output_dir=/elsewhere --start_checkpoint /there/model.pt"
+    recorded = "python -m monai.bundle run training --epochs 3 --start_checkpoint model.pt"
+    assert command_without_folders(given.split()) == recorded
 
 
 def test_hours_go_on_in_a_resumed_run_only(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""From files to slices: ACDC's layout, NIfTI volumes, transforms, a training set of slices."""
+"""From files to slices: ACDC's layout, NIfTI volumes, DICOM studies, transforms, a training set of slices."""
 
 import lazy_loader
 
@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "acdc": ["list_cases"],
+        "dicom_seg": ["SaveDicomSegd"],
         "own_data": ["LabelledCases", "own_cases", "read_data", "scaled_grey_values"],
         "slices": ["SliceDataset"],
         "transforms": [

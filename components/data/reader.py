@@ -15,6 +15,8 @@ from monai.data import ImageReader, ITKReader
 from monai.data.utils import affine_to_spacing
 from monai.utils import MetaKeys, OptionalImportError, SpaceKeys, ensure_tuple
 
+from components.data.dicom import body_of
+from components.data.dicom_stack import read_stack, read_voxels
 from components.data.volume_metadata import (
     FRAME,
     FRAMES,
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Keys of a volume's metadata: the bytes of its file's NIfTI header, the shape that its array has there.
 NIFTI_HEADER = "nifti_header"
 STORED_SHAPE = "stored_shape"
+HEIGHT_CM, WEIGHT_KG = "height_cm", "weight_kg"  # of the patient, nan where the files do not give them
 FRAME_SECONDS = "frame_seconds"  # from one frame to the next; nan where the header names no unit of time
 UNIT_MM = "unit_mm"  # the unit of its file's lengths; nan where the header names none, which is taken for mm
 
@@ -60,6 +63,7 @@ class _Opened(NamedTuple):
     affine_mm: np.ndarray
     unit_mm: float
     header: bytes | None
+    body: tuple[float, float] = (float("nan"), float("nan"))  # height in cm, weight in kg
 
 
 class ContentReader(ImageReader):
@@ -74,8 +78,8 @@ class VolumeReader(ContentReader):
     """Read one 3D volume, or one frame of a series, as float64 (H, W, D), with its affine in mm.
 
     NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, whatever the name, and what else nibabel
-    reads by its name. `.mha`, `.mhd`,
-    `.nrrd` and `.nhdr` are read by MONAI's `ITKReader`, for which the package `itk-io` must be installed.
+    reads by its name. `.mha`, `.mhd`, `.nrrd` and `.nhdr` are read by MONAI's `ITKReader`, for which the package
+    `itk-io` must be installed. A folder is that of a DICOM study, whose short-axis cine is read; see `read_stack`.
 
     The affine is that of the header's sform if its code is set, else of its qform, else of its voxel sizes; a form
     that is no affine (a row of zeros, say) counts as not set. MONAI's reader differs: it changes a voxel size that
@@ -105,6 +109,8 @@ class VolumeReader(ContentReader):
             OptionalImportError: for a format that needs `itk-io`, which is not installed.
         """
         (path,) = (Path(name) for name in ensure_tuple(data))
+        if path.is_dir():
+            return _read_study(path, path.stat().st_mtime_ns)
         if self.frame is not None:
             return _read_series(path, path.stat().st_mtime_ns)
         return _read_with_itk(path) if volume_suffix(path) in ITK_SUFFIXES else _read_nifti(path)
@@ -151,6 +157,8 @@ class VolumeReader(ContentReader):
             MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),
             STORED_SHAPE: np.asarray(shape),
             UNIT_MM: img.unit_mm,
+            HEIGHT_CM: img.body[0],
+            WEIGHT_KG: img.body[1],
             **of_series,
         }
         if img.header is not None:
@@ -183,6 +191,21 @@ def _read_nifti(path: Path) -> _Opened:
 def _read_series(path: Path, _changed_ns: int) -> _Opened:
     """Read a file of which the frames are asked for one after the other; it is read again once it has changed."""
     return _read_nifti(path)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_study(folder: Path, _changed_ns: int) -> _Opened:
+    """Read the short-axis cine of a DICOM study as if it were a NIfTI file."""
+    stack = read_stack(folder)
+    header = nib.Nifti1Header()
+    header.set_data_shape(stack.shape)
+    header.set_sform(stack.affine, code="scanner")
+    header.set_qform(stack.affine, code="scanner")
+    is_timed = not np.isnan(stack.frame_seconds)
+    header.set_xyzt_units("mm", "sec" if is_timed else None)
+    if is_timed:
+        header["pixdim"][4] = stack.frame_seconds
+    return _Opened(folder, read_voxels(stack), stack.affine, 1.0, header.binaryblock, body_of(stack.slices[0][0].path))
 
 
 def _frame_seconds(header: bytes | None) -> float:
@@ -233,7 +256,7 @@ def _kind_of(content: bytes) -> str:
     if not content:
         return "empty"
     if content[128:132] == b"DICM":
-        return "a DICOM file: convert its series to NIfTI, for example with dcm2niix"
+        return "a DICOM file: give the folder of its study, of which the short-axis cine is read"
     known = (kind for start, kind in _OTHER_FORMATS.items() if content.startswith(start))
     return next(known, f"something that begins with {content[:8]!r}")
 

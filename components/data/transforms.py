@@ -1,6 +1,7 @@
 """Dictionary transforms that MONAI lacks: loading with checks, padding to a square, rounding to 8-bit values."""
 
 import logging
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 PERCENTILES = (0.5, 99.5)
 NO_DATA_BEYOND = 1e9  # no scanner gives such grey values, but 1e20 and the largest float32 stand for "no data"
 ROUNDING_ERROR = 1e-3  # of a label that was stored as a fraction
+# With pydicom MONAI's `LoadImaged` also makes a reader for GPUs, which nothing here uses and which warns without one.
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+_NO_GPU_READER = ".*nvImageCodec"
 _COLOURS = {1: "grey values", 3: "colours"}  # by number of channels
 
 
@@ -73,14 +77,16 @@ class LoadVolumed(LoadImaged):
         channels: int = 1,
         allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(
-            keys,
-            reader=VolumeReader,
-            dtype=np.float64,
-            image_only=True,
-            ensure_channel_first=True,
-            allow_missing_keys=allow_missing_keys,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_NO_GPU_READER)
+            super().__init__(
+                keys,
+                reader=VolumeReader,
+                dtype=np.float64,
+                image_only=True,
+                ensure_channel_first=True,
+                allow_missing_keys=allow_missing_keys,
+            )
         self.label_key = label_key
         self.image_key = image_key
         self.label_values = list(range(num_classes) if label_values is None else label_values)
@@ -101,7 +107,7 @@ class LoadVolumed(LoadImaged):
             path = str(data[key])
             if is_dead_link(Path(path)):
                 raise FileNotFoundError(f"{path} is {DEAD_LINK}")
-            if not Path(path).is_file():
+            if not Path(path).exists():
                 raise FileNotFoundError(f"there is no {key} {path}")
             of_pictures = PictureReader(is_label=key == self.label_key)
             own = of_pictures if is_picture(path) else VolumeReader(loaded.get(FRAME))

@@ -17,6 +17,8 @@ from monai.transforms import SaveImaged
 
 from components.base.atomic_write import write_atomically
 from components.base.reasons import is_out_of_memory, reason_of
+from components.data.dicom import is_dicom
+from components.data.dicom_stack import DicomStack, read_stack, study_folders
 from components.data.pictures import PictureWriter
 from components.data.reader import NIFTI_HEADER, STORED_SHAPE
 from components.data.volume_metadata import (
@@ -77,7 +79,9 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. A damaged file and a link whose target is
     not there stay in the list, for the loader to name.
 
-    Of a series, a 4D file such as a cine, every frame is listed, one after the other.
+    Of a series, a 4D file such as a cine, every frame is listed, one after the other. So is every frame of the
+    short-axis cine of a DICOM study, whose path is the outermost folder that holds only this study; see `read_stack`.
+    DICOM files are left out where there are volumes, which often were made from them.
 
     Left out, with the reason in `skipped`: files that hold neither a 3D volume nor a series of them; labels and
     predictions by their postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`,
@@ -86,7 +90,7 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     image's suffix.
 
     Args:
-        dataset_dir: a volume's file, taken as it is named, or a folder.
+        dataset_dir: a volume's file, taken as it is named, or a folder of them or of DICOM studies.
         pictures: list files of `PICTURE_SUFFIXES` instead of volumes.
 
     Returns:
@@ -96,6 +100,7 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     Raises:
         ValueError: when `dataset_dir` is empty or has no volume, or two predictions would have the same name.
         FileNotFoundError: when the file or folder is not there.
+        OptionalImportError: for a folder of DICOM files alone, without pydicom.
     """
     if not dataset_dir:
         raise ValueError(
@@ -110,8 +115,11 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
         return FoundVolumes(_frames_of(root), {})
     left_out: dict[Path, str] = {}
     by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # and by real path
+    of_studies: list[Path] = []
     for path in _files_below(root, left_out, set()):
-        if reason := _reason_to_skip(path):
+        if not pictures and not volume_suffix(path) and is_dicom(path):
+            of_studies.append(path)
+        elif reason := _reason_to_skip(path):
             left_out[path] = reason
         elif (
             is_picture(path) if pictures else volume_suffix(path) not in ("", ".img")
@@ -119,11 +127,22 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
             first = by_case[case_name(path)].setdefault(os.path.realpath(path), path)
             if first != path:
                 left_out[path] = f"the same file as {first.relative_to(root)}"
+    if by_case:
+        left_out |= {
+            path.parent: "DICOM, since there are volumes: name its folder to segment it" for path in of_studies
+        }
+        of_studies = []
     skipped = {str(path.relative_to(root)): reason for path, reason in left_out.items()}
+    if of_studies:
+        above = Path(os.path.abspath(root))  # noqa: PTH100  # links are followed, and stay as they are named
+        for folder in study_folders([above / path.relative_to(root) for path in of_studies], above):
+            by_case[folder.name][os.path.realpath(folder)] = folder
+            skipped |= _other_series(folder)
     if not by_case:
         raise ValueError(
             f"no {'picture' if pictures else 'volume'} found under {root}: expected "
-            f"{'2D' if pictures else '3D'} files {', '.join(PICTURE_SUFFIXES if pictures else VOLUME_SUFFIXES)}; "
+            f"{'2D' if pictures else '3D'} files {', '.join(PICTURE_SUFFIXES if pictures else VOLUME_SUFFIXES)}"
+            f"{'' if pictures else ', or DICOM'}; "
             f"left out: {'; '.join(f'{path}: {reason}' for path, reason in list(skipped.items())[:5]) or 'nothing'}"
         )
     for case, paths in by_case.items():
@@ -180,12 +199,30 @@ def _reason_to_skip(path: Path) -> str:
 
 def _frames_of(path: Path) -> list[dict[str, Any]]:
     """Return the items of a file: one of a volume, and also of what the loader is to name, one a frame of a series."""
+    if path.is_dir():
+        stack = _stack_of(path)
+        frames = stack.shape[-1] if stack else 0
+        return [{"image": str(path), FRAME: n, FRAMES: frames} for n in range(frames)] or [{"image": str(path)}]
     image = _header_of(path)
     axes = image and series_axes(image.shape)
     if not axes:
         return [{"image": str(path)}]
     frames = image.shape[axes[-1]]
     return [{"image": str(path), FRAME: frame, FRAMES: frames} for frame in range(frames)]
+
+
+def _stack_of(folder: Path) -> DicomStack | None:
+    """Return the short-axis cine of a DICOM study, None where there is none, which the loader says."""
+    try:
+        return read_stack(folder)
+    except ValueError:
+        return None
+
+
+def _other_series(folder: Path) -> dict[str, str]:
+    """Return why a DICOM study's other series are left out, by their names."""
+    stack = _stack_of(folder)
+    return {f"{folder.name}, series {name}": "not of the short-axis cine" for name in stack.left_out} if stack else {}
 
 
 def _header_of(path: Path) -> Any:

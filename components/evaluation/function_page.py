@@ -19,6 +19,7 @@ from scipy.ndimage import binary_erosion
 from components.base.atomic_write import write_atomically
 from components.data.pictures import CLASS_COLOURS
 from components.evaluation.overlays import WINDOW_PERCENTILES, Extent
+from components.evaluation.quality import SLICE_BELOW
 
 MEASURES = {  # what a page shows: columns of `function.csv`
     "lv_edv_ml": "LV end-diastolic volume, ml",
@@ -38,6 +39,7 @@ _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}"
     "td.number{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}"
+    ".check{background:#fdeccf}div.check{padding:.2em 1em;border-left:4px solid #d98b00}"
 )
 _TILES_PER_ROW = 5
 _ENLARGED = 2  # pixels of the beating picture for one of the image
@@ -153,19 +155,33 @@ def save_gif(path: Path, pictures: Sequence[Image.Image], frame_seconds: float) 
         )
 
 
-def write_case_page(path: Path, row: Mapping, *, figures: Mapping[str, Figure], cine: str | None = None) -> None:
+def write_case_page(
+    path: Path,
+    row: Mapping,
+    *,
+    slice_dice: Mapping[str, np.ndarray],
+    figures: Mapping[str, Figure],
+    cine: str | None = None,
+) -> None:
     """Write the page of a case, which needs no network.
 
     Args:
         path: the file.
         row: of `function.csv`.
+        slice_dice: predicted Dice of every slice (D,), nan where one shows no class, by phase.
         figures: by the heading above them; they become part of the file.
         cine: name of the picture of the beating heart beside the file, if there is one.
     """
     measured = [(title, row[name]) for name, title in MEASURES.items() if row[name] != ""]
     told = f"ED is frame {row['ed_frame'] or '-'}, ES frame {row['es_frame'] or '-'}, by {row['ed_es_by']}."
     rows = "".join(f"<tr><td>{title}</td><td class=number>{value}</td></tr>" for title, value in measured)
-    parts = [f"<p>{html.escape(told)}</p>", f"<table>{rows}</table>"]
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in filter(None, str(row["reason"]).split("; ")))
+    parts = [
+        f"<div class=check><p>Check this case:</p><ul>{reasons}</ul></div>" if row["flag"] else "",
+        f"<p>{html.escape(told)} Predicted Dice: {row['predicted_dice']}.</p>",
+        f"<table>{rows}</table>",
+        _slice_table(slice_dice),
+    ]
     if cine:
         parts.append(f'<h2>Cine</h2><img src="{html.escape(cine)}" alt="all slices over time, with contours">')
     for heading, figure in figures.items():
@@ -177,26 +193,47 @@ def write_case_page(path: Path, row: Mapping, *, figures: Mapping[str, Figure], 
     _write_page(path, str(row["case"]), parts)
 
 
+def _slice_table(slice_dice: Mapping[str, np.ndarray]) -> str:
+    """Return a table of the predicted Dice with a column for each slice, low values marked."""
+    depth = max((len(values) for values in slice_dice.values()), default=0)
+    lines = ["<tr><th>slice</th>" + "".join(f"<th>{number}</th>" for number in range(1, depth + 1)) + "</tr>"]
+    for phase, values in slice_dice.items():
+        cells = (
+            "<td>-</td>" if math.isnan(value) else f"<td{_marked(value < SLICE_BELOW)}>{value:.2f}</td>"
+            for value in values.tolist()
+        )
+        lines.append(f"<tr><td>{phase}</td>{''.join(cells)}</tr>")
+    return f"<h2>Predicted Dice of each slice</h2><table>{''.join(lines)}</table>"
+
+
+def _marked(is_marked: bool) -> str:
+    return " class=check" if is_marked else ""
+
+
 def write_summary_page(path: Path, rows: Sequence[Mapping], pages: Mapping[str, str]) -> None:
-    """Write the page over all cases.
+    """Write the page over all cases, those to check first.
 
     Args:
         path: the file.
         rows: of `function.csv`.
         pages: name of the file of each case's page, beside it.
     """
-    head = "".join(f"<th>{title}</th>" for title in ("case", *(MEASURES[name] for name in IN_SUMMARY)))
+    titles = ("case", *(MEASURES[name] for name in IN_SUMMARY), "predicted Dice", "why to check it")
+    head = "".join(f"<th>{title}</th>" for title in titles)
     lines = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: not row["flag"]):
         case = html.escape(str(row["case"]))
-        cells = "".join(f"<td class=number>{row[name] or '-'}</td>" for name in IN_SUMMARY)
-        lines.append(f'<tr><td><a href="{html.escape(pages[str(row["case"])])}">{case}</a></td>{cells}</tr>')
-    _write_page(path, "Ventricular function", [f"<table><tr>{head}</tr>{''.join(lines)}</table>"])
+        cells = "".join(f"<td class=number>{row[name] or '-'}</td>" for name in (*IN_SUMMARY, "predicted_dice"))
+        cells += f"<td>{html.escape(str(row['reason']))}</td>"
+        link = f'<a href="{html.escape(pages[str(row["case"])])}">{case}</a>'
+        lines.append(f"<tr{_marked(bool(row['flag']))}><td>{link}</td>{cells}</tr>")
+    flagged = f"<p>{sum(bool(row['flag']) for row in rows)} of {len(rows)} cases to check, listed first.</p>"
+    _write_page(path, "Ventricular function", [flagged, f"<table><tr>{head}</tr>{''.join(lines)}</table>"])
 
 
 def _write_page(path: Path, title: str, parts: Iterable[str]) -> None:
     text = html.escape(title)
-    note = "<p>Research only; not for clinical use. Nothing here says how far a case is to be trusted: look at it.</p>"
+    note = "<p>Research only; not for clinical use. What is not marked may be wrong all the same: look at it.</p>"
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{text}</title><style>{_STYLE}</style>'
     with write_atomically(path) as temporary:
         temporary.write_text(f"{page}<h1>{text}</h1>{note}{''.join(parts)}</html>\n", encoding="utf-8")

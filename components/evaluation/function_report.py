@@ -18,7 +18,7 @@ from monai.engines.utils import IterationEvents
 
 from components.data.acdc import CLASS_NAMES, INFO, read_info
 from components.data.geometry import slices_last
-from components.data.reader import FRAME_SECONDS
+from components.data.reader import FRAME_SECONDS, HEIGHT_CM, WEIGHT_KG
 from components.data.transforms import LoadVolumed
 from components.data.volume_metadata import FRAME, case_name, files_of, header_spacing_mm
 from components.data.volumes import PREDICTION_POSTFIX
@@ -39,6 +39,8 @@ from components.evaluation.function_page import (
     write_summary_page,
 )
 from components.evaluation.overlays import draw_overlay, foreground_extent
+from components.evaluation.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
+from components.evaluation.quality import FLAG, FLAG_BELOW, Dice, expected_dice, predicted_dice
 from components.evaluation.reports import Row, write_csv
 from components.evaluation.wall import SEGMENTS, thickening_percent, wall_thickness_mm
 
@@ -46,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 CURVE_COLUMNS = ("frame", "time_ms", "lv_ml", "rv_ml", "myo_ml")
 WALL_COLUMNS = ("case", "segment", "name", "ed_mm", "es_mm", "thickening_percent")
-NOT_YET = ("predicted_dice", "flag", "reason")  # columns that are left empty
 _DECIMALS = 2
 
 
@@ -64,17 +65,19 @@ class _Case:
     """The frames of a series, of an ACDC patient, or a single volume."""
 
     name: str
-    info: dict[str, str] = field(default_factory=dict)  # what the Info.cfg beside it says
+    info: dict[str, str] = field(default_factory=dict)  # what the Info.cfg beside it says, or else its own files
     frames: list[int] = field(default_factory=list)  # their numbers, from 1
     items: list[dict[Hashable, Any]] = field(default_factory=list)  # what loads each with its labels
     volumes: list[dict[str, float]] = field(default_factory=list)  # in ml, of each frame
+    dice: list[Dice] = field(default_factory=list)  # as predicted, of each frame
     frame_seconds: float = NAN
     is_series: bool = False
 
-    def add(self, frame: int, item: dict[Hashable, Any], volumes: dict[str, float]) -> None:
+    def add(self, frame: int, item: dict[Hashable, Any], volumes: dict[str, float], dice: Dice) -> None:
         self.frames.append(frame)
         self.items.append(item)
         self.volumes.append(volumes)
+        self.dice.append(dice)
 
     def curve(self, name: str) -> list[float]:
         return [volumes[name] for volumes in self.volumes]
@@ -89,6 +92,11 @@ class _Case:
             return 0, None, "only frame"
         return *find_phases(self.curve("LV")), "LV volume"
 
+    def phase_dice(self) -> dict[str, Dice]:
+        """Return the predicted Dice at ED and at ES, as far as there are these frames."""
+        named = zip(("ED", "ES"), self.phases(), strict=False)
+        return {phase: self.dice[index] for phase, index in named if isinstance(index, int)}
+
 
 class FunctionReport:
     """Ignite handler that measures ventricular function on what a `SegmentationEvaluator` has segmented.
@@ -98,9 +106,11 @@ class FunctionReport:
     which the left ventricle is largest and smallest, also for the right one. Labels are never read.
 
     `function.csv` has a row for each case, sorted by name, with the measures of `measure_function`, empty where they
-    are unknown, and the columns of `NOT_YET`, which are empty. `wall_thickness.csv` has a row for each case and each of
-    `SEGMENTS`. A series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.gif`, with all
-    frames. `<case>.html` shows what belongs to a case, and `function.html` leads to them.
+    are unknown, and with what tells how far to trust them: `predicted_dice`, the lower one of ED and ES (`quality.py`),
+    and a `flag` with its `reason` in words where that is low or the anatomy cannot be (`plausibility.py`).
+    `wall_thickness.csv` has a row for each case and each of `SEGMENTS`. A series also has `<case>_volumes.csv`, with
+    the volumes in each frame, and `<case>_cine.gif`, with all frames. `<case>.html` shows what belongs to a case, and
+    `function.html` leads to them, those with a flag first.
 
     Args:
         output_dir: folder of the tables, which `SavePredictiond` has saved the label maps in.
@@ -133,11 +143,14 @@ class FunctionReport:
         self.heart_rate = heart_rate
         self.slice_axis = slice_axis
         self._measured: dict[str, list[dict[str, float]]] = defaultdict(list)
+        self._dice: dict[str, list[Dice]] = defaultdict(list)
         self._frame_seconds: dict[str, float] = {}
+        self._body: dict[str, dict[str, str]] = {}
 
     def attach(self, engine: Engine) -> None:
         """Register the handler on an evaluator, after its postprocessing."""
         engine.add_event_handler(Events.STARTED, self._forget)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._predict_dice)
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._collect)
         engine.add_event_handler(Events.COMPLETED, self)
 
@@ -146,7 +159,8 @@ class FunctionReport:
         cases = self._cases(engine.segmented)
         rows, walls = [], []
         for case in sorted(cases, key=lambda case: case.name):
-            row, phases = self._row(case), self._phases(case)
+            phases = self._phases(case)
+            row = self._row(case, phases)
             wall_mm = {phase: self._wall_mm(volume) for phase, volume in phases.items()}
             rows.append(row)
             walls += _wall_rows(case, wall_mm)
@@ -162,7 +176,17 @@ class FunctionReport:
 
     def _forget(self, _: Engine) -> None:
         self._measured.clear()
+        self._dice.clear()
         self._frame_seconds.clear()
+        self._body.clear()
+
+    def _predict_dice(self, engine: Engine) -> None:
+        """Keep the predicted Dice of a volume or frame that has been through the network."""
+        output, inferer = cast(Any, engine.state.output), cast(Any, engine).inferer
+        (prediction,) = output["pred"]
+        (file,) = files_of(output["image"])
+        probabilities = prediction if inferer.test_time_views > 1 else prediction.softmax(dim=0)
+        self._dice[file].append(predicted_dice(expected_dice(probabilities)))
 
     def _collect(self, engine: Engine) -> None:
         output: Any = engine.state.output
@@ -172,12 +196,16 @@ class FunctionReport:
             spacing = header_spacing_mm(labels)
             self._measured[file].append(volumes_ml(np.asarray(labels[0].cpu()), spacing, self.class_names))
             self._frame_seconds[file] = float(labels.meta.get(FRAME_SECONDS, NAN))
+            self._body[file] = {
+                "Height": str(float(labels.meta.get(HEIGHT_CM, NAN))),
+                "Weight": str(float(labels.meta.get(WEIGHT_KG, NAN))),
+            }
 
     def _cases(self, files: Iterable[str]) -> list[_Case]:
         """Group the files to cases."""
         cases: dict[Path, _Case] = {}
         for file in files:
-            path, measured = Path(file), self._measured[file]
+            path, measured, dice = Path(file), self._measured[file], self._dice[file]
             folder, name = path.parent, case_name(path)
             info = read_info(folder) if (folder / INFO).is_file() else {}
             item: dict[Hashable, Any] = {
@@ -186,16 +214,16 @@ class FunctionReport:
             }
             of_patient = re.fullmatch(rf"{re.escape(folder.name)}_frame(\d+)", name)
             if info and of_patient:
-                cases.setdefault(folder, _Case(folder.name, info)).add(int(of_patient[1]), item, measured[0])
+                cases.setdefault(folder, _Case(folder.name, info)).add(int(of_patient[1]), item, measured[0], dice[0])
                 continue
             is_series = len(measured) > 1
-            cases[path] = _Case(name, info if is_series else {}, is_series=is_series)
+            cases[path] = _Case(name, self._body[file] | (info if is_series else {}), is_series=is_series)
             cases[path].frame_seconds = self._frame_seconds[file]
             for frame, volumes in enumerate(measured):
-                cases[path].add(frame + 1, item | {FRAME: frame} if is_series else item, volumes)
+                cases[path].add(frame + 1, item | {FRAME: frame} if is_series else item, volumes, dice[frame])
         return list(cases.values())
 
-    def _row(self, case: _Case) -> Row:
+    def _row(self, case: _Case, phases: Mapping[str, _Volume]) -> Row:
         ed, es, found_by = case.phases()
         heart_rate = self.heart_rate or heart_rate_per_min(case.frame_seconds, case.curve("LV"))
         measures = measure_function(
@@ -204,6 +232,8 @@ class FunctionReport:
             heart_rate=heart_rate,
             surface_m2=body_surface_m2(*(_number(case.info.get(name)) for name in ("Height", "Weight"))),
         )
+        lowest = min((dice.volume for dice in case.phase_dice().values()), default=NAN)
+        reasons = self._reasons(case, phases, measures)
         return {
             "case": case.name,
             "frames": len(case.frames),
@@ -211,8 +241,25 @@ class FunctionReport:
             "es_frame": "" if es is None else case.frames[es],
             "ed_es_by": found_by,
             **{name: _as_text(value) for name, value in measures.items()},
-            **dict.fromkeys(NOT_YET, ""),
+            "predicted_dice": _as_text(lowest),
+            "flag": FLAG if reasons else "",
+            "reason": "; ".join(reasons),
         }
+
+    def _reasons(self, case: _Case, phases: Mapping[str, _Volume], measures: Mapping[str, float]) -> list[str]:
+        """Say why a case is to be looked at, the most telling first; nothing where there is no reason."""
+        reasons = [
+            f"{phase}: the predicted Dice of {dice.volume:.2f} is below {FLAG_BELOW}"
+            for phase, dice in case.phase_dice().items()
+            if dice.volume < FLAG_BELOW
+        ]
+        classes = self._classes
+        for phase, volume in phases.items():
+            reasons += [f"{phase}: {fault}" for fault in faults_of_labels(volume.labels, classes)]
+        reasons += faults_of_measures(measures)
+        if case.is_series:
+            reasons += faults_of_curve({name: case.curve(name) for name in ("LV", "RV")})
+        return reasons
 
     def _phases(self, case: _Case) -> dict[str, _Volume]:
         """Load the frames at ED and at ES, as far as there are any."""
@@ -225,9 +272,13 @@ class FunctionReport:
         affine = cast(MetaTensor, labels).affine.numpy()
         return _Volume(image[0].numpy(), labels[0].numpy(), affine, header_spacing_mm(labels))
 
+    @property
+    def _classes(self) -> dict[str, int]:
+        """Label of RV, Myo and LV."""
+        return {name: self.class_names.index(name) + 1 for name in CLASS_NAMES}
+
     def _wall_mm(self, volume: _Volume) -> np.ndarray:
-        classes = {name: self.class_names.index(name) + 1 for name in CLASS_NAMES}
-        return wall_thickness_mm(volume.labels, volume.affine, classes)
+        return wall_thickness_mm(volume.labels, volume.affine, self._classes)
 
     def _write_page(
         self, case: _Case, row: Row, phases: Mapping[str, _Volume], wall_mm: Mapping[str, np.ndarray]
@@ -259,7 +310,8 @@ class FunctionReport:
         if len(wall_mm) == 2:
             thickness["thickening, %"] = thickening_percent(wall_mm["ED"], wall_mm["ES"])
         figures["Wall thickness"] = draw_bulls_eyes(thickness)
-        write_case_page(self.output_dir / f"{case.name}.html", row, figures=figures, cine=cine)
+        slices = {phase: dice.slices for phase, dice in case.phase_dice().items()}
+        write_case_page(self.output_dir / f"{case.name}.html", row, slice_dice=slices, figures=figures, cine=cine)
 
 
 def _wall_rows(case: _Case, wall_mm: Mapping[str, np.ndarray]) -> list[Row]:

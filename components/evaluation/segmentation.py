@@ -128,7 +128,8 @@ class SegmentationEvaluator(SupervisedEvaluator):
             of_frame.meta[FRAME] = torch.tensor([number])
             output = MetaTensor(torch.from_numpy(prediction).to(image.device)).copy_meta_from(of_frame)
             engine.state.batch = {**batchdata, "image": of_frame}
-            engine.state.output = {"image": of_frame, "pred": output}
+            engine.state.output = {"image": of_frame, "pred": output}  # as MONAI's evaluator has it at both events
+            engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
         self.frames.remove()
         return {}

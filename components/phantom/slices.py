@@ -17,13 +17,14 @@ from components.phantom.draws import between
 
 NARROW_ANATOMY = AnatomyRanges(
     rotation_deg=(-180, 180),
-    scale=(1.0, 1.5),
+    scale=(0.85, 1.5),
     mirror_chance=(0.5, 0.5),
+    lv_radius_mm=(20, 34),
     lv_aspect=(0.85, 1.07),
     lv_contraction=(0.15, 0.55),
-    wall_mm=(6, 13),
+    wall_mm=(4.5, 12),
     epicardial_mm=(0, 2),
-    trabecular_mm=(0.5, 2),
+    trabecular_mm=(0.2, 2),
     rv_angle_deg=(135, 212),
     rv_width_mm=(24, 66),
     rv_breadth=(1.0, 1.4),
@@ -35,7 +36,7 @@ NARROW_ANATOMY = AnatomyRanges(
 NARROW_APPEARANCE = AppearanceRanges(rv_pool=(0.6, 1.1), fat=(0.5, 1.3), white_percentile=(95.5, 99.7))
 WIDE_ANATOMY = AnatomyRanges(
     rotation_deg=(-180, 180),
-    scale=(0.75, 1.65),
+    scale=(0.7, 1.65),
     mirror_chance=(0.5, 0.5),
     warp_mm=(2, 7),
     heart_x_mm=(-50, 40),
@@ -47,7 +48,7 @@ WIDE_ANATOMY = AnatomyRanges(
     lv_taper=(1.8, 4.5),
     lv_end_level=(0.85, 0.99),
     lv_contraction=(0.05, 0.65),
-    wall_mm=(4.5, 15),
+    wall_mm=(2.5, 15),
     wall_asymmetry=(-0.5, 0.5),
     wall_asymmetry_deg=(-180, 180),
     wall_roughness_mm=(0.3, 1.8),
@@ -169,8 +170,8 @@ def phantom_slices(
     generator = torch.Generator(device)
     generator.manual_seed(int(entropy >> np.uint64(1)))
     own = width * torch.rand(count, generator=generator, device=generator.device)
-    body = draw_anatomy(count, _widened(NARROW_ANATOMY, WIDE_ANATOMY, own), generator)
-    look = draw_appearance(count, _widened(NARROW_APPEARANCE, WIDE_APPEARANCE, own), generator)
+    body = draw_anatomy(count, widened(NARROW_ANATOMY, WIDE_ANATOMY, own), generator)
+    look = draw_appearance(count, widened(NARROW_APPEARANCE, WIDE_APPEARANCE, own), generator)
     for name in ("flow_void", "ghost", "banding"):  # their ranges begin below 0, so that some slices have none
         look[name].clamp_min_(0)
     unit = torch.rand(4, count, generator=generator, device=generator.device)
@@ -182,7 +183,7 @@ def phantom_slices(
     return (images * visible)[:, None], (labels * visible)[:, None]
 
 
-def _widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
+def widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
     """Return the ranges of each slice, interpolated by its `width` from the narrow (0) to the wide ones (1)."""
     ends = {}
     for name in (field.name for field in fields(narrow)):

@@ -103,12 +103,12 @@ class TrainingRecord:
 
 
 def command_without_folders(arguments: Sequence[str]) -> str:
-    """Return the command line of a bundle run without its options that name folders, on which no result depends."""
+    """Return the command line of a bundle run without folders, on which no result depends; a file keeps its name."""
     kept, remaining = ["python", "-m", "monai.bundle"], iter(arguments)
     for argument in remaining:
         name, equals, _ = argument.removeprefix("--").partition("=")
         if name not in _FOLDER_OPTIONS:
-            kept.append(argument)
+            kept.append(Path(argument).name if Path(argument).is_absolute() else argument)
         elif not equals:
             next(remaining, None)  # the option's value
     return shlex.join(kept)

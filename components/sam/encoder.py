@@ -30,7 +30,9 @@ UNUSED_KEYS = {"vit_t": CLASSIFIER_KEYS}  # of published checkpoints, which no f
 # Encoders that came with former versions, by the first eight bytes of their fingerprint, and what heads on them need.
 FORMER_ENCODERS = {
     "03ac9d181cea00ce": "it is that of the tiny encoder of version 0.1: take components/pretrained/phantom_encoder.pth "
-    "from that version, and give --model_type vit_tiny --sam_checkpoint FILE --image_size 192"
+    "from that version, and give --model_type vit_tiny --sam_checkpoint FILE --image_size 192",
+    "390c1a5f3504f622": "it is that of the tiny encoder of version 0.2 and 0.3: take components/pretrained/"
+    "phantom_unet.pth from one of them, and give --sam_checkpoint FILE",
 }
 
 

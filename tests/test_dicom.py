@@ -1,0 +1,367 @@
+"""DICOM studies through inference: the short-axis cine found among series, segmented like NIfTI, and written as SEG."""
+
+import logging
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REPOSITORY, messages_of
+from monai.utils import OptionalImportError
+from test_cine import segment
+from test_function import GreyIsClass
+
+from components.data import dicom
+from components.data.dicom_seg import SaveDicomSegd
+from components.data.dicom_stack import read_stack, read_voxels
+from components.data.volumes import find_volumes
+from components.evaluation.function_report import FunctionReport
+from components.phantom.dataset import write_phantom_dataset
+
+highdicom = pytest.importorskip("highdicom")
+pydicom = pytest.importorskip("pydicom")
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset  # noqa: E402
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
+
+MR_IMAGE, ENHANCED_MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
+CLASSES = ("RV", "Myo", "LV")
+STUDY, PLACE = generate_uid(), generate_uid()
+
+
+@pytest.fixture(scope="module")
+def beating(tmp_path_factory):
+    """A beating phantom whose grey values are its labels, as a NIfTI image (x, y, z, t)."""
+    root = tmp_path_factory.mktemp("phantom") / "data"
+    write_phantom_dataset(str(root), patients=1, size_hw_d=(40, 32, 5), series=True)
+    cine = nib.load(next(root.rglob("*_4d_gt.nii.gz")))
+    voxels = np.asarray(cine.dataobj)[..., ::4].astype(np.int16)
+    image = nib.Nifti1Image(voxels, cine.affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["pixdim"][4] = 0.125
+    return image
+
+
+def dataset(sop_class, path, series, *, number=1, name="sax", study=STUDY) -> FileDataset:
+    """A file's header, with what every image has."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, sop_class
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    made = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=False)
+    made.SOPClassUID, made.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
+    made.StudyInstanceUID, made.SeriesInstanceUID, made.FrameOfReferenceUID = study, series, PLACE
+    made.Modality, made.SeriesNumber, made.SeriesDescription = "MR", number, name
+    made.PatientID, made.PatientName = "P1", "Phantom"
+    made.PatientSize, made.PatientWeight = 1.8, 80
+    made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, "MONOCHROME2", 0
+    made.BitsAllocated, made.BitsStored, made.HighBit = 16, 16, 15
+    return made
+
+
+def geometry(affine, depth):
+    """Position, orientation and pixel spacing of a slice in DICOM's LPS, from a NIfTI affine in RAS."""
+    lps = np.diag([-1, -1, 1, 1]) @ affine
+    spacing = np.linalg.norm(lps[:3, :2], axis=0)
+    directions = lps[:3, :2] / spacing
+    position = lps[:3, 3] + depth * lps[:3, 2]
+    decimals = [pydicom.valuerep.format_number_as_ds(float(value)) for value in [*position, *directions.T.ravel()]]
+    return decimals[:3], decimals[3:], [f"{spacing[1]:.6g}", f"{spacing[0]:.6g}"]
+
+
+def save(made, pixels, path):
+    made.Rows, made.Columns = pixels.shape[-2:]
+    made.PixelData = np.ascontiguousarray(pixels.astype(np.uint16)).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.save_as(path)
+
+
+def write_classic(
+    folder, image, *, one_series=False, depths=None, number=1, name="sax", affine=None, trigger=True, **kw
+):
+    """Write a file for each slice and frame, under names that tell no order."""
+    voxels, random = np.asarray(image.dataobj), np.random.default_rng(number)
+    affine = image.affine if affine is None else affine
+    series = generate_uid()
+    for depth in range(voxels.shape[2]) if depths is None else depths:
+        series = series if one_series else generate_uid()
+        for frame in range(voxels.shape[3]):
+            path = folder / f"IM{random.integers(10**9):09d}"
+            made = dataset(MR_IMAGE, path, series, number=number if one_series else number + depth, name=name, **kw)
+            made.ImagePositionPatient, made.ImageOrientationPatient, made.PixelSpacing = geometry(affine, depth)
+            made.InstanceNumber = 1 + frame if trigger is not None else 1
+            if trigger:
+                made.TriggerTime = 125 * frame
+                made.InstanceNumber = int(random.integers(1000))
+            save(made, voxels[:, :, min(depth, voxels.shape[2] - 1), frame].T, path)
+
+
+def write_enhanced(folder, image, **kw):
+    """Write all slices and frames as one file, the last frame first."""
+    voxels = np.asarray(image.dataobj)
+    made = dataset(ENHANCED_MR_IMAGE, folder / "enhanced.dcm", generate_uid(), **kw)
+    pixels, groups = [], []
+    for frame in reversed(range(voxels.shape[3])):
+        for depth in range(voxels.shape[2]):
+            position, orientation, spacing = geometry(image.affine, depth)
+            item = Dataset()
+            for sequence, values in {
+                "PlanePositionSequence": {"ImagePositionPatient": position},
+                "PlaneOrientationSequence": {"ImageOrientationPatient": orientation},
+                "PixelMeasuresSequence": {"PixelSpacing": spacing, "SliceThickness": 8},
+                "CardiacSynchronizationSequence": {"NominalCardiacTriggerDelayTime": 125.0 * frame},
+                "PixelValueTransformationSequence": {"RescaleSlope": 2, "RescaleIntercept": -1},
+            }.items():
+                content = Dataset()
+                for attribute, value in values.items():
+                    setattr(content, attribute, value)
+                setattr(item, sequence, [content])
+            groups.append(item)
+            pixels.append(voxels[:, :, depth, frame].T)
+    made.NumberOfFrames, made.SharedFunctionalGroupsSequence = len(pixels), [Dataset()]
+    made.PerFrameFunctionalGroupsSequence = groups
+    save(made, np.stack(pixels), folder / "enhanced.dcm")
+
+
+def write_others(folder, image, **kw):
+    """Write what else a study holds: a long axis, a localiser, a report, notes."""
+    long_axis = image.affine[:, [2, 0, 1, 3]]
+    write_classic(folder / "lax", image, one_series=True, depths=[0], number=50, name="4ch", affine=long_axis, **kw)
+    still = nib.Nifti1Image(np.asarray(image.dataobj)[..., :1], image.affine)
+    localiser = np.diag([-2.0, -2.0, 10.0, 1.0])
+    write_classic(
+        folder / "loc", still, one_series=True, number=60, name="localiser", affine=localiser, trigger=None, **kw
+    )
+    report = dataset("1.2.840.10008.5.1.4.1.1.88.11", folder / "report.dcm", generate_uid(), **kw)
+    report.save_as(folder / "report.dcm")
+    (folder / "notes.txt").write_text("no image")
+
+
+WAYS = {
+    "a series a slice": write_classic,
+    "one series": lambda folder, image: write_classic(folder, image, one_series=True),
+    "ordered by number": lambda folder, image: write_classic(folder, image, trigger=False),
+    "enhanced": write_enhanced,
+}
+
+
+def on_grid_of(image, reference):
+    """The voxels of an image in the order of another one's axes, which lie at the same places."""
+    to_image = np.linalg.inv(image.affine) @ reference.affine
+    assert np.abs(to_image[:3, :3]).round(3).max(axis=0).tolist() == [1, 1, 1]
+    index = np.stack(np.meshgrid(*map(np.arange, reference.shape[:3]), indexing="ij"), axis=-1)
+    places = index @ to_image[:3, :3].T + to_image[:3, 3]
+    assert np.abs(places - places.round()).max() < 1e-2
+    return np.asarray(image.dataobj)[tuple(np.moveaxis(places.round().astype(int), -1, 0))]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_study_has_the_labels_of_its_nifti_file_and_segs_that_read_back_voxel_for_voxel(way, beating, tmp_path):
+    study = tmp_path / "in" / "P1"
+    WAYS[way](study / "series", beating)
+    write_others(study, beating)
+    nib.save(beating, tmp_path / "cine.nii.gz")
+    saving = [SaveDicomSegd("pred", str(tmp_path / "out"), CLASSES)]
+    network = GreyIsClass() if way != "enhanced" else HalvedGreyIsClass()
+    handlers = [FunctionReport(str(tmp_path / "out"))]
+    segment(study, tmp_path / "out", network=network, smoothing=0, saving=saving, handlers=handlers)
+    segment(tmp_path / "cine.nii.gz", tmp_path / "out", network=GreyIsClass(), smoothing=0)
+    of_dicom, of_nifti = (nib.load(tmp_path / f"out/{name}_pred.nii.gz") for name in ("P1", "cine"))
+    assert np.array_equal(on_grid_of(of_dicom, of_nifti), np.asarray(of_nifti.dataobj))
+    assert np.array_equal(np.asarray(of_nifti.dataobj), np.asarray(beating.dataobj))
+    assert len(np.unique(of_nifti.dataobj)) == 4
+    known = way != "ordered by number"
+    assert of_dicom.header["pixdim"][4] == (np.float32(0.125) if known else 1)
+    (row,) = pd.read_csv(tmp_path / "out/function.csv").to_dict("records")
+    assert row["body_surface_m2"] == 2
+    assert_reads_back(tmp_path / "out/P1_seg", study, np.asarray(of_dicom.dataobj))
+
+
+class HalvedGreyIsClass(GreyIsClass):
+    """The same for grey values that a file rescales by 2 x - 1."""
+
+    def forward(self, images):
+        return super().forward((images + 1) / 2)
+
+
+def assert_reads_back(folder, study, labels):
+    """Every SEG has the voxels of its frame, in place and by the instances that it refers to."""
+    stack = read_stack(study)
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == [f"frame{n:02d}.dcm" for n in range(1, labels.shape[3] + 1)]
+    series = set()
+    for frame, file in enumerate(files):
+        seg = highdicom.seg.segread(file)
+        series.add(seg.SeriesInstanceUID)
+        assert (seg.StudyInstanceUID, seg.FrameOfReferenceUID, seg.InstanceNumber) == (STUDY, PLACE, frame + 1)
+        described = [seg.get_segment_description(number) for number in (1, 2, 3)]
+        assert [str(segment.segment_label) for segment in described] == list(CLASSES)
+        codes = [segment.segmented_property_type.value for segment in described]
+        assert codes == ["53085002", "49848007", "87878005"]
+        images = [of_slice[frame] for of_slice in stack.slices]
+        if images[0].frame is None:
+            read = seg.get_pixels_by_source_instance(
+                [image.instance_uid for image in images], combine_segments=True, assert_missing_frames_are_empty=True
+            )
+        else:
+            read = seg.get_pixels_by_source_frame(
+                images[0].instance_uid,
+                [image.frame + 1 for image in images],
+                combine_segments=True,
+                assert_missing_frames_are_empty=True,
+            )
+        assert np.array_equal(read.transpose(2, 1, 0), labels[..., frame])
+        referenced = {str(item.SeriesInstanceUID) for item in seg.ReferencedSeriesSequence}
+        assert referenced == {image.series for image in images}
+    assert len(series) == 1
+
+
+def refused(folder) -> str:
+    """Why a study is refused, as inference says it."""
+    with pytest.raises(Exception) as error:
+        segment(folder, folder.parent / "out", network=GreyIsClass())
+    return messages_of(error.value)
+
+
+def test_a_study_of_long_axes_and_localisers_is_refused_with_what_it_holds(beating, tmp_path):
+    write_others(tmp_path / "study", beating)
+    message = refused(tmp_path / "study")
+    frames = beating.shape[3]
+    assert "study has no short-axis cine: expected at least 4 parallel slices of several frames each" in message
+    assert f"'4ch': 1 slice of {frames} frames" in message
+    assert "'localiser': 5 slices of 1 frame, across a body axis" in message
+
+
+def test_a_stack_across_the_body_is_no_short_axis(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, affine=np.diag([-1.5, -1.5, 8.0, 1.0]))
+    assert f"found 'sax': 5 slices of {beating.shape[3]} frames, across a body axis" in refused(tmp_path / "study")
+
+
+def test_missing_slices_are_named_by_the_positions_beside_the_gap(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, depths=[0, 1, 2, 4, 5])
+    step = float(np.linalg.norm(beating.affine[:3, 2]))
+    message = refused(tmp_path / "study")
+    assert f"expected one every {step:.1f} mm, none is between" in message
+    assert "positions in mm: " in message
+
+
+def test_uneven_gaps_are_refused_with_the_positions(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, depths=[0, 1, 2, 3])
+    moved = beating.affine.copy()
+    moved[:3, 3] += 4.3 * moved[:3, 2]
+    write_classic(tmp_path / "study", beating, depths=[0], number=9, affine=moved)
+    message = refused(tmp_path / "study")
+    assert "has unevenly spaced slices" in message
+    assert "positions in mm: " in message
+
+
+def test_slices_of_different_numbers_of_frames_are_refused(beating, tmp_path):
+    write_classic(tmp_path / "study", beating)
+    next((tmp_path / "study").iterdir()).unlink()
+    frames = beating.shape[3]
+    message = refused(tmp_path / "study")
+    assert "expected as many frames in every slice" in message
+    assert message.count(f"{frames} at ") >= 4
+    assert f"{frames - 1} at " in message
+
+
+def test_slices_that_do_not_lie_above_each_other_are_refused(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, depths=[0, 1, 3, 4])
+    moved = beating.affine.copy()
+    moved[:3, 3] += 20 * moved[:3, 0] / np.linalg.norm(moved[:3, 0])
+    write_classic(tmp_path / "study", beating, depths=[2], number=9, affine=moved)
+    assert "do not lie above each other: their first pixels are up to 20.0 mm beside a line" in refused(
+        tmp_path / "study"
+    )
+
+
+def test_the_later_one_of_two_breath_holds_counts_and_phase_images_do_not(beating, tmp_path):
+    write_classic(tmp_path / "study", beating)
+    moved = nib.Nifti1Image(np.full(beating.shape, 7, np.int16), beating.affine)
+    write_classic(tmp_path / "study", moved, depths=[2], number=100, name="sax again")
+    write_classic(tmp_path / "study", moved, number=200, name="flow")
+    for path in (tmp_path / "study").iterdir():
+        header = pydicom.dcmread(path)
+        if header.SeriesDescription == "flow":
+            header.ImageType = ["ORIGINAL", "PRIMARY", "P"]
+            header.save_as(path)
+    stack = read_stack(tmp_path / "study")
+    is_seven = (read_voxels(stack) == 7).all((0, 1, 3))
+    assert is_seven.sum() == 1
+    assert stack.left_out == ["3 'sax'"]
+
+
+def test_a_study_that_holds_its_own_results_is_segmented_as_before(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, one_series=True)
+    saving = [SaveDicomSegd("pred", str(tmp_path / "study/out"), CLASSES)]
+    labels = []
+    for _ in range(2):
+        segment(tmp_path / "study", tmp_path / "study/out", network=GreyIsClass(), smoothing=0, saving=saving)
+        labels.append(np.asarray(nib.load(tmp_path / "study/out/study_pred.nii.gz").dataobj))
+    assert np.array_equal(*labels)
+    assert read_stack(tmp_path / "study").shape == labels[0].shape
+
+
+def test_studies_are_cases_by_their_folders_and_one_that_fails_stops_none(beating, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_classic(tmp_path / "in/anna/IMAGES", beating)
+    other = generate_uid()
+    write_classic(tmp_path / "in/berta/a/IMAGES", beating, study=other)
+    write_others(tmp_path / "in/berta", beating, study=other)
+    write_classic(tmp_path / "in/clara", beating, depths=[0], study=generate_uid())
+    with pytest.raises(RuntimeError, match=r"1 of 3 volumes failed: .*clara has no short-axis cine"):
+        segment(tmp_path / "in", tmp_path / "out", network=GreyIsClass())
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [
+        "anna_pred.nii.gz",
+        "berta_pred.nii.gz",
+    ]
+    assert "not of the short-axis cine: berta, series 50 '4ch', berta, series 60 'localiser'" in caplog.text
+
+
+def test_studies_in_one_folder_are_refused(beating, tmp_path):
+    write_classic(tmp_path / "in", beating, depths=[0])
+    write_classic(tmp_path / "in", beating, depths=[0], number=2, study=generate_uid())
+    with pytest.raises(ValueError, match="in holds 2 DICOM studies: expected each one in a folder of its own"):
+        find_volumes(str(tmp_path / "in"))
+
+
+def test_dicom_beside_volumes_is_left_out_with_the_reason(beating, tmp_path):
+    write_classic(tmp_path / "in/raw", beating, depths=[0])
+    nib.save(beating, tmp_path / "in/cine.nii.gz")
+    found = find_volumes(str(tmp_path / "in"))
+    assert {Path(item["image"]).name for item in found} == {"cine.nii.gz"}
+    assert found.skipped == {"raw": "DICOM, since there are volumes: name its folder to segment it"}
+
+
+def test_without_pydicom_the_error_says_what_to_install(beating, tmp_path, monkeypatch):
+    write_classic(tmp_path / "in", beating, depths=[0])
+    monkeypatch.setattr(dicom, "HAS_PYDICOM", False)
+    with pytest.raises(OptionalImportError, match="pip install pydicom highdicom"):
+        find_volumes(str(tmp_path / "in"))
+
+
+def test_a_bundle_measures_a_study_like_its_nifti_file(tmp_path):
+    write_phantom_dataset(str(tmp_path / "data"), patients=1, size_hw_d=(64, 56, 4))
+    frames = [nib.load(path) for path in sorted((tmp_path / "data/training/patient001").glob("*_frame??.nii.gz"))]
+    cine = nib.Nifti1Image(np.stack([frame.dataobj for frame in frames], axis=-1), frames[0].affine)
+    nib.save(cine, tmp_path / "cine.nii.gz")
+    write_classic(tmp_path / "study", cine)
+    configs = REPOSITORY / "bundles/linearhead_acdc/configs"
+    for name in ("cine.nii.gz", "study"):
+        monai.bundle.run(
+            "measuring",
+            config_file=[str(configs / f"{config}.json") for config in ("inference", "tiny", "function")],
+            logging_file=False,
+            dataset_dir=str(tmp_path / name),
+            output_dir=str(tmp_path / "out" / name[:4]),
+            test_time_views=1,
+        )
+    of_nifti, of_dicom = (
+        nib.load(tmp_path / "out" / name) for name in ("cine/cine_pred.nii.gz", "stud/study_pred.nii.gz")
+    )
+    assert len(np.unique(of_nifti.dataobj)) == 4
+    assert np.array_equal(on_grid_of(of_dicom, of_nifti), np.asarray(of_nifti.dataobj))
+    assert_reads_back(tmp_path / "out/stud/study_seg", tmp_path / "study", np.asarray(of_dicom.dataobj))
+    rows = [pd.read_csv(tmp_path / f"out/{name}/function.csv").iloc[0] for name in ("cine", "stud")]
+    assert rows[0]["lv_edv_ml"] == pytest.approx(rows[1]["lv_edv_ml"], abs=0.02)
+    assert rows[0]["predicted_dice"] == pytest.approx(rows[1]["predicted_dice"], abs=0.011)
