@@ -82,7 +82,7 @@ def test_overlay_sets_knobs_that_training_and_inference_both_have(bundle):
     train, inference, tiny = (
         json.loads(Path(config(bundle, name)[0]).read_text()) for name in ("train", "inference", "tiny")
     )
-    of_training = {"epochs", "learning_rate", "phantom_share"}
+    of_training = {"epochs", "val_interval", "learning_rate", "phantom_share"}
     assert tiny.keys() <= train.keys()
     assert tiny.keys() - of_training <= inference.keys()
     assert not any("#" in name or "::" in name for name in tiny)
@@ -214,7 +214,7 @@ def test_given_model_wins_over_the_heads_start(adapted, weights, oblique, tmp_pa
     [
         (("train",), "validate#postprocessing", 3),
         (RUNS["evaluating"], "validate#postprocessing", 5),
-        (("inference",), "postprocessing", 3),
+        (("inference",), "postprocessing", 4),
     ],
     ids=["train", "evaluate", "infer"],
 )
