@@ -36,6 +36,8 @@ WITHOUT_WEIGHTS = (
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 _CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
 _ENCODER = "phantom_unet.pth"
+MODEL = "models/model.pt"
+DATA_FILE = "configs/data.json"  # which only bundles for one's own data have
 _RECORD = "phantom_encoder.json"
 _META = "https://dl.fbaipublicfiles.com/segment_anything"
 _ADDRESSES = {
@@ -61,19 +63,50 @@ def check_release_facts() -> None:
         ValueError: naming the bundle that has not, and what it should have.
     """
     for path in sorted(BUNDLES.glob("*/configs/metadata.json")):
-        name, metadata = path.parts[-3], json.loads(path.read_text())
-        if metadata["version"] != components.__version__ or metadata["version"] not in metadata["changelog"]:
+        bundle = path.parents[1]
+        if own_bundle(bundle):  # that is no part of a release
+            continue
+        version = _metadata(bundle)["version"]
+        if version != components.__version__:
             raise ValueError(
-                f"metadata.json of {name} has version {metadata['version']}: expected {components.__version__}, which "
+                f"metadata.json of {bundle.name} has version {version}: expected {components.__version__}, which "
                 "components/__init__.py gives, and a line of that version in its changelog"
             )
-        pins = {package: metadata[f"{key}_version"] for package, key in _PINNED_APART.items()}
-        for package, version in (pins | metadata["required_packages_version"]).items():
-            if version != _tested_versions().get(package):
-                raise ValueError(
-                    f"metadata.json of {name} pins {package} {version}: expected {_tested_versions().get(package)}, "
-                    "which constraints.txt gives as tested"
-                )
+        _check_metadata(bundle)
+
+
+def _check_metadata(bundle: Path) -> None:
+    """Check that a bundle's version has a line of its changelog, and that it pins the tested packages."""
+    metadata = _metadata(bundle)
+    if metadata["version"] not in metadata["changelog"]:
+        raise ValueError(
+            f"metadata.json of {bundle.name} has version {metadata['version']}: expected a line of that version in its "
+            "changelog"
+        )
+    pins = {package: metadata[f"{key}_version"] for package, key in _PINNED_APART.items()}
+    for package, version in (pins | metadata["required_packages_version"]).items():
+        if version != _tested_versions().get(package):
+            raise ValueError(
+                f"metadata.json of {bundle.name} pins {package} {version}: expected {_tested_versions().get(package)}, "
+                "which constraints.txt gives as tested"
+            )
+
+
+def _metadata(bundle: Path) -> dict[str, Any]:
+    return json.loads((bundle / "configs/metadata.json").read_text())
+
+
+def own_bundle(bundle: str | Path) -> Path | None:
+    """Return the folder of a bundle that `python -m adapt new` has written.
+
+    Args:
+        bundle: its folder, or the name of one in `bundles`.
+
+    Returns:
+        the folder, None for another bundle.
+    """
+    folders = (Path(bundle), BUNDLES / bundle)
+    return next((folder.resolve() for folder in folders if (folder / DATA_FILE).is_file()), None)
 
 
 @functools.cache
@@ -99,7 +132,10 @@ def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:
         raise ValueError(f"unknown model_type {model_type!r}: expected one of {TINY}, {', '.join(CHECKPOINT_FILES)}")
     names = [*COMPLETE, *WITHOUT_WEIGHTS] if model_type == TINY else list(HEADS)
     if bundle is not None and bundle not in names:
-        raise ValueError(f"no archive of {bundle!r} with {model_type}: expected one of {', '.join(names)}")
+        raise ValueError(
+            f"no archive of {bundle!r} with {model_type}: expected one of {', '.join(names)}, or, without model_type, "
+            "the folder of a bundle that `python -m adapt new` has made"
+        )
     return names if bundle is None else [bundle]
 
 
@@ -122,13 +158,7 @@ def assemble(
         ValueError: when the head does not fit the encoder, or `sam_checkpoint` is missing.
     """
     root = folder / (bundle if model_type == TINY else f"{bundle}_{model_type}")
-    source = BUNDLES / bundle
-    for path in sorted([source / "LICENSE", *source.glob("configs/*"), *source.glob("docs/*")]):
-        if path.name not in _CONFIGS_BESIDE_TINY:
-            _copy(path, root / path.relative_to(source))
-    for path in sorted([*(REPOSITORY / "components").rglob("*.py"), CALIBRATION]):
-        if path.parent.name != "pretrained":
-            _copy(path, root / path.relative_to(REPOSITORY))
+    _copy_sources(BUNDLES / bundle, root)
     if bundle in WITHOUT_WEIGHTS:
         return root
     if model_type == TINY:
@@ -138,6 +168,46 @@ def assemble(
     if head is not None:
         _put_in(root, head, sam_checkpoint=(sam_checkpoint or root / "models" / _ENCODER) if bundle in HEADS else None)
     return root
+
+
+def assemble_own(source: Path, folder: Path) -> Path:
+    """Write what an archive of a bundle for one's own data holds: with the model that it has trained.
+
+    `data.json` keeps the names of the cases, by which anyone who has the data can train and evaluate as its owner did;
+    `dataset_dir`, where they lie on this computer, is left out.
+
+    Args:
+        source: folder that `python -m adapt new` has written, see `own_bundle`.
+        folder: where to write, empty.
+
+    Returns:
+        the bundle's folder below `folder`.
+
+    Raises:
+        FileNotFoundError: when it has not been trained.
+        ValueError: when its metadata are not those of a release, or its model does not fit its configs.
+    """
+    model = source / MODEL
+    if not model.is_file():
+        raise FileNotFoundError(
+            f"there is no {model}: expected a trained bundle; run training in {source} first, see its docs/README.md"
+        )
+    _check_metadata(source)
+    root = folder / source.name
+    _copy_sources(source, root)
+    _set_knobs(root / DATA_FILE, {"dataset_dir": ""})
+    _put_in(root, str(model), sam_checkpoint=None)
+    return root
+
+
+def _copy_sources(source: Path, root: Path) -> None:
+    """Copy a bundle's license, configs and documents, and `components`."""
+    for path in sorted([source / "LICENSE", *source.glob("configs/*"), *source.glob("docs/*")]):
+        if path.name not in _CONFIGS_BESIDE_TINY:
+            _copy(path, root / path.relative_to(source))
+    for path in sorted([*(REPOSITORY / "components").rglob("*.py"), CALIBRATION]):
+        if path.parent.name != "pretrained":
+            _copy(path, root / path.relative_to(REPOSITORY))
 
 
 def _complete(root: Path, bundle: str) -> None:
@@ -153,7 +223,7 @@ def _complete(root: Path, bundle: str) -> None:
             of_inference[f"as_trained#otherwise#{name}"] = value  # `monai.bundle.load` from elsewhere finds no model
         elif name in inference:
             of_inference[name] = value
-    of_inference["ckpt_path"] = "$@bundle_root + '/models/model.pt'"
+    of_inference["ckpt_path"] = f"$@bundle_root + '/{MODEL}'"
     _set_knobs(root / "configs/inference.json", of_inference)
     train = json.loads((root / "configs/train.json").read_text())
     of_overlay = {name: knobs.pop(name) for name in tuple(knobs) if name not in train}
@@ -183,7 +253,7 @@ def _copy_weights(root: Path, bundle: str) -> dict[str, str]:
     if pretrained := COMPLETE[bundle]:
         # longer than model.pt: MONAI Label takes the shortest name for the model
         start = f"models/{Path(pretrained).stem}_from_phantoms.pt"
-        for file in (start, "models/model.pt"):
+        for file in (start, MODEL):
             _copy(Path(pretrained_file(pretrained)), root / file)
         files["head_checkpoint" if bundle in HEADS else "start_checkpoint"] = start
     return files
@@ -224,13 +294,13 @@ def _put_in(root: Path, head: str, *, sam_checkpoint: str | Path | None) -> None
         )
     parser = ConfigParser()
     parser.read_config(root / "configs/inference.json")
-    parser.update({"ckpt_path": head})
+    parser.update({"bundle_root": str(root), "ckpt_path": head})
     if sam_checkpoint is None:
         parser.update({"network_def#start_checkpoint": head})
     else:
         parser.update({"sam_checkpoint": str(sam_checkpoint), "network_def#head_checkpoint": head})
     parser.get_parsed_content("network_def")
-    _copy(Path(head), root / "models/model.pt")
+    _copy(Path(head), root / MODEL)
 
 
 def _rename(root: Path, addition: str, description: str) -> None:

@@ -1,11 +1,12 @@
 """Serve the bundles to 3D Slicer, OHIF or any client of MONAI Label.
 
 From the repository's root: `python -m serving --studies DIR`, in an environment of its own with the packages of
-`constraints-label.txt`.
+`constraints-label.txt`. `--bundle FOLDER` serves a trained bundle that `python -m adapt new` has made.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from serving.app import assemble_app
 def serve(
     studies: str,
     app_dir: str = "monailabel_app",
-    bundles: str = ",".join(COMPLETE),
+    bundle: str = ",".join(COMPLETE),
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> None:
@@ -29,12 +30,13 @@ def serve(
     Args:
         studies: folder of the volumes to label, or a DICOMweb address.
         app_dir: folder of the app, made if missing; what the bundles learn stays in it.
-        bundles: those to serve, separated by commas.
+        bundle: those to serve, separated by commas: names, or folders of bundles for one's own data.
         host: address to listen at; `0.0.0.0` for every one of this machine's.
         port: to listen at.
     """
-    names = bundles if isinstance(bundles, tuple | list) else bundles.split(",")
-    app = assemble_app(Path(app_dir).resolve(), names)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    bundles = bundle if isinstance(bundle, tuple | list) else bundle.split(",")
+    app, names = assemble_app(Path(app_dir).resolve(), bundles)
     conf = {"models": ",".join(names), "zoo_source": "local", "sam2": "false"}
     settings = [text for name, value in conf.items() for text in ("--conf", name, value)]
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", studies]

@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from release.bundles import COMPLETE, assemble
+from bundles.derive import edited
+from components.networks.trained_with import as_trained
+from release.bundles import COMPLETE, DATA_FILE, MODEL, assemble, assemble_own, own_bundle
+
+logger = logging.getLogger("serving")
 
 _SAMPLE_APP = Path("monailabel/sample-apps/monaibundle")
 _OPERATORS = Path(__file__).with_name("torchvision_operators.py")
+_OTHER_TASKS = ("deepedit", "deepgrow", "detection", "classification")  # as MONAI Label takes a bundle by its name
+_CHOSEN = ("width", "canvas_size", "crop_size", "slice_axis", "normalisation", "largest_component", "slice_smoothing")
 
 
-def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> Path:
-    """Copy MONAI Label's sample app and put bundles into it, each complete with weights that were trained on phantoms.
+def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tuple[Path, list[str]]:
+    """Copy MONAI Label's sample app and put bundles into it, each complete with weights.
 
     A bundle that is there already is left as it is, with all that it has learned.
 
     Args:
         app_dir: folder of the app, made if missing.
-        bundles: names of the bundles.
+        bundles: names of the bundles, which come with weights that were trained on phantoms; and folders of trained
+            ones that `python -m adapt new` has made.
 
     Returns:
-        `app_dir`.
+        `app_dir`, and the names of the bundles there.
 
     Raises:
-        FileNotFoundError: when MONAI Label is not installed.
-        ValueError: for an unknown bundle.
+        FileNotFoundError: when MONAI Label is not installed, or a bundle for one's own data has not been trained.
+        ValueError: for an unknown bundle, two of one name, or a name by which MONAI Label expects another task.
     """
-    if unknown := set(bundles) - COMPLETE.keys():
-        raise ValueError(f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(COMPLETE)}")
+    own = {folder.name: folder for bundle in bundles if (folder := own_bundle(bundle))}
+    names = [folder.name if (folder := own_bundle(bundle)) else bundle for bundle in bundles]
+    if unknown := set(names) - COMPLETE.keys() - own.keys():
+        raise ValueError(
+            f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(COMPLETE)}, or folders of "
+            "bundles that `python -m adapt new` has made"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected bundles of different names, received {', '.join(names)}: rename a folder")
+    for name in own:
+        if other := next((task for task in _OTHER_TASKS if task in name.lower()), None):
+            raise ValueError(f"MONAI Label takes {name} for {other} by its name: rename the bundle's folder")
     sample = Path(sysconfig.get_path("data")) / _SAMPLE_APP
     if not (sample / "main.py").is_file():
         raise FileNotFoundError(
@@ -40,11 +59,29 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> Pat
         )
     shutil.copytree(sample, app_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(_OPERATORS, app_dir / "sitecustomize.py")  # which every Python imports that has app_dir on its path
-    for bundle in bundles:
-        model = app_dir / "model" / bundle
-        if not model.exists():
-            partial = app_dir / "model" / ".partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            assemble(bundle, partial).rename(model)
-            partial.rmdir()
-    return app_dir
+    for name in names:
+        model = app_dir / "model" / name
+        if model.exists():
+            logger.info("%s is served as it is there, with what it has learned: remove it to start anew", model)
+            continue
+        partial = app_dir / "model" / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        root = assemble_own(own[name], partial) if name in own else assemble(name, partial)
+        if name in own:
+            _as_monai_label_expects(root)
+        root.rename(model)
+        partial.rmdir()
+    return app_dir, names
+
+
+def _as_monai_label_expects(root: Path) -> None:
+    """Make a bundle for one's own data train on from its model, and exchange the indices of its classes as labels."""
+    trained = as_trained(str(root / MODEL), {}, {})
+    start = {"start_checkpoint": f"$@bundle_root + '/{MODEL}'"}
+    _edit(root / "configs/train.json", replace=start | {name: trained[name] for name in _CHOSEN})
+    _edit(root / DATA_FILE, replace={"label_values": list(range(trained["out_channels"]))})
+    _edit(root / "configs/inference.json", add={"run": {"displayable_configs": {"result_dtype": "uint8"}}})
+
+
+def _edit(file: Path, **edits: Any) -> None:
+    file.write_text(edited(file.read_text(), **edits))

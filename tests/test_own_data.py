@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_monai_bundle, succeeds
+from monai.bundle import ConfigParser, ckpt_export, verify_metadata
 from monai.transforms import RandGaussianNoised
 from PIL import Image
 
@@ -20,6 +22,8 @@ from components.data.own_data import LabelledCases, own_cases
 from components.data.pictures import PictureReader
 from components.data.slices import SliceDataset
 from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
+from release.__main__ import build
+from serving.app import assemble_app
 
 NUCLEI = REPOSITORY.parent / "shared/data/nuclei"
 HIPPOCAMPUS = REPOSITORY.parent / "shared/data/hippocampus"
@@ -81,6 +85,32 @@ def plain(root: Path, cases: int = 8, mode: str = "RGB", side: int = 40) -> Path
     return root
 
 
+def ct_phantom(root: Path, cases: int = 8, side: int = 64, depth: int = 6) -> Path:
+    """Plain folders of CT-like volumes in HU: a body of fat in air, a spine, and labels 1 liver, 2 cyst in it."""
+    rows, columns, slices = np.mgrid[:side, :side, :depth].astype(np.float32)
+    for number in range(cases):
+        noise = np.random.RandomState(number)
+
+        def ball(row, column, height, width, tall=1.0):
+            shift = noise.uniform(-0.04, 0.04, 3)  # noqa: B023 - called within the turn of the loop
+            return (
+                ((rows / side - row - shift[0]) / height) ** 2
+                + ((columns / side - column - shift[1]) / width) ** 2
+                + ((slices / depth - 0.5 - shift[2]) / tall) ** 2
+            ) < 1
+
+        body, spine, liver = (
+            ball(0.5, 0.5, 0.4, 0.46, 9.0),
+            ball(0.78, 0.5, 0.06, 0.06, 9.0),
+            ball(0.42, 0.34, 0.2, 0.2),
+        )
+        cyst = ball(0.42, 0.34, 0.08, 0.08, 0.4) & liver
+        image = np.select([~body, spine, cyst, liver], [-1000, 700, 10, 110], -80) + noise.normal(0, 25, body.shape)
+        write_volume(root / f"images/patient_{number}.nii.gz", image.astype(np.int16), np.diag([3, 3, 5, 1.0]))
+        write_volume(root / f"labels/patient_{number}.nii.gz", (liver + cyst.astype(np.uint8)), np.diag([3, 3, 5, 1.0]))
+    return root
+
+
 def described(bundle: Path) -> dict:
     return json.loads((bundle / "configs/data.json").read_text())
 
@@ -114,6 +144,90 @@ def test_a_folder_becomes_a_bundle_that_trains_evaluates_and_infers(tmp_path, ki
             pred = Image.open(bundle / f"eval/{name}_pred.png")
             assert (pred.mode, pred.size) == ("P", Image.open(image).size)
             assert set(np.unique(np.asarray(pred))) <= {0, 1}
+
+
+def trained(bundle: Path) -> Path:
+    """Give a bundle a model with random weights that says all that a training writes."""
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs/train.json")
+    parser.update({"bundle_root": str(bundle), "labelled_cases": 1, "width": 4})
+    (bundle / "models").mkdir()
+    torch.save(parser.get_parsed_content("network_def").state_dict(), bundle / "models/model.pt")
+    return bundle
+
+
+def test_a_trained_bundle_becomes_an_archive_that_segments_elsewhere(tmp_path, metadata_schema):
+    data = decathlon(tmp_path / "data")
+    bundle = trained(new_bundle("organ", data, tmp_path)[0])
+    build(str(tmp_path / "dist"), bundle=str(bundle))
+    assert {path.name for path in (tmp_path / "dist").iterdir()} == {"organ_v0.1.0.zip", "model_info.json"}
+    with zipfile.ZipFile(tmp_path / "dist/organ_v0.1.0.zip") as file:
+        file.extractall(tmp_path / "elsewhere")
+    root = tmp_path / "elsewhere/organ"
+    verify_metadata(meta_file=str(root / "configs/metadata.json"), filepath=metadata_schema, create_dir=False)
+    assert (root / "models/model.pt").read_bytes() == (bundle / "models/model.pt").read_bytes()
+    assert (root / "components/data/own_data.py").is_file()
+    assert described(root) == described(bundle) | {"dataset_dir": ""}
+    with pytest.raises(ValueError, match=r"dataset_dir is not set: expected the folder of the files in .*data\.json"):
+        own_cases(root / "configs/data.json", "training", dataset_dir="")
+    image = data / described(bundle)["training"][0]["image"]
+    infer = ("run", "inferring", "--config_file", "configs/inference.json", "--dataset_dir", str(image))
+    succeeds(run_monai_bundle(*infer, cwd=root))
+    assert nib.load(root / "eval/case_0_pred.nii.gz").shape == nib.load(image).shape
+
+
+def test_what_is_not_trained_or_has_no_encoder_is_not_packed(tmp_path):
+    bundle, _ = new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cells/models/model.pt: expected a trained bundle"):
+        build(str(tmp_path / "dist"), bundle=str(bundle))
+    with pytest.raises(ValueError, match="cells has no encoder, and its own model is packed"):
+        build(str(tmp_path / "dist"), bundle=str(bundle), model_type="vit_b")
+    assert not (tmp_path / "dist").exists()
+
+
+def test_an_exported_network_equals_the_trained_one_and_says_what_it_was_trained_with(tmp_path):
+    bundle = trained(new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)[0])
+    config, model, exported = (str(bundle / name) for name in ("configs/inference.json", "models/model.pt", "model.ts"))
+    root = {"bundle_root": str(bundle)}
+    metadata = str(bundle / "configs/metadata.json")
+    ckpt_export("network_def", exported, model, metadata, config, **root)
+    eager, scripted = ConfigParser(), ConfigParser()
+    eager.read_config(config)
+    eager.update(root | {"precision": "fp32", "network_def#start_checkpoint": model})
+    scripted.read_config([config, str(bundle / "configs/inference_ts.json")])
+    scripted.update(root | {"ts_path": exported, "ckpt_path": "no such file"})
+    images = torch.rand(2, 3, 64, 48) * 255
+    with torch.no_grad():
+        networks = [parser.get_parsed_content("network").eval() for parser in (eager, scripted)]
+        torch.testing.assert_close(*(network(images) for network in networks))
+    of_both = [parser.get_parsed_content("as_trained") for parser in (eager, scripted)]
+    assert of_both[0] == of_both[1]
+    assert of_both[1]["crop_size"] == 64
+
+
+def test_monai_labels_app_trains_on_from_the_model_with_indices_as_labels(tmp_path, monkeypatch):
+    bundle = trained(new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)[0])
+    sample = tmp_path / "python/monailabel/sample-apps/monaibundle"
+    sample.mkdir(parents=True)
+    (sample / "main.py").write_text("app")
+    monkeypatch.setattr("serving.app.sysconfig.get_path", lambda _: str(tmp_path / "python"))
+    app, names = assemble_app(tmp_path / "app", [str(bundle)])
+    assert names == ["cells"]
+    root = app / "model/cells"
+    assert described(root)["label_values"] == [0, 1]
+    parser = ConfigParser()
+    parser.read_config(root / "configs/train.json")
+    label = tmp_path / "label.png"
+    Image.new("L", (400, 400), 1).save(label)  # would change the crop
+    submitted = [{"image": "no such file", "label": str(label)}]
+    parser.update({"bundle_root": str(root), "train#dataset#data": submitted})
+    start, network = (torch.load(bundle / "models/model.pt"), parser.get_parsed_content("network_def").state_dict())
+    assert all(torch.equal(start[name], network[name]) for name in start)
+    with pytest.raises(ValueError, match="expected bundles of different names, received cells, cells: rename"):
+        assemble_app(tmp_path / "other", [str(bundle), str(bundle)])
+    bundle.rename(tmp_path / "cell_detection")
+    with pytest.raises(ValueError, match="MONAI Label takes cell_detection for detection by its name: rename"):
+        assemble_app(tmp_path / "other", [str(tmp_path / "cell_detection")])
 
 
 def test_inference_refuses_what_contradicts_the_training(tmp_path):
@@ -212,6 +326,16 @@ def test_pictures_of_any_kind_are_read(tmp_path, mode, channels):
     assert loaded["label"].unique().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("suffix", [".tif", ".bmp", ".jpg"])
+def test_pictures_of_any_format_are_read(tmp_path, suffix):
+    folder = plain(tmp_path / "data", cases=4)
+    for path in (folder / "images").iterdir():
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
+    bundle, _ = new_bundle("cells", folder, tmp_path)
+    assert {Path(case["image"]).suffix for case in described(bundle)["training"]} == {suffix}
+
+
 def test_colours_with_transparency_beside_plain_ones_are_of_one_kind(tmp_path):
     folder = plain(tmp_path / "data", cases=4)
     Image.open(folder / "images/cell_0.png").convert("RGBA").save(folder / "images/cell_0.png")
@@ -250,6 +374,9 @@ def spoil(folder: Path, fault: str) -> None:
             Image.new("RGB", (50, 40), "red").save(labels / "cell_0.png")
         case "no layout":
             shutil.rmtree(labels)
+        case "nothing":
+            shutil.rmtree(labels)
+            shutil.rmtree(images)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +390,7 @@ def spoil(folder: Path, fault: str) -> None:
         ("jpeg label", "cell_0.jpg is a label map as JPEG, which changes labels at every border"),
         ("coloured label", "cell_0.png is a label map with colours: expected a grey value or an index"),
         ("no layout", "has no images and labels: expected a dataset.json that lists them, or folders"),
+        ("nothing", "has no images and labels: expected .* with equal names in both; found nothing"),
     ],
 )
 def test_a_fault_of_a_folder_of_pictures_has_one_clear_error(tmp_path, fault, message):
@@ -326,6 +454,20 @@ def test_ct_is_windowed_by_the_labelled_voxels(tmp_path):
     kind, low, high = seen(tmp_path, modality="CT").normalisation
     assert kind == "values"
     assert 200 <= low < high <= 1000
+
+
+def test_a_ct_is_known_by_its_values_and_its_window_holds_the_organ_not_the_bone(tmp_path):
+    folder = ct_phantom(tmp_path / "data", cases=4)
+    bundle, said = new_bundle("ct", folder, tmp_path)
+    values = described(bundle)
+    assert values["modality"] == "CT"
+    assert any("the values look like Hounsfield units" in sentence for sentence in said)
+    cases = own_cases(bundle / "configs/data.json", "training", dataset_dir=str(folder), labelled_cases=1)
+    options = {name: values[name] for name in ("class_names", "label_values", "channels", "slice_axis", "modality")}
+    kind, low, high = LabelledCases(cases, **options).normalisation
+    assert kind == "values"
+    assert -80 < low < 10  # the cyst, darkest
+    assert 110 < high < 250  # the liver, and no spine
 
 
 def test_labelled_cases_without_a_class_are_refused(tmp_path):

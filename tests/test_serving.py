@@ -10,13 +10,18 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from PIL import Image
+from test_own_data import decathlon, plain, trained
 
+from adapt.new import new_bundle
 from components.data.acdc import list_patients
 from components.phantom.dataset import write_phantom_dataset
 from release.bundles import COMPLETE
@@ -40,7 +45,7 @@ def test_app_is_assembled_once_and_keeps_what_bundles_learn(tmp_path, monkeypatc
     sample.mkdir(parents=True)
     (sample / "main.py").write_text("app")
     monkeypatch.setattr("serving.app.sysconfig.get_path", lambda _: str(tmp_path / "data"))
-    app = assemble_app(tmp_path / "app", ["linearhead_acdc"])
+    app, _ = assemble_app(tmp_path / "app", ["linearhead_acdc"])
     model = app / "model/linearhead_acdc/models/model.pt"
     model.write_bytes(b"learned")
     assemble_app(app, ["linearhead_acdc", "cnnhead_acdc"])
@@ -91,30 +96,16 @@ class Client:
         return json.loads(self.ask("POST", path, json.dumps(settings).encode(), **query))
 
 
-@pytest.fixture(scope="module")
-def server(python, patients, tmp_path_factory):
-    """A client of the running server, the folder of its app and that of its studies."""
-    folder = tmp_path_factory.mktemp("served")
-    studies = folder / "studies"
-    studies.mkdir()
-    for case in patients:
-        (studies / Path(case["image"]).name).write_bytes(Path(case["image"]).read_bytes())
+@contextmanager
+def served(python: str, folder: Path, studies: Path, *options: str) -> Iterator[Client]:
+    """A client of a server that runs meanwhile, its app and log below a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        python,
-        "-m",
-        "serving",
-        "--studies",
-        str(studies),
-        "--app_dir",
-        str(folder / "app"),
-        "--port",
-        str(port),
-    ]
+    places = ("--studies", str(studies), "--app_dir", str(folder / "app"), "--port", str(port))
     client = Client(port)
     with (folder / "log.txt").open("w") as log:
+        command = [python, "-m", "serving", *places, *options]
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
         try:
             for _ in range(120):
@@ -124,10 +115,22 @@ def server(python, patients, tmp_path_factory):
                     break
                 except urllib.error.URLError:
                     time.sleep(1)
-            yield client, folder / "app", studies
+            yield client
         finally:
             os.killpg(process.pid, 15)
             process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(python, patients, tmp_path_factory):
+    """A client of the running server, the folder of its app and that of its studies."""
+    folder = tmp_path_factory.mktemp("served")
+    studies = folder / "studies"
+    studies.mkdir()
+    for case in patients:
+        (studies / Path(case["image"]).name).write_bytes(Path(case["image"]).read_bytes())
+    with served(python, folder, studies) as client:
+        yield client, folder / "app", studies
 
 
 def read(content: bytes, path: Path) -> nib.Nifti1Image:
@@ -183,3 +186,44 @@ def test_training_in_the_background_finishes(server):
         if json.loads(client.ask("GET", "/train/"))["status"] not in ("SUBMITTED", "RUNNING"):
             break
     assert json.loads(client.ask("GET", "/train/"))["status"] == "DONE"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["volumes", "pictures"])
+def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, python, tmp_path):
+    data = decathlon(tmp_path / "data") if kind == "volumes" else plain(tmp_path / "data", mode="L")
+    bundle = trained(new_bundle("organ", data, tmp_path)[0])
+    cases = json.loads((bundle / "configs/data.json").read_text())["training"][:2]
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    for case in cases:
+        (studies / Path(case["image"]).name).write_bytes((data / case["image"]).read_bytes())
+    image = studies / Path(cases[0]["image"]).name
+    with served(python, tmp_path, studies, "--bundle", str(bundle)) as client:
+
+        def segmented() -> np.ndarray:
+            (tmp_path / image.name).write_bytes(
+                client.ask("POST", "/infer/organ", image=image.name.partition(".")[0], output="image")
+            )
+            if kind == "pictures":
+                answer = Image.open(tmp_path / image.name)
+                assert answer.size == Image.open(image).size
+                return np.asarray(answer)
+            answer = nib.load(tmp_path / image.name)
+            assert answer.shape == nib.load(image).shape
+            assert np.array_equal(answer.affine, nib.load(image).affine)
+            return np.asarray(answer.dataobj)
+
+        first = segmented()
+        for case in cases:
+            label = data / case["label"]
+            if kind == "pictures":  # MONAI Label's clients send the indices of the classes
+                label = tmp_path / label.name
+                Image.fromarray(np.asarray(Image.open(data / case["label"])) // 255).save(label)
+            study = label.name.partition(".")[0]
+            client.send("PUT", "/datastore/label", "label", label, image=study, tag="final")
+        model = tmp_path / "app/model/organ/models/model.pt"
+        before = model.read_bytes()
+        client.post("/train/organ", {"max_epochs": 1, "val_split": 0.0}, run_sync="true")
+        assert model.read_bytes() != before
+        assert not np.array_equal(segmented(), first)

@@ -101,3 +101,26 @@ def test_label_map_on_another_grid_is_not_written(tmp_path):
         SavePredictiond("pred", str(tmp_path / "out"))({"pred": torch.cat([image, image], dim=1)})
     assert "image's grid" in messages_of(caught.value)
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "written"), [(".mha", ".mha"), (".mhd", ".mha"), (".nrrd", ".nrrd"), (".nhdr", ".nrrd")]
+)
+@pytest.mark.parametrize("depth", [3, 1])
+def test_label_map_of_another_format_is_saved_in_that(tmp_path, suffix, written, depth):
+    itk = pytest.importorskip("itk", reason="pip install -c constraints.txt -e '.[formats]'")
+    image = itk.image_from_array(np.arange(35 * depth, dtype=np.int16).reshape(depth, 7, 5))
+    image.SetSpacing([1.5, 1.25, 8.0])
+    image.SetOrigin([-3.0, 20.5, 7.0])
+    image.SetDirection(np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]))
+    itk.imwrite(image, str(tmp_path / f"x{suffix}"))
+    loaded = LoadVolumed("image")({"image": str(tmp_path / f"x{suffix}")})["image"]
+    SavePredictiond("pred", str(tmp_path / "out"))({"pred": (loaded > 10).float()})
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.name == f"x_pred{written}"
+    labels = itk.imread(str(file))
+    assert np.array_equal(itk.array_from_image(labels), itk.array_from_image(image) > 10)
+    assert itk.array_from_image(labels).dtype == np.uint8
+    for part in ("GetSpacing", "GetOrigin"):
+        assert np.allclose(getattr(labels, part)(), getattr(image, part)())
+    assert np.allclose(itk.array_from_matrix(labels.GetDirection()), itk.array_from_matrix(image.GetDirection()))

@@ -86,10 +86,12 @@ def own_cases(
         dictionaries with the paths `image` and `label`.
 
     Raises:
-        ValueError: for an unknown subset, a subset without cases, or more labelled cases than there are.
+        ValueError: for an unknown subset, no folder, a subset without cases, or more labelled cases than there are.
     """
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r}: expected one of {', '.join(SUBSETS)}")
+    if not dataset_dir:  # as in an archive
+        raise ValueError(f"dataset_dir is not set: expected the folder of the files in {path}; give --dataset_dir PATH")
     data = read_data(path)
     listed = {
         name: load_decathlon_datalist(path, data_list_key=name, base_dir=dataset_dir) if data[name] else []

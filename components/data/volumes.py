@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor, PathLike
-from monai.data import Dataset, MetaTensor, NibabelWriter
+from monai.data import Dataset, ITKWriter, MetaTensor, NibabelWriter
 from monai.transforms import SaveImaged
 
 from components.base.atomic_write import write_atomically
@@ -53,6 +53,7 @@ GEOMETRY_FIELDS = (
 NOT_IMAGES = ("_gt", "_label", "_mask", "_seg", f"_{PREDICTION_POSTFIX}")  # postfixes of labels and predictions
 FAILURE = "failure"  # the item of a volume that could not be loaded which says why
 
+_ITK_EXTENSIONS = {".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}  # of predictions, by the image's
 _IMAGES = re.compile("(images?|imgs?)(tr|ts|val)?")
 _LABELS_OF_SUBSET = re.compile("labels?(tr|ts|val)")  # as nnU-Net and the Medical Segmentation Decathlon name them
 _LABELS = re.compile("labels?|masks?|seg(mentation)?s?|gts?")
@@ -148,8 +149,8 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
         if len(paths) > 1:
             raise ValueError(
                 f"{' and '.join(map(str, paths.values()))} would both be saved as "
-                f"{case}_{PREDICTION_POSTFIX}{'.png' if pictures else '.nii.gz'}: rename one, or segment their folders "
-                "one by one into different --output_dir"
+                f"{case}_{PREDICTION_POSTFIX}: rename one, or segment their folders one by one into different "
+                "--output_dir"
             )
     found = sorted(path for paths in by_case.values() for path in paths.values())
     return FoundVolumes([item for path in found for item in _frames_of(path)], skipped)
@@ -265,11 +266,11 @@ class VolumeDataset(Dataset):
 
 
 class VolumeWriter(NibabelWriter):
-    """Write a label map atomically as a NIfTI file with the shape and the geometry of its image's.
+    """Write a label map atomically with the shape and the geometry of its image's: as NIfTI, MetaImage or NRRD.
 
-    Both forms, their codes, voxel sizes and units are those of the image's header, bit for bit. Differs: MONAI's writer
-    makes both forms of one affine, drops a last axis of length 1, so that a volume of a single slice becomes a 2D
-    image, and leaves a partial file when the run is killed while writing.
+    In NIfTI both forms, their codes, voxel sizes and units are those of the image's header, bit for bit. Differs:
+    MONAI's writer makes both forms of one affine, drops a last axis of length 1, so that a volume of a single slice
+    becomes a 2D image, and leaves a partial file when the run is killed while writing.
     """
 
     header: bytes | None = None
@@ -321,13 +322,19 @@ class VolumeWriter(NibabelWriter):
         """Write the file atomically.
 
         Args:
-            filename: the file to create or replace, ending in `.nii.gz` or `.nii`.
+            filename: the file to create or replace, ending in `.nii.gz`, `.nii`, `.mha` or `.nrrd`.
             verbose: whether to log the file's name.
             _: MONAI's options for nibabel, ignored.
         """
         labels = np.asarray(self.data_obj).astype(self.output_dtype, copy=False)
         with write_atomically(filename) as temporary:
-            nib.save(_with_geometry(labels, self.affine, self.header), temporary)
+            if volume_suffix(filename) in ITK_SUFFIXES:
+                writer = ITKWriter(output_dtype=self.output_dtype)
+                writer.set_data_array(labels, channel_dim=None, squeeze_end_dims=False)
+                writer.set_metadata({"affine": self.affine}, resample=False)
+                writer.write(str(temporary), compression=True)
+            else:
+                nib.save(_with_geometry(labels, self.affine, self.header), temporary)
         if verbose:
             logger.info("Saved %s", filename)
 
@@ -350,6 +357,7 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
 class SavePredictiond(SaveImaged):
     """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`; those of pictures as indexed PNG.
 
+    Those of MetaImages become `.mha`, and those of NRRD files `.nrrd`, header and voxels in one file.
     Those of a series' frames, given one after the other, become one file when the last of them comes.
     Differs: MONAI's own name keeps a part of a suffix such as that of `X.NII.GZ`.
 
@@ -368,15 +376,19 @@ class SavePredictiond(SaveImaged):
             "output_name_formatter": _named_by_case,
         }
         super().__init__(keys, writer=VolumeWriter, **options)
-        self._pictures = SaveImaged(keys, output_ext=".png", writer=PictureWriter, **options)
+        self._others = {
+            extension: SaveImaged(keys, output_ext=extension, writer=writer, **options)
+            for extension, writer in ((".mha", VolumeWriter), (".nrrd", VolumeWriter), (".png", PictureWriter))
+        }
         self._frames: list[torch.Tensor] = []
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save the item of one dictionary and return the dictionary."""
         key = next(self.key_iterator(data))
         labels = data[key]
-        if is_picture(files_of(labels)[0]):
-            return self._pictures(data)
+        file = files_of(labels)[0]
+        if extension := ".png" if is_picture(file) else _ITK_EXTENSIONS.get(volume_suffix(file)):
+            return self._others[extension](data)
         if FRAMES not in labels.meta:
             return super().__call__(data)
         if int(labels.meta[FRAME]) == 0:
