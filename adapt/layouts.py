@@ -24,7 +24,7 @@ class Layout(NamedTuple):
 
     Attributes:
         kind: of the layout, for people.
-        lists: labelled cases by subset, absolute paths.
+        lists: labelled cases by subset, with paths that are absolute where the folder's is.
         class_names: by value in the label files, the background's among them; None where nothing says.
         modality: of the images, or an empty string.
     """
@@ -47,14 +47,14 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
 
     Raises:
         FileNotFoundError: when the folder, or a file that it lists, is not there.
-        ValueError: when nothing is found in it, images have several channels, an image and a label have no counterpart,
-            or a case is in two lists.
+        ValueError: when nothing is found in it, its `dataset.json` is none, images have several channels, an image or
+            a label has no counterpart, or a case or a group is in two lists, or a case twice in one.
     """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"--data {root} is not a folder: expected one of labelled images")
     file = root / "dataset.json"
-    described = json.loads(file.read_text()) if file.is_file() else {}
+    described = _described(file) if file.is_file() else {}
     if described.get("training"):
         layout = Layout("Medical Segmentation Decathlon", _listed(file, described), *_classes(described))
     elif described:
@@ -65,9 +65,24 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
     return layout
 
 
+def _described(file: Path) -> Item:
+    """Return what a `dataset.json` says."""
+    try:
+        described = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: expected JSON ({error})") from error
+    if not isinstance(described, dict) or not isinstance(described.get("labels"), dict):
+        raise ValueError(f"{file} has no `labels`: expected an object with a name for each value, background included")
+    for name in SUBSETS:
+        unnamed = name != "test" and [item for item in described.get(name) or [] if not isinstance(item, dict)]
+        if unnamed:
+            raise ValueError(f"{file} lists {unnamed[0]!r} in `{name}`: expected an `image` and its `label`")
+    return described
+
+
 def _classes(described: Item) -> tuple[dict[int, str], str]:
     """Return the classes' names by value, and the modality."""
-    labels = described.get("labels", {})
+    labels = described["labels"]
     pairs = [(value, name) if str(value).isdigit() else (name, value) for value, name in labels.items()]
     regions = [name for value, name in pairs if not str(value).isdigit()]
     if regions or not pairs:
@@ -131,24 +146,25 @@ def _files(folder: Path) -> dict[str, Path]:
         if path.name.startswith(".") or not (is_picture(path) or volume_suffix(path)) or path.suffix.lower() == ".img":
             continue
         name = path.parent.relative_to(folder) / case_name(path)
-        if other := found.setdefault(str(name), path) != path:
+        if (other := found.setdefault(str(name), path)) != path:
             raise ValueError(f"{path} and {other} have the same name: expected one file for each case")
     return found
 
 
 def _check(lists: dict[str, list[Item]]) -> None:
-    """Check that the files of all cases are there, and that none is in two lists."""
+    """Check that the files of all cases are there, that none is listed twice, and no group in two lists."""
     place: dict[str, str] = {}
+    of_group: dict[str, str] = {}
     for name, items in lists.items():
         for item in items:
             for role in ("image", "label"):
                 if not Path(item[role]).is_file():
                     raise FileNotFoundError(f"there is no {role} {item[role]}, which the list `{name}` names")
-            if (other := place.setdefault(os.path.realpath(item["image"]), name)) != name:
-                raise ValueError(f"{item['image']} is in the lists `{other}` and `{name}`: expected it in one")
-    groups = {name: {item["group"] for item in items if "group" in item} for name, items in lists.items()}
-    for name in ("validation", "test"):
-        if shared := groups.get(name, set()) & groups["training"]:
-            raise ValueError(
-                f"the group {min(map(str, shared))} is in the lists `training` and `{name}`: expected it in one"
-            )
+            if (real := os.path.realpath(item["image"])) in place:
+                where = "twice in the list" if place[real] == name else f"in the lists `{place[real]}` and"
+                raise ValueError(f"{item['image']} is {where} `{name}`: expected it once")
+            place[real] = name
+            if "group" in item and (other := of_group.setdefault(str(item["group"]), name)) != name:
+                raise ValueError(
+                    f"the group {item['group']} is in the lists `{other}` and `{name}`: expected all its cases in one"
+                )

@@ -39,7 +39,7 @@ def new_bundle(
     bundle = Path(output_dir) / name
     if bundle.exists():
         raise FileExistsError(f"{bundle} is there already: remove it, or give another name")
-    folder = Path(data)
+    folder = Path(os.path.abspath(data))  # noqa: PTH100  # links are followed, and stay as they are named
     description, said = survey(read_layout(folder), folder)
     shutil.copytree(TEMPLATE, bundle, ignore=shutil.ignore_patterns("__pycache__"))
     lines = [f"    {json.dumps(key)}: {_value(value)}" for key, value in description.items()]

@@ -32,7 +32,7 @@ def survey(layout: Layout, data: Path) -> tuple[dict[str, Any], list[str]]:
 
     Args:
         layout: the cases.
-        data: the folder that paths are to be relative to.
+        data: the folder that paths are to be relative to, absolute.
 
     Returns:
         the values of `data.json`, and sentences on what was seen and chosen.
@@ -69,7 +69,7 @@ def survey(layout: Layout, data: Path) -> tuple[dict[str, Any], list[str]]:
         else "no class names a side, so images are mirrored and turned (`turned_views` of data.json: true)"
     )
     description = {
-        "dataset_dir": str(data.resolve()),
+        "dataset_dir": str(data),
         "class_names": class_names,
         "label_values": label_values,
         "channels": channels,

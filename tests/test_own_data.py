@@ -374,6 +374,8 @@ def spoil(folder: Path, fault: str) -> None:
             Image.new("RGB", (50, 40), "red").save(labels / "cell_0.png")
         case "no layout":
             shutil.rmtree(labels)
+        case "one name twice":
+            Image.open(images / "cell_0.png").save(images / "cell_0.bmp")
         case "nothing":
             shutil.rmtree(labels)
             shutil.rmtree(images)
@@ -382,6 +384,7 @@ def spoil(folder: Path, fault: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        ("one name twice", r"cell_0.png and .*cell_0.bmp have the same name: expected one file for each case"),
         ("mask without image", r"1 files have no image, such as .*masks/cell_0.png"),
         ("image without mask", r"1 files have no label, such as .*images/cell_0.png"),
         ("other size", r"cell_0.png does not belong to its image: expected the image's shape \(50, 40, 1\)"),
@@ -412,11 +415,74 @@ def test_a_class_that_no_training_case_has_is_refused(tmp_path):
         new_bundle("organ", decathlon(tmp_path / "data", labels=labels), tmp_path)
 
 
-def test_a_case_in_two_lists_is_refused(tmp_path):
+def relist(folder: Path, change) -> None:
+    """Change the `dataset.json` of a folder by the one it has."""
+    file = folder / "dataset.json"
+    listed = json.loads(file.read_text())
+    file.write_text(json.dumps(listed | change(listed["training"])))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cases: {"validation": cases[:1]}, r"case_0\.nii\.gz is in the lists `training` and `validation`"),
+        (lambda cases: {"training": [*cases, cases[0] | {"group": "other"}]}, "is twice in the list `training`"),
+        (
+            lambda cases: {
+                "training": cases[:4],
+                "validation": [cases[4] | {"group": "patient 4"}],
+                "test": [cases[5] | {"group": "patient 4"}],
+            },
+            "the group patient 4 is in the lists `validation` and `test`: expected all its cases in one",
+        ),
+    ],
+    ids=["case in two lists", "case twice in one list", "group in two lists"],
+)
+def test_what_would_be_learned_from_and_scored_is_refused(tmp_path, change, message):
     folder = decathlon(tmp_path / "data")
-    listed = json.loads((folder / "dataset.json").read_text())
-    (folder / "dataset.json").write_text(json.dumps(listed | {"validation": listed["training"][:1]}))
-    with pytest.raises(ValueError, match="is in the lists `training` and `validation`: expected it in one"):
+    relist(folder, change)
+    with pytest.raises(ValueError, match=message):
+        new_bundle("organ", folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"dataset\.json cannot be read: expected JSON"),
+        ('{"training": [], "labels": ["background", "A"]}', r"dataset\.json has no `labels`: expected an object"),
+        ('{"training": ["a.nii"], "labels": {"1": "A"}}', r"lists 'a\.nii' in `training`: expected an `image` and its"),
+    ],
+)
+def test_a_dataset_json_that_is_none_is_named(tmp_path, text, message):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        new_bundle("organ", tmp_path, tmp_path)
+
+
+def test_files_beside_the_folder_are_found_however_it_is_named(tmp_path, monkeypatch):
+    folder = decathlon(tmp_path / "data/lists")
+    (folder / "imagesTr").rename(tmp_path / "data/images")
+    relist(folder, lambda cases: {"training": [case | {"image": f"../images/{case['image'][11:]}"} for case in cases]})
+    monkeypatch.chdir(tmp_path)
+    bundle, _ = new_bundle("organ", "data/lists", "bundles")
+    cases = own_cases(bundle / "configs/data.json", "training", dataset_dir=described(bundle)["dataset_dir"])
+    assert all(Path(path).is_file() for case in cases for path in case.values())
+
+
+def test_a_volume_and_labels_of_another_size_are_refused(tmp_path):
+    folder = decathlon(tmp_path / "data")
+    write_volume(folder / "labelsTr/case_0.nii.gz", np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"case_0\.nii\.gz does not belong to its image: .* received \(9, 9, 3\)"):
+        new_bundle("organ", folder, tmp_path)
+
+
+def test_volumes_beside_pictures_are_refused(tmp_path):
+    folder = plain(tmp_path / "data", cases=2, mode="L")
+    for role, array in zip(("images", "masks"), organ(0), strict=True):
+        write_volume(folder / role / "volume.nii.gz", array)
+    with pytest.raises(
+        ValueError, match="expected images of one kind, received 2D pictures, such as .* and 3D volumes"
+    ):
         new_bundle("organ", folder, tmp_path)
 
 
