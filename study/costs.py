@@ -114,7 +114,7 @@ class _Estimate:
         speed = self._speeds[network]
         views = parser.get().get("test_time_views", 1)
         if stage.name == "evaluating":
-            shown = self._slices(config("validate#dataset#data")) * views
+            shown = self._slices(config("validate#dataloader#dataset").data) * views
             return shown * speed.predict_s + self._newly_embedded(stage, "test", shown) * speed.encode_s
         epochs = config("epochs")
         if "steps_per_epoch" in parser.get():

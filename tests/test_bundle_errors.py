@@ -1,6 +1,7 @@
 """What a user gets wrong, through MONAI's runner: one message that says what was expected, what came, what to do."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, messages_of
+from monai.bundle import ConfigParser
 
 from components.networks.heads import ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
@@ -67,6 +69,24 @@ def spoil_all(phantoms: Path, change, *, labels: bool) -> None:
 def test_no_dataset_dir(tmp_path):
     assert "give --dataset_dir PATH" in message_of("training", "train", tmp_path)
     assert "give --dataset_dir PATH" in infer("", tmp_path)
+
+
+@pytest.mark.parametrize("overlays", [["evaluate", "mine"], ["mine", "evaluate"]])
+def test_lists_of_ones_own_are_scored_by_their_test_list_alone(overlays, tmp_path):
+    listed = [{"image": "07.nii.gz", "label": "07_seg.nii.gz"}]
+    lists = {"train#dataset#data": listed, "validate#dataset#data": listed}
+    mine = tmp_path / "mine.json"
+    files = [str(mine if name == "mine" else CONFIGS / f"{name}.json") for name in ("train", *overlays)]
+    mine.write_text(json.dumps(lists))
+    with pytest.raises(Exception) as caught:
+        monai.bundle.run("evaluating", config_file=files, ckpt_path="no such file", output_dir=str(tmp_path), **TINY)
+    assert "give --dataset_dir PATH, or lists of cases of your own: " in messages_of(caught.value)
+    assert "test#data for evaluation" in messages_of(caught.value)
+    scored = [{"image": "08.nii.gz", "label": "08_seg.nii.gz"}]
+    mine.write_text(json.dumps(lists | {"test#data": scored}))
+    parser = ConfigParser()
+    parser.read_config(files)
+    assert parser.get_parsed_content("validate#dataloader").dataset.data == scored
 
 
 def test_folder_that_is_not_acdc(tmp_path):

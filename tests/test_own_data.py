@@ -481,7 +481,7 @@ def test_volumes_beside_pictures_are_refused(tmp_path):
     for role, array in zip(("images", "masks"), organ(0), strict=True):
         write_volume(folder / role / "volume.nii.gz", array)
     with pytest.raises(
-        ValueError, match="expected images of one kind, received 2D pictures, such as .* and 3D volumes"
+        ValueError, match=r"expected images of one kind, received 2D pictures, such as .* and 3D volumes"
     ):
         new_bundle("organ", folder, tmp_path)
 

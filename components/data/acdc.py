@@ -23,6 +23,8 @@ INFO = "Info.cfg"  # in each patient's folder
 LABEL_UNITS = ("patients", "frames")
 HELD_OUT_PERCENT = 15  # of the patients for validation, and the same for test (paper section 4.1)
 
+_OWN_LISTS = "lists of cases of your own: train#dataset#data, validate#dataset#data, and test#data for evaluation"
+
 Case = dict[str, str]  # paths of an `image` and its `label`
 
 
@@ -91,7 +93,8 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
     """
     if not dataset_dir:
         raise ValueError(
-            "dataset_dir is not set: expected the ACDC release's root or its training folder; give --dataset_dir PATH"
+            "dataset_dir is not set: expected the ACDC release's root or its training folder; give --dataset_dir PATH, "
+            f"or {_OWN_LISTS}"
         )
     root = Path(dataset_dir)
     if not root.is_dir():
@@ -104,7 +107,8 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
     if not patients:
         raise ValueError(
             f"dataset_dir {root} is not the ACDC release: expected folders patient001, patient002, ... in it or in its "
-            f"training folder, found {', '.join(sorted(path.name for path in root.iterdir())[:5]) or 'nothing'}"
+            f"training folder, found {', '.join(sorted(path.name for path in root.iterdir())[:5]) or 'nothing'}; of "
+            f"other data give {_OWN_LISTS}"
         )
     return {patient.name: _list_frames(patient) for patient in patients}
 

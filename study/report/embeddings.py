@@ -63,7 +63,7 @@ def embed_slices(
     parser["cache_dir"] = cache_dir
     network = parser.get_parsed_content("network").eval()
     vectors, groups, side = [], [], 0
-    for case in parser.get_parsed_content("validate#dataset"):
+    for case in parser.get_parsed_content("validate#dataloader#dataset"):
         images = case["image"].as_tensor().permute(3, 0, 1, 2)
         vectors.append(_mean_embeddings(network.encoder, images))
         groups += [patient_of(case_name_of(case["image"]))] * len(images)

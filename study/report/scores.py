@@ -34,7 +34,7 @@ def evaluation_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None = Non
 
 def list_test_cases(cell: Cell, dataset_dir: str) -> list[Case]:
     """List the test cases of a cell, ED before ES."""
-    return evaluation_parser(cell, dataset_dir=dataset_dir).get_parsed_content("validate#dataset#data")
+    return evaluation_parser(cell, dataset_dir=dataset_dir).get_parsed_content("validate#dataloader#dataset").data
 
 
 def count_training_patients(cell: Cell, dataset_dir: str) -> int:
