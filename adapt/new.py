@@ -49,7 +49,9 @@ def new_bundle(
     metadata_file.write_text(json.dumps(metadata, indent=4) + "\n")
     readme = bundle / "docs/README.md"
     summary = "\n".join(f"- {sentence}" for sentence in said)
-    readme.write_text(Template(readme.read_text()).safe_substitute(name=name, summary=summary))
+    channels = metadata["network_data_format"]["inputs"]["image"]["num_channels"]
+    text = Template(readme.read_text()).safe_substitute(name=name, summary=summary, channels=channels)
+    readme.write_text(text)
     return bundle, said
 
 

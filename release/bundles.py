@@ -201,9 +201,9 @@ def assemble_own(source: Path, folder: Path) -> Path:
 
 
 def _copy_sources(source: Path, root: Path) -> None:
-    """Copy a bundle's license, configs and documents, and `components`."""
-    for path in sorted([source / "LICENSE", *source.glob("configs/*"), *source.glob("docs/*")]):
-        if path.name not in _CONFIGS_BESIDE_TINY:
+    """Copy a bundle's license, configs and documents, and `components`, without what an editor has left among them."""
+    for path in sorted([source / "LICENSE", *source.glob("configs/[!.]*"), *source.glob("docs/[!.]*")]):
+        if path.name not in _CONFIGS_BESIDE_TINY and path.is_file():
             _copy(path, root / path.relative_to(source))
     for path in sorted([*(REPOSITORY / "components").rglob("*.py"), CALIBRATION]):
         if path.parent.name != "pretrained":

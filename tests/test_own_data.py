@@ -1,7 +1,10 @@
 """One's own data: what a folder of labelled images becomes, and what is refused."""
 
+import ast
 import csv
 import json
+import re
+import shlex
 import shutil
 import struct
 import zipfile
@@ -13,7 +16,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, run_monai_bundle, succeeds
-from monai.bundle import ConfigParser, ckpt_export, verify_metadata
+from monai.bundle import (
+    ConfigParser,
+    ckpt_export,
+    create_workflow,
+    onnx_export,
+    verify_metadata,
+    verify_net_in_out,
+)
 from monai.transforms import RandGaussianNoised
 from PIL import Image
 
@@ -22,6 +32,7 @@ from components.data.own_data import LabelledCases, own_cases
 from components.data.pictures import PictureReader
 from components.data.slices import SliceDataset
 from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
+from components.networks.onnx_network import OnnxNetwork
 from release.__main__ import build
 from serving.app import assemble_app
 
@@ -159,12 +170,24 @@ def trained(bundle: Path) -> Path:
 def test_a_trained_bundle_becomes_an_archive_that_segments_elsewhere(tmp_path, metadata_schema):
     data = decathlon(tmp_path / "data")
     bundle = trained(new_bundle("organ", data, tmp_path)[0])
-    build(str(tmp_path / "dist"), bundle=str(bundle))
+    (bundle / "configs/.ipynb_checkpoints").mkdir()
+    for dist in ("dist", "again"):
+        build(str(tmp_path / dist), bundle=str(bundle))
     assert {path.name for path in (tmp_path / "dist").iterdir()} == {"organ_v0.1.0.zip", "model_info.json"}
+    assert len({(tmp_path / dist / "organ_v0.1.0.zip").read_bytes() for dist in ("dist", "again")}) == 1
     with zipfile.ZipFile(tmp_path / "dist/organ_v0.1.0.zip") as file:
         file.extractall(tmp_path / "elsewhere")
     root = tmp_path / "elsewhere/organ"
-    verify_metadata(meta_file=str(root / "configs/metadata.json"), filepath=metadata_schema, create_dir=False)
+    meta, config = (str(root / f"configs/{name}.json") for name in ("metadata", "inference"))
+    verify_metadata(meta_file=meta, filepath=metadata_schema, create_dir=False)
+    verify_net_in_out("network_def", meta, config, bundle_root=str(root))
+    for kind, name in (("infer", "inference"), ("train", "train")):
+        file = str(root / f"configs/{name}.json")
+        workflow = create_workflow(
+            config_file=file, workflow_type=kind, bundle_root=str(root), dataset_dir=str(data), labelled_cases=1
+        )
+        assert workflow.check_properties() == []
+    assert not list(root.glob("configs/.*"))
     assert (root / "models/model.pt").read_bytes() == (bundle / "models/model.pt").read_bytes()
     assert (root / "components/data/own_data.py").is_file()
     assert described(root) == described(bundle) | {"dataset_dir": ""}
@@ -186,7 +209,7 @@ def test_what_is_not_trained_or_has_no_encoder_is_not_packed(tmp_path):
 
 
 def test_an_exported_network_equals_the_trained_one_and_says_what_it_was_trained_with(tmp_path):
-    bundle = trained(new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)[0])
+    bundle = trained(new_bundle("cells", plain(tmp_path / "data", mode="L", side=20), tmp_path)[0])
     config, model, exported = (str(bundle / name) for name in ("configs/inference.json", "models/model.pt", "model.ts"))
     root = {"bundle_root": str(bundle)}
     metadata = str(bundle / "configs/metadata.json")
@@ -196,10 +219,17 @@ def test_an_exported_network_equals_the_trained_one_and_says_what_it_was_trained
     eager.update(root | {"precision": "fp32", "network_def#start_checkpoint": model})
     scripted.read_config([config, str(bundle / "configs/inference_ts.json")])
     scripted.update(root | {"ts_path": exported, "ckpt_path": "no such file"})
-    images = torch.rand(2, 3, 64, 48) * 255
+    readme = (bundle / "docs/README.md").read_text()
+    command = shlex.split(re.search(r"^python .* onnx_export .*$", readme, flags=re.MULTILINE)[0])
+    given = [command[command.index(option) + 1] for option in ("--input_shape", "--converter_kwargs")]
+    shape, options = map(ast.literal_eval, given)
+    onnx = str(bundle / "models/model.onnx")
+    onnx_export("network_def", onnx, model, metadata, config, input_shape=shape, converter_kwargs=options, **root)
+    images = torch.rand(2, 1, 64, 48) * 255
     with torch.no_grad():
-        networks = [parser.get_parsed_content("network").eval() for parser in (eager, scripted)]
-        torch.testing.assert_close(*(network(images) for network in networks))
+        expected, *others = (parser.get_parsed_content("network").eval()(images) for parser in (eager, scripted))
+    for logits in (*others, OnnxNetwork(onnx)(images)):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     of_both = [parser.get_parsed_content("as_trained") for parser in (eager, scripted)]
     assert of_both[0] == of_both[1]
     assert of_both[1]["crop_size"] == 64
