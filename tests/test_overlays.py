@@ -5,6 +5,7 @@ import torch
 from matplotlib.colors import to_hex
 from monai.data import MetaTensor
 
+from components.data.transforms import NeighbourSlicesd
 from components.evaluation.overlays import CLASS_COLOURS, SaveOverlayd, draw_overlay
 
 RV, MYO, LV = (colour.lower() for colour in CLASS_COLOURS[:3])
@@ -130,11 +131,20 @@ def test_transform_writes_a_picture_and_passes_the_data_on(tmp_path, image_chann
 def test_transform_takes_spacing_and_title_from_the_image(tmp_path):
     data = case()
     SaveOverlayd(tmp_path)(data)
-    image, label, pred = (data[key][0].numpy() for key in ("image", "label", "pred"))
+    label, pred = (data[key][0].numpy() for key in ("label", "pred"))
+    image = data["image"][1].numpy()
     figure = draw_overlay(image, label, pred, spacing_mm=(1.5, 1.5, 10.0), title="patient001_frame01")
     figure.savefig(tmp_path / "expected.png", dpi=150)
     written, expected = (plt.imread(tmp_path / name) for name in ("patient001_frame01_overlay.png", "expected.png"))
     assert np.array_equal(written, expected)
+
+
+def test_a_slice_between_its_neighbours_is_drawn_under_its_own_contours(tmp_path):
+    data = case(image_channels=1)
+    SaveOverlayd(tmp_path / "alone")(data)
+    SaveOverlayd(tmp_path / "widened")(NeighbourSlicesd("image")(data))
+    alone, widened = (plt.imread(next((tmp_path / folder).iterdir())) for folder in ("alone", "widened"))
+    assert np.array_equal(alone, widened)
 
 
 @pytest.mark.parametrize("label_key", ["label", None])

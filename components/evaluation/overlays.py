@@ -93,7 +93,8 @@ class SaveOverlayd(MapTransform):
 
     Args:
         output_dir: folder of the pictures, made if missing.
-        image_key: key of the image, a MetaTensor `(C,H,W,D)` on its native grid; channel 0 is shown.
+        image_key: key of the image, a MetaTensor `(C,H,W,D)` on its native grid; the middle channel is shown: of a
+            slice between its neighbours the slice, of colours green.
         label_key: key of the true label map `(1,H,W,D)` on the same grid; if None or missing from the data, only the
             prediction is drawn.
         pred_key: key of the predicted label map `(1,H,W,D)` on the same grid.
@@ -133,7 +134,7 @@ class SaveOverlayd(MapTransform):
         label = data.get(self.label_key)
         case = case_name_of(image)
         header_spacing_mm(image)  # raises if there is none
-        turned = slices_last(image[:1], self.slice_axis)
+        turned = slices_last(image[[len(image) // 2]], self.slice_axis)
         figure = draw_overlay(
             _as_array(turned[0]),
             None if label is None else self._label_array(label, self.label_key, image),
