@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from monai.data import load_decathlon_datalist
 
 from components.data.acdc import SUBSETS
+from components.data.own_data import check_listed_once
 from components.data.volume_metadata import case_name, is_picture, volume_suffix
 
 IMAGES = ("images", "imagesTr")
@@ -153,18 +154,9 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _check(lists: dict[str, list[Item]]) -> None:
     """Check that the files of all cases are there, that none is listed twice, and no group in two lists."""
-    place: dict[str, str] = {}
-    of_group: dict[str, str] = {}
     for name, items in lists.items():
         for item in items:
             for role in ("image", "label"):
                 if not Path(item[role]).is_file():
                     raise FileNotFoundError(f"there is no {role} {item[role]}, which the list `{name}` names")
-            if (real := os.path.realpath(item["image"])) in place:
-                where = "twice in the list" if place[real] == name else f"in the lists `{place[real]}` and"
-                raise ValueError(f"{item['image']} is {where} `{name}`: expected it once")
-            place[real] = name
-            if "group" in item and (other := of_group.setdefault(str(item["group"]), name)) != name:
-                raise ValueError(
-                    f"the group {item['group']} is in the lists `{other}` and `{name}`: expected all its cases in one"
-                )
+    check_listed_once(lists)

@@ -475,6 +475,18 @@ def test_what_would_be_learned_from_and_scored_is_refused(tmp_path, change, mess
         new_bundle("organ", folder, tmp_path)
 
 
+def test_a_training_case_that_is_written_into_the_test_list_is_refused(tmp_path):
+    folder = decathlon(tmp_path / "data")
+    file = new_bundle("organ", folder, tmp_path)[0] / "configs/data.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"test": values["training"][:1]}))
+    for subset in ("training", "test"):
+        with pytest.raises(
+            ValueError, match=r"case_0\.nii\.gz is in the lists `training` and `test`: expected it once"
+        ):
+            own_cases(file, subset, dataset_dir=str(folder))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -86,7 +86,8 @@ def own_cases(
         dictionaries with the paths `image` and `label`.
 
     Raises:
-        ValueError: for an unknown subset, no folder, a subset without cases, or more labelled cases than there are.
+        ValueError: for an unknown subset, no folder, a subset without cases, a case listed twice, a group in two lists,
+            or more labelled cases than there are.
     """
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r}: expected one of {', '.join(SUBSETS)}")
@@ -97,6 +98,7 @@ def own_cases(
         name: load_decathlon_datalist(path, data_list_key=name, base_dir=dataset_dir) if data[name] else []
         for name in SUBSETS
     }
+    check_listed_once(listed)
     groups: dict[str, list[Case]] = {}
     for case in listed["training"]:
         groups.setdefault(str(case.get("group", case["image"])), []).append(case)
@@ -124,6 +126,29 @@ def own_cases(
     if not cases and subset == "training":
         raise ValueError(f"{path} has no cases to train on: expected some in the list `training`")
     return cases
+
+
+def check_listed_once(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Check that no case is listed twice, and no group in two lists: what has trained or chosen a model is no test.
+
+    Args:
+        lists: dictionaries with the path `image`, and a `group` where one is given, by subset.
+
+    Raises:
+        ValueError: naming the image or the group, and the lists.
+    """
+    place: dict[str, str] = {}
+    of_group: dict[str, str] = {}
+    for name, cases in lists.items():
+        for case in cases:
+            if (real := os.path.realpath(case["image"])) in place:
+                where = "twice in the list" if place[real] == name else f"in the lists `{place[real]}` and"
+                raise ValueError(f"{case['image']} is {where} `{name}`: expected it once")
+            place[real] = name
+            if "group" in case and (other := of_group.setdefault(str(case["group"]), name)) != name:
+                raise ValueError(
+                    f"the group {case['group']} is in the lists `{other}` and `{name}`: expected all its cases in one"
+                )
 
 
 class LabelledCases:
