@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "acdc": ["list_cases"],
+        "acdc": ["list_cases", "list_unlabelled"],
         "dicom_seg": ["SaveDicomSegd"],
         "own_data": ["LabelledCases", "own_cases", "read_data", "scaled_grey_values"],
         "slices": ["SliceDataset"],

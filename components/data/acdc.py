@@ -45,8 +45,8 @@ def list_cases(
         dataset_dir: the release's root or its `training` folder.
         subset: `training`, `validation` or `test`.
         split_seed: seed of the split by patient, 70:15:15, and of the choice of labelled patients.
-        labelled_patients: how many of the training patients count as labelled; None for all. A smaller selection is
-            part of every larger one.
+        labelled_patients: how many of the training patients count as labelled, 0 for a training on unlabelled ones;
+            None for all. A smaller selection is part of every larger one.
         label_unit: what `labelled_patients` counts: `patients`, with both frames each, or single `frames`.
         include_testing: whether the patients in the release's `testing` folder are split as well.
 
@@ -69,6 +69,53 @@ def list_cases(
     else:
         cases = _choose_labelled(patients, chosen, labelled_patients, label_unit)
     logger.info("%s: %d volumes: %s", subset, len(cases), ", ".join(Path(case["image"]).name for case in cases))
+    return cases
+
+
+def list_unlabelled(
+    dataset_dir: str,
+    *,
+    labelled: Sequence[Case],
+    patients: int | None = None,
+    split_seed: int = 0,
+    include_testing: bool = False,
+) -> list[Case]:
+    """List the images of training patients of whom no case is labelled; their labels on disk are not looked at.
+
+    Args:
+        dataset_dir: as for `list_cases`.
+        labelled: the labelled cases of the training, which must belong to the same split.
+        patients: how many patients to list, the first in the order of the split; None for all.
+        split_seed: as for `list_cases`.
+        include_testing: as for `list_cases`.
+
+    Returns:
+        dictionaries with the path `image`, ED before ES.
+
+    Raises:
+        ValueError: as `list_cases`, when a labelled case is of a validation or test patient, or when there are fewer
+            such patients than asked for, or none.
+        FileNotFoundError: as `list_cases`.
+    """
+    known = list_patients(dataset_dir, include_testing=include_testing)
+    subsets = split_patients(list(known), split_seed)
+    labelled_images = {case["image"] for case in labelled}
+    with_labels = {name for name, cases in known.items() if labelled_images & {case["image"] for case in cases}}
+    for subset in ("validation", "test"):
+        if strays := sorted(with_labels.intersection(subsets[subset])):
+            raise ValueError(
+                f"expected labelled cases of training patients, received {', '.join(strays)} of the {subset} subset of "
+                f"split {split_seed}: give the same split_seed and include_testing for both lists"
+            )
+    left = [name for name in subsets["training"] if name not in with_labels]
+    count = len(left) if patients is None else patients
+    if not 1 <= count <= len(left):
+        raise ValueError(
+            f"unlabelled_patients must be between 1 and {len(left)}, the training patients without a label, received "
+            f"{count}: label fewer (labelled_patients), or train without the overlay of unlabelled patients"
+        )
+    cases = [{"image": case["image"]} for name in left[:count] for case in known[name]]
+    logger.info("unlabelled: %d volumes: %s", len(cases), ", ".join(Path(case["image"]).name for case in cases))
     return cases
 
 
@@ -140,9 +187,9 @@ def _choose_labelled(patients: dict[str, list[Case]], training: list[str], count
     if unit == "frames":
         # First one frame of each patient, alternating between ED and ES, then the others.
         groups = [[cases[(index + turn) % 2]] for turn in range(2) for index, cases in enumerate(groups)]
-    if not 1 <= count <= len(groups):
+    if not 0 <= count <= len(groups):
         raise ValueError(
-            f"labelled_patients must be between 1 and {len(groups)}, the {unit} of the training subset, "
+            f"labelled_patients must be between 0 and {len(groups)}, the {unit} of the training subset, "
             f"received {count}"
         )
     return [case for group in groups[:count] for case in group]

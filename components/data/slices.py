@@ -30,10 +30,13 @@ class SliceDataset(Dataset):
         final_transform: applied last, to each slice or view, at every access.
         at_least: number of items of an epoch: fewer slices are repeated, each time as the next view.
         keys: items of the dictionary that are sliced.
+        unlabelled: dictionaries of volumes without a label.
+        pseudo_labels: gives such a volume, as `transform` returns it, its label; needed where there are some.
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is not a non-negative integer.
+        ValueError: when `views` is not a non-negative integer, when there is no volume at all, or unlabelled ones
+            without `pseudo_labels`.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class SliceDataset(Dataset):
         final_transform: Callable | None = None,
         at_least: int = 0,
         keys: Sequence[str] = ("image", "label"),
+        unlabelled: Sequence[Mapping[Hashable, Any]] = (),
+        pseudo_labels: Callable | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__(data=data, transform=transform)
@@ -54,6 +59,12 @@ class SliceDataset(Dataset):
                 f"views must be a whole number, 0 for fresh augmentation, received {views!r}: "
                 "give for example --views 16"
             )
+        if unlabelled and pseudo_labels is None:
+            raise ValueError("unlabelled volumes need labels to train with: expected pseudo_labels, a transform")
+        if not data and not unlabelled:
+            raise ValueError(
+                "expected at least one volume to train on, received none: give for example --labelled_patients 1"
+            )
         self.slice_transform = slice_transform
         self.views = views
         self.final_transform = final_transform
@@ -61,8 +72,10 @@ class SliceDataset(Dataset):
         self._epoch = 1
         self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._slices: list[dict[str, np.ndarray]] = []
-        for item in tqdm(data, desc="Loading volumes", disable=not progress):
+        for number, item in enumerate(tqdm([*data, *unlabelled], desc="Loading volumes", disable=not progress)):
             volume = _apply(transform, item)
+            if number >= len(data):
+                volume = _apply(pseudo_labels, volume)
             stacks = {key: _as_uint8(volume[key]) for key in self.keys}
             depth = next(iter(stacks.values())).shape[-1]
             self._slices += [

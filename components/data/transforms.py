@@ -305,10 +305,18 @@ class CentralCropd(CenterSpatialCropd):
         keys: items CxHxWxD.
         roi_size: as for `CenterSpatialCropd`.
         label_key: the item with the label.
+        allow_missing_keys: whether an item may be absent.
     """
 
-    def __init__(self, keys: KeysCollection, roi_size: Sequence[int], *, label_key: str = "label") -> None:
-        super().__init__(keys, roi_size)
+    def __init__(
+        self,
+        keys: KeysCollection,
+        roi_size: Sequence[int],
+        *,
+        label_key: str = "label",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, roi_size, allow_missing_keys)
         self.label_key = label_key
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "command_line": ["read_command_line"],
         "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler"],
         "phantom_mixing": ["PhantomMixing"],
+        "pseudo_labels": ["PseudoLabeld"],
         "tracking": ["finish_mlflow_runs"],
     },
 )
