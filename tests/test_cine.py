@@ -184,6 +184,12 @@ def test_frames_of_a_part_of_the_cycle_are_smoothed_up_to_their_ends_only(tmp_pa
     assert 18 < smoothed[-1] < 19
 
 
+def test_frames_that_an_earlier_run_kept_are_smoothed_like_new_ones(tmp_path):
+    for frames in (np.cos(2 * np.pi * np.arange(20) / 20), np.arange(20.0)):
+        new = store_of(tmp_path / str(frames[1]), frames, 1.0)
+        assert np.array_equal(store_of(tmp_path / str(frames[1]), np.full(20, np.nan), 1.0), new)
+
+
 @pytest.mark.parametrize(("frames", "smoothing"), [(9, None), (20, 0)])
 def test_few_frames_and_a_smoothing_of_none_leave_frames_as_they_are(tmp_path, frames, smoothing):
     beat = np.arange(frames) % 2

@@ -1,5 +1,6 @@
 """Volumes: finding those to segment, loading them one by one, and writing their predictions."""
 
+import functools
 import logging
 import os
 import re
@@ -249,7 +250,7 @@ class VolumeDataset(Dataset):
         """Reason by path of what the search for volumes left out."""
         return getattr(self.data, "skipped", {})
 
-    @property
+    @functools.cached_property
     def files(self) -> int:
         """How many files the volumes and frames are from."""
         return len({str(item["image"]) for item in self.data})

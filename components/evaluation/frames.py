@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from components.base.atomic_write import write_atomically
+from components.evaluation.cycle import FEWEST_OF_A_CURVE, is_cycle
 
 FRAMES_PER_SIGMA = 40  # of the smoothing that is chosen by the number of frames
-FEWEST_TO_SMOOTH = 10  # frames; fewer lie too far apart
 _REACH = 3.0  # standard deviations at which the Gaussian ends
 
 
@@ -42,6 +42,8 @@ class FrameStore:
         self._place = self.folder
         self._network = b""
         self._files: list[Path] = []
+        self._steps: list[float] = []  # from each frame to the next
+        self._previous = np.empty(0)
 
     def start(self, case: str, probe: np.ndarray) -> None:
         """Begin with a series.
@@ -53,7 +55,7 @@ class FrameStore:
         """
         self._place = self.folder / f".{case}_pred.frames"
         self._network = _bytes_of(probe)
-        self._files = []
+        self._files, self._steps = [], []
 
     def add(self, image: np.ndarray, predict: Callable[[], np.ndarray]) -> None:
         """Keep what the network says of the next frame.
@@ -64,22 +66,27 @@ class FrameStore:
         """
         key = hashlib.sha256(self._network + _bytes_of(image)).hexdigest()
         path = self._place / f"{key}.npy"
-        if not path.is_file():
+        if path.is_file():
+            frame = np.load(path)
+        else:
+            frame = predict()
             with write_atomically(path) as partial_file:
-                np.save(partial_file, predict())
+                np.save(partial_file, frame)
+        if self._files:
+            self._steps.append(_difference(self._previous, frame))
         self._files.append(path)
+        self._previous = frame
 
     def smoothed(self) -> Iterator[np.ndarray]:
         """Yield the frames in their order, each averaged with its neighbours in time.
 
-        The first and the last frame are neighbours where the series covers the heart's cycle, else they are neighbours
-        of their own. It covers the cycle where the last frame differs from the first by no more than some two that
-        follow each other.
+        The first and the last frame are neighbours where the series covers the heart's cycle (`is_cycle`, by the mean
+        absolute difference of frames), else they are neighbours of their own.
         """
         count = len(self._files)
         sigma = self.smoothing
         if sigma is None:
-            sigma = count / FRAMES_PER_SIGMA if count >= FEWEST_TO_SMOOTH else 0
+            sigma = count / FRAMES_PER_SIGMA if count >= FEWEST_OF_A_CURVE else 0
         if not sigma:
             yield from map(np.load, self._files)
             return
@@ -87,7 +94,7 @@ class FrameStore:
         offsets = np.arange(-reach, reach + 1)
         weights = np.exp(-0.5 * (offsets / sigma) ** 2)
         weights /= weights.sum()
-        is_cyclic = self._covers_cycle()
+        is_cyclic = is_cycle(self._steps, _difference(self._previous, np.load(self._files[0])))
         for frame in range(count):
             neighbours = (frame + offsets) % count if is_cyclic else (frame + offsets).clip(0, count - 1)
             weighted = zip(weights.astype(np.float32), neighbours, strict=True)
@@ -96,15 +103,11 @@ class FrameStore:
     def remove(self) -> None:
         """Remove what is kept of the series."""
         shutil.rmtree(self._place, ignore_errors=True)
-        self._files = []
+        self._files, self._steps, self._previous = [], [], np.empty(0)
 
-    def _covers_cycle(self) -> bool:
-        previous = first = np.load(self._files[0])
-        largest = 0.0
-        for frame in map(np.load, self._files[1:]):
-            largest = max(largest, float(np.abs(frame - previous).mean()))
-            previous = frame
-        return float(np.abs(previous - first).mean()) <= largest
+
+def _difference(frame: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(frame - other).mean())
 
 
 def _bytes_of(array: np.ndarray) -> bytes:

@@ -9,11 +9,11 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 from components.data.acdc import CLASS_NAMES
+from components.evaluation.cycle import FEWEST_OF_A_CURVE, covers_cycle
 
 MYOCARDIAL_DENSITY_G_PER_ML = 1.05
 HEART_RATES_PER_MIN = (20.0, 250.0)  # beyond these a frame time is no cine's: many headers hold 0 or 1 s
-FEWEST_OF_A_CURVE = 10  # frames from which on a curve is smoothed before its extremes are looked for
-FRAMES_PER_SIGMA = 30  # of that smoothing
+FRAMES_PER_SIGMA = 30  # of the smoothing of a curve before its extremes are looked for
 
 NAN = float("nan")
 
@@ -37,16 +37,6 @@ def volumes_ml(
 def ejection_fraction_percent(edv_ml: float, esv_ml: float) -> float:
     """Return the share of the end-diastolic volume that a ventricle ejects, in percent; nan if that volume is 0."""
     return 100 * (edv_ml - esv_ml) / edv_ml if edv_ml > 0 else NAN
-
-
-def covers_cycle(curve: Sequence[float]) -> bool:
-    """Return whether frames cover the heart's cycle: the last is as like the first as some two that follow each other.
-
-    Args:
-        curve: a volume in each frame, at least one.
-    """
-    steps = np.abs(np.diff(curve))
-    return bool(abs(curve[-1] - curve[0]) <= steps.max(initial=0))
 
 
 def find_phases(lv_ml: Sequence[float]) -> tuple[int, int]:

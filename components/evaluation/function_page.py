@@ -34,7 +34,15 @@ MEASURES = {  # what a page shows: columns of `function.csv`
     "heart_rate_per_min": "Heart rate, beats per minute",
     "lv_output_l_per_min": "Cardiac output, l/min",
 }
-IN_SUMMARY = ("lv_edv_ml", "lv_esv_ml", "lv_ef_percent", "rv_edv_ml", "rv_esv_ml", "rv_ef_percent", "lv_mass_g")
+IN_SUMMARY = {  # the same of the page over all cases
+    "lv_edv_ml": "LV EDV, ml",
+    "lv_esv_ml": "LV ESV, ml",
+    "lv_ef_percent": "LV EF, %",
+    "rv_edv_ml": "RV EDV, ml",
+    "rv_esv_ml": "RV ESV, ml",
+    "rv_ef_percent": "RV EF, %",
+    "lv_mass_g": "LV mass, g",
+}
 _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:left}"
@@ -175,7 +183,7 @@ def write_case_page(
     measured = [(title, row[name]) for name, title in MEASURES.items() if row[name] != ""]
     told = f"ED is frame {row['ed_frame'] or '-'}, ES frame {row['es_frame'] or '-'}, by {row['ed_es_by']}."
     rows = "".join(f"<tr><td>{title}</td><td class=number>{value}</td></tr>" for title, value in measured)
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in filter(None, str(row["reason"]).split("; ")))
+    reasons = "".join(f"<li>{reason}</li>" for reason in _reasons(row))
     parts = [
         f"<div class=check><p>Check this case:</p><ul>{reasons}</ul></div>" if row["flag"] else "",
         f"<p>{html.escape(told)} Predicted Dice: {row['predicted_dice']}.</p>",
@@ -206,6 +214,10 @@ def _slice_table(slice_dice: Mapping[str, np.ndarray]) -> str:
     return f"<h2>Predicted Dice of each slice</h2><table>{''.join(lines)}</table>"
 
 
+def _reasons(row: Mapping) -> list[str]:
+    return [html.escape(reason) for reason in str(row["reason"]).split("; ") if reason]
+
+
 def _marked(is_marked: bool) -> str:
     return " class=check" if is_marked else ""
 
@@ -218,13 +230,13 @@ def write_summary_page(path: Path, rows: Sequence[Mapping], pages: Mapping[str, 
         rows: of `function.csv`.
         pages: name of the file of each case's page, beside it.
     """
-    titles = ("case", *(MEASURES[name] for name in IN_SUMMARY), "predicted Dice", "why to check it")
+    titles = ("case", *IN_SUMMARY.values(), "predicted Dice", "why to check it")
     head = "".join(f"<th>{title}</th>" for title in titles)
     lines = []
     for row in sorted(rows, key=lambda row: not row["flag"]):
         case = html.escape(str(row["case"]))
         cells = "".join(f"<td class=number>{row[name] or '-'}</td>" for name in (*IN_SUMMARY, "predicted_dice"))
-        cells += f"<td>{html.escape(str(row['reason']))}</td>"
+        cells += f"<td>{'<br>'.join(_reasons(row))}</td>"
         link = f'<a href="{html.escape(pages[str(row["case"])])}">{case}</a>'
         lines.append(f"<tr{_marked(bool(row['flag']))}><td>{link}</td>{cells}</tr>")
     flagged = f"<p>{sum(bool(row['flag']) for row in rows)} of {len(rows)} cases to check, listed first.</p>"

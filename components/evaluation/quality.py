@@ -28,8 +28,8 @@ def expected_dice(probabilities: Tensor) -> Dice:
     """Return the Dice that would result if each voxel's probabilities were right.
 
     Between the most probable class of every voxel and the probabilities themselves, which take the truth's place. The
-    test-time views' disagreement is in it: their probabilities are averaged. A network is surer than right, so these
-    values rank, and `predicted_dice` brings them to scale.
+    test-time views' disagreement is in it: their probabilities are averaged. On hard cases a network is surer than
+    right, so these values rank, and `predicted_dice` brings them to scale.
 
     Source: soft Dice, Milletari et al., "V-Net", 3DV 2016, with the prediction as its own truth.
 
