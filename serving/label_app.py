@@ -7,6 +7,7 @@ that it starts for a training. It imports nothing of this repository: `component
 from __future__ import annotations
 
 import logging
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,8 @@ class InferTask(BundleInferTask):
         try:
             return super().run_pre_transforms(data, transforms)
         except Exception as error:
-            reason = _reason(error, {image: f"the image {Path(image).name}"})
+            is_sent = Path(image).parent == Path(tempfile.gettempdir())
+            reason = _reason(error, {image: "the image sent" if is_sent else f"the image {Path(image).name}"})
             if reason is None:
                 raise
             logger.error("%s", reason)

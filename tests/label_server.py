@@ -36,6 +36,10 @@ class Client:
     def post(self, path: str, settings: dict, **query) -> dict:
         return json.loads(self.ask("POST", path, json.dumps(settings).encode(), **query))
 
+    def form(self, path: str, params: dict, **query) -> bytes:
+        body = urllib.parse.urlencode({"params": json.dumps(params)}).encode()
+        return self.ask("POST", path, body, "application/x-www-form-urlencoded", **query)
+
     def refusal(self, method: str, path: str, *arguments, **query) -> tuple[int, str]:
         """The status and the sentence of an answer that is an error; with a file, of a form."""
         send = self.send if arguments else self.ask

@@ -269,9 +269,9 @@ def test_what_cannot_be_segmented_is_refused_with_the_reason(server, patients, t
     log = app.with_name("log.txt")
     assert "Traceback" not in log.read_text()
     reasons = {
-        "truncated": "cannot be read",
-        "plane": "expected",
-        "series": "expected",
+        "truncated": "the image sent cannot be read: expected a complete NIfTI file",
+        "plane": "is not one 3D volume",
+        "series": "is not one 3D volume",
         "colours": "has colours: expected grey values",
         "nan": "NaN or infinite voxels: expected finite grey values",
         "constant": "has no contrast: expected grey values that differ",
@@ -279,7 +279,7 @@ def test_what_cannot_be_segmented_is_refused_with_the_reason(server, patients, t
     for kind, reason in reasons.items():
         file = damaged(kind, Path(patients[0]["image"]), tmp_path)
         status, said = client.refusal("POST", "/infer/linearhead_acdc", "file", file, output="image")
-        assert (status, reason in said, "/" in said.replace("and/or", "")) == (422, True, False), f"{kind}: {said}"
+        assert (status, reason in said, "/tmp" in said) == (422, True, False), f"{kind}: {said}"
         assert log.read_text().count(said) == 1
     status, said = client.refusal("POST", "/infer/linearhead_acdc", image="nobody", output="image")
     assert (status, said) == (404, "there is no image nobody: GET /datastore/?output=all lists those that are")
@@ -312,7 +312,11 @@ def test_labels_that_a_bundle_cannot_use_are_refused_or_left_out(label_python, p
     with served(label_python, tmp_path, studies, "--bundle", "linearhead_acdc") as client:
         status, said = client.refusal("POST", "/train/linearhead_acdc")
         assert (status, said) == (422, "there is no label to train on: submit one first")
-        reasons = {"value": "holds labels [7.0]: expected whole numbers 0..3", "shape": "expected", "junk": "expected"}
+        reasons = {
+            "value": "holds labels [7.0]: expected whole numbers 0..3",
+            "shape": "expected the image's shape",
+            "junk": "is not a NIfTI file",
+        }
         for kind, reason in reasons.items():
             file = wrong_label(kind, Path(patients[0]["label"]), tmp_path)
             query = {"image": names[0], "tag": "final"}
