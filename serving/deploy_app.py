@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from monai.deploy.conditions import CountCondition
 from monai.deploy.core import AppContext, Application, Image, IOType
 from monai.deploy.operators.dicom_data_loader_operator import DICOMDataLoaderOperator
 from monai.deploy.operators.dicom_seg_writer_operator import DICOMSegmentationWriterOperator, SegmentDescription
@@ -54,7 +55,7 @@ class BundleApp(Application):
         ]
         context = AppContext({})
         context.models = None  # else a folder `models` below the working directory is taken for one
-        load = DICOMDataLoaderOperator(self, input_folder=self.input_dir, name="load")
+        load = DICOMDataLoaderOperator(self, CountCondition(self, 1), input_folder=self.input_dir, name="load")
         select = DICOMSeriesSelectorOperator(self, rules=MR_SERIES, name="select")
         stack = DICOMSeriesToVolumeOperator(self, name="stack")
         segment = MonaiBundleInferenceOperator(
