@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import requests
+from monai.transforms import LoadImage
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.utils.convert import binary_to_image
 from monailabel.interfaces.app import MONAILabelApp
@@ -182,8 +182,8 @@ class App(MONAILabelApp):
             one entry for each class that the label holds, those of the first bundle.
         """
         names = {index: name for name, index in next(iter(self._infers.values())).labels.items()}
-        held = np.unique(np.asarray(nib.load(label).dataobj)).astype(int)
-        return [{"name": names[index], "description": names[index]} for index in held.tolist() if index in names]
+        held = np.unique(LoadImage(image_only=True)(label)).astype(int).tolist()
+        return [{"name": names[index], "description": names[index]} for index in held if index in names]
 
 
 def _reason(error: Exception, names: Mapping[str, str]) -> str | None:

@@ -138,7 +138,7 @@ def _in_memory(image: MetaTensor, key: Hashable) -> MetaTensor:
     """Return an image that no file holds as float64 1xHxWxD, with a name for messages, or raise if it is no volume."""
     if image.ndim != 3 or min(image.shape) == 0:
         raise ValueError(f"expected {key} in memory as HxWxD, received the shape {tuple(image.shape)}")
-    volume = image[None].double()
+    volume = cast(MetaTensor, image[None].double())
     volume.meta[ImageMetaKey.FILENAME_OR_OBJ] = f"the {key} in memory"
     volume.meta[MetaKeys.ORIGINAL_CHANNEL_DIM] = 0
     return volume
