@@ -65,13 +65,15 @@ def served(python: str, folder: Path, studies: str | Path, *options: str, **envi
             command, cwd=REPOSITORY, env=variables, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            for _ in range(120):
+            for _ in range(300):
                 assert process.poll() is None, (folder / "log.txt").read_text()
                 try:
                     client.ask("GET", "/info/")
                     break
                 except urllib.error.URLError:
                     time.sleep(1)
+            else:
+                raise AssertionError(f"the server is not up: {(folder / 'log.txt').read_text()}")
             yield client
         finally:
             process.terminate()
