@@ -28,10 +28,6 @@ _ENTRIES = read_entries()
 HEADS = {bundle: head.get("tiny", {}).get("pretrained") for bundle, head in _ENTRIES["heads"].items()}
 _BASELINES = {bundle: entry.get("tiny", {}).get("pretrained") for bundle, entry in _ENTRIES["baselines"].items()}
 COMPLETE = {**HEADS, **{bundle: name for bundle, name in _BASELINES.items() if name}}  # segment as they are packed
-WITHOUT_WEIGHTS = (
-    *(bundle for bundle, other in _ENTRIES["others"].items() if other["is_packed"]),
-    *(bundle for bundle, name in _BASELINES.items() if not name),
-)
 
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 _CONFIGS_BESIDE_TINY = ("tiny.json", "demo.json")  # overlays that an archive has merged, or has no weights for
@@ -130,7 +126,7 @@ def bundles_of(model_type: str, bundle: str | None = None) -> list[str]:
     """
     if model_type not in (TINY, *CHECKPOINT_FILES):
         raise ValueError(f"unknown model_type {model_type!r}: expected one of {TINY}, {', '.join(CHECKPOINT_FILES)}")
-    names = [*COMPLETE, *WITHOUT_WEIGHTS] if model_type == TINY else list(HEADS)
+    names = list(COMPLETE) if model_type == TINY else list(HEADS)
     if bundle is not None and bundle not in names:
         raise ValueError(
             f"no archive of {bundle!r} with {model_type}: expected one of {', '.join(names)}, or, without model_type, "
@@ -159,8 +155,6 @@ def assemble(
     """
     root = folder / (bundle if model_type == TINY else f"{bundle}_{model_type}")
     _copy_sources(BUNDLES / bundle, root)
-    if bundle in WITHOUT_WEIGHTS:
-        return root
     if model_type == TINY:
         _complete(root, bundle)
     else:

@@ -1,11 +1,11 @@
-"""MONAI Label's `monaibundle` app, assembled with this project's bundles and nothing downloaded."""
+"""An app for MONAI Label, assembled with this project's bundles and nothing downloaded."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from release.bundles import COMPLETE, DATA_FILE, MODEL, assemble, assemble_own, 
 
 logger = logging.getLogger("serving")
 
-_SAMPLE_APP = Path("monailabel/sample-apps/monaibundle")
-_OPERATORS = Path(__file__).with_name("torchvision_operators.py")
+# Each file of the app, and what is copied there: MONAI Label looks for main.py, and every Python that has the app's
+# folder on its path imports sitecustomize.
+_FILES = {"main.py": "label_app.py", "sitecustomize.py": "torchvision_operators.py"}
 _OTHER_TASKS = ("deepedit", "deepgrow", "detection", "classification")  # as MONAI Label takes a bundle by its name
 _CHOSEN = ("width", "canvas_size", "crop_size", "slice_axis", "normalisation", "largest_component", "slice_smoothing")
 
 
 def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tuple[Path, list[str]]:
-    """Copy MONAI Label's sample app and put bundles into it, each complete with weights.
+    """Make the app's folder and put bundles into it, each complete with weights.
 
     A bundle that is there already is left as it is, with all that it has learned.
 
@@ -51,14 +52,14 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tup
     for name in own:
         if other := next((task for task in _OTHER_TASKS if task in name.lower()), None):
             raise ValueError(f"MONAI Label takes {name} for {other} by its name: rename the bundle's folder")
-    sample = Path(sysconfig.get_path("data")) / _SAMPLE_APP
-    if not (sample / "main.py").is_file():
+    if importlib.util.find_spec("monailabel") is None:
         raise FileNotFoundError(
-            f"no MONAI Label in {sys.prefix}: expected its sample app {sample}; set an environment up with "
-            "pip install -c constraints-label.txt -e '.[label]'"
+            f"no MONAI Label in {sys.prefix}: set an environment up with pip install -c constraints-label.txt -e "
+            "'.[label]'"
         )
-    shutil.copytree(sample, app_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(_OPERATORS, app_dir / "sitecustomize.py")  # which every Python imports that has app_dir on its path
+    (app_dir / "model").mkdir(parents=True, exist_ok=True)
+    for file, source in _FILES.items():
+        shutil.copyfile(Path(__file__).with_name(source), app_dir / file)
     for name in names:
         model = app_dir / "model" / name
         if model.exists():

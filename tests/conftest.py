@@ -136,3 +136,15 @@ def metadata_schema() -> str:
     if not path.is_file():
         pytest.skip(f"no {name} at hand: set METADATA_SCHEMA to a copy")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def label_python(tmp_path_factory) -> str:
+    """The Python of an environment with MONAI Label: LABEL_PYTHON, or one set up as the README says."""
+    if "LABEL_PYTHON" in os.environ:
+        return os.environ["LABEL_PYTHON"]
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    command = [str(folder / "bin/pip"), "install", "--quiet", "-c", "constraints-label.txt", "-e", ".[label]"]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    return str(folder / "bin/python")

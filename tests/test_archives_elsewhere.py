@@ -29,10 +29,9 @@ from monai.bundle import create_workflow, load
 bundle, folder = sys.argv[1:]
 root = f"{folder}/{bundle}"
 sys.path.insert(0, root)
-parts = ("encoder", "head") if bundle == "autosam_acdc" else ("encoder",)
-override = {f"{part}#checkpoint": f"{root}/models/phantom_unet.pth" for part in parts}
-override["precision"] = "fp32"  # as exported
-network = load(bundle, bundle_dir=folder, workflow_type="inference", net_override=override).eval()
+override = {"precision": "fp32"}  # as exported
+network = load(bundle, bundle_dir=folder, workflow_type="inference", args_file={"bundle_root": root},
+               net_override=override).eval()
 workflow = create_workflow(config_file=f"{root}/configs/inference.json", workflow_type="infer", bundle_root=root,
                            dataset_dir=sys.argv[2])
 assert workflow.check_properties() == []

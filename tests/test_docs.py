@@ -182,7 +182,7 @@ def test_every_command_is_one_that_its_tool_accepts(page, monkeypatch):
         "torchrun --nproc_per_node=2 -m monai.bundle run training --config_file configs/train.json --epoch 5",
         "cd ../.. && python -m study run --config study/quick.json --out DIR",
         "cd ../.. && python -m study run --config study/missing.json --output_dir DIR",
-        "cd ../.. && python -m release",
+        "cd ../.. && python -m release --output DIR",
         "cd ../.. && python -m serving --study DIR",
         "cd ../.. && python -m benchmarks --output DIR --rounds no",
         "cd ../.. && pip install -c constraints.txt -e '.[missing]'",

@@ -5,8 +5,11 @@ import json
 import re
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from components.sam.checkpoint import CHECKPOINT_FILES
 from release import bundles
 from release.__main__ import build
 from release.archives import write_archive, write_model_info
-from release.bundles import COMPLETE, HEADS, WITHOUT_WEIGHTS, check_release_facts
+from release.bundles import COMPLETE, HEADS, check_release_facts
 from release.texts import with_defaults, with_section
 
 VERSION = components.__version__
@@ -55,10 +58,10 @@ def config(root: Path, name: str) -> dict:
 
 def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
     assert {path.name for path in dist.iterdir()} == {
-        *(f"{bundle}_v{VERSION}.zip" for bundle in (*COMPLETE, *WITHOUT_WEIGHTS)),
+        *(f"{bundle}_v{VERSION}.zip" for bundle in COMPLETE),
         "model_info.json",
     }
-    for bundle in (*COMPLETE, *WITHOUT_WEIGHTS):
+    for bundle in COMPLETE:
         files = entries(dist / f"{bundle}_v{VERSION}.zip")
         expected = {"LICENSE", "configs/metadata.json", "configs/train.json", "configs/logging.conf", "docs/README.md"}
         assert {f"{bundle}/{name}" for name in (*expected, "docs/data_license.txt")} <= files.keys()
@@ -74,7 +77,7 @@ def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
 
 def test_model_info_points_to_the_archives(dist):
     info = json.loads((dist / "model_info.json").read_text())
-    assert info.keys() == {f"{bundle}_v{VERSION}" for bundle in (*COMPLETE, *WITHOUT_WEIGHTS)}
+    assert info.keys() == {f"{bundle}_v{VERSION}" for bundle in COMPLETE}
     for name, entry in info.items():
         assert entry["checksum"] == hashlib.sha1((dist / f"{name}.zip").read_bytes()).hexdigest()
         assert entry["source"] == f"{name}.zip"
@@ -149,7 +152,7 @@ def test_archive_has_the_overlay_merged_and_the_weights_inside(bundle, unpacked)
     assert not (root / "large_files.yml").exists()
 
 
-@pytest.mark.parametrize("bundle", [*COMPLETE, *WITHOUT_WEIGHTS])
+@pytest.mark.parametrize("bundle", COMPLETE)
 def test_metadata_of_archives_follow_the_schema(bundle, unpacked, metadata_schema):
     path = unpacked / bundle / "configs/metadata.json"
     verify_metadata(meta_file=str(path), filepath=metadata_schema, create_dir=False)
@@ -231,7 +234,10 @@ def test_head_needs_its_bundle_and_its_encoder(tmp_path):
     [
         ({"model_type": "vit_x"}, "unknown model_type 'vit_x': expected one of phantom_unet, vit_b"),
         ({"bundle": "acdc"}, "no archive of 'acdc' with phantom_unet: expected one of autosam_acdc"),
-        ({"bundle": "phantom_encoder", "model_type": "vit_b"}, "no archive of 'phantom_encoder' with vit_b"),
+        (
+            {"bundle": "phantom_encoder"},
+            "no archive of 'phantom_encoder' with phantom_unet: expected one of autosam_acdc",
+        ),
     ],
 )
 def test_unknown_choices_are_named(options, message, tmp_path):
@@ -258,3 +264,44 @@ def test_text_edits_that_do_not_fit_are_errors():
         with_defaults("| `a` | `1` | meaning |\n", {"c": "1"})
     with pytest.raises(ValueError, match="expected one place"):
         with_section("## One\ntext\n## Two\n", "Three", "")
+
+
+def test_folder_for_the_hub_has_a_card_with_licence_and_recorded_scores(tmp_path):
+    build(bundle="cnnhead_acdc", huggingface=str(tmp_path))
+    (root,) = tmp_path.iterdir()
+    card = huggingface_hub.ModelCard.load(root / "README.md")
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "monai")
+    recorded = json.loads(Path(pretrained_file("cnn_head.pt")).with_name("record.json").read_text())["dice"]["cnn"]
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
+        f"Dice, {name}": value for name, value in recorded.items()
+    }
+    assert card.text.strip().startswith("# SAM encoder with CNN head on ACDC, tiny encoder\n\n## Use from the Hub")
+    assert (root / "models/model.pt").read_bytes() == Path(pretrained_file("cnn_head.pt")).read_bytes()
+    assert (root / "configs/metadata.json").is_file()
+
+
+def test_card_of_another_head_claims_no_scores(tmp_path):
+    state = torch.load(pretrained_file("linear_head.pt"), weights_only=True)
+    next(value for key, value in state.items() if key.endswith("bias")).add_(1)
+    torch.save(state, tmp_path / "mine.pt")
+    build(bundle="linearhead_acdc", head=str(tmp_path / "mine.pt"), huggingface=str(tmp_path / "hub"))
+    card = huggingface_hub.ModelCard.load(tmp_path / "hub/linearhead_acdc/README.md")
+    assert card.data.eval_results is None
+
+
+def test_a_release_without_a_folder_is_refused():
+    with pytest.raises(ValueError, match="give --output_dir DIR for archives, or --huggingface DIR"):
+        build()
+
+
+def test_archive_is_loaded_from_anywhere_by_its_root(unpacked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = unpacked / "linearhead_acdc"
+    load = partial(monai.bundle.load, root.name, bundle_dir=str(unpacked), workflow_type="inference")
+    state = load(args_file={"bundle_root": str(root)}).state_dict()
+    trained = torch.load(root / "models/model.pt", weights_only=True)
+    assert all(torch.equal(state[key], value) for key, value in trained.items() if key.startswith("head."))
+    with pytest.raises(Exception) as caught:  # MONAI wraps a component's error in one of its own
+        load()
+    assert f"no SAM checkpoint at {tmp_path}/models/phantom_unet.pth" in messages_of(caught.value)
+    assert "args_file={'bundle_root': FOLDER}" in messages_of(caught.value)

@@ -1,23 +1,17 @@
-"""MONAI Label's server with the three bundles, as the README starts it."""
+"""MONAI Label's server with the bundles, as the README starts it."""
 
+import http.server
 import json
 import os
-import socket
-import subprocess
 import sys
+import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from label_server import served
 from PIL import Image
 from test_own_data import decathlon, plain, trained
 
@@ -25,14 +19,52 @@ from adapt.new import new_bundle
 from components.data.acdc import list_patients
 from components.phantom.dataset import write_phantom_dataset
 from release.bundles import COMPLETE
+from serving.__main__ import serve
 from serving.app import assemble_app
 
 LABELS = {"rv": 1, "myo": 2, "lv": 3}
 SMALL = {"max_epochs": 1, "train#trainer#prepare_batch#pool_size": 4}
 
 
+@pytest.fixture
+def replaced_by(monkeypatch) -> dict:
+    """What `serve` would have become: the command line and the environment of MONAI Label's server."""
+    seen: dict = {}
+    monkeypatch.setattr(
+        "serving.__main__.os.execve", lambda _, *given: seen.update(zip(("command", "env"), given, strict=True))
+    )
+    monkeypatch.setattr("serving.__main__.assemble_app", lambda app_dir, bundles: (app_dir, bundles))
+    monkeypatch.setattr("serving.__main__.shutil.which", lambda *_, **__: "itkimage2segimage")
+    monkeypatch.delenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", raising=False)
+    return seen
+
+
+@pytest.fixture
+def dicomweb():
+    """A function that starts a server which answers every GET with a status, and returns its address."""
+    started = []
+
+    def start(status: int) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        started.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/dicom-web"
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
 def test_serving_without_monai_label_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("serving.app.sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("serving.app.importlib.util.find_spec", lambda _: None)
     with pytest.raises(FileNotFoundError, match=r"pip install -c constraints-label\.txt -e '\.\[label\]'"):
         assemble_app(tmp_path / "app")
     with pytest.raises(ValueError, match="no bundle acdc to serve: expected some of autosam_acdc"):
@@ -41,10 +73,7 @@ def test_serving_without_monai_label_says_how_to_install_it(tmp_path, monkeypatc
 
 
 def test_app_is_assembled_once_and_keeps_what_bundles_learn(tmp_path, monkeypatch):
-    sample = tmp_path / "data/monailabel/sample-apps/monaibundle"
-    sample.mkdir(parents=True)
-    (sample / "main.py").write_text("app")
-    monkeypatch.setattr("serving.app.sysconfig.get_path", lambda _: str(tmp_path / "data"))
+    monkeypatch.setattr("serving.app.importlib.util.find_spec", lambda name: name)
     app, _ = assemble_app(tmp_path / "app", ["linearhead_acdc"])
     model = app / "model/linearhead_acdc/models/model.pt"
     model.write_bytes(b"learned")
@@ -52,18 +81,47 @@ def test_app_is_assembled_once_and_keeps_what_bundles_learn(tmp_path, monkeypatc
     assert model.read_bytes() == b"learned"
     assert {path.name for path in (app / "model").iterdir()} == {"linearhead_acdc", "cnnhead_acdc"}
     assert "torchvision" in (app / "sitecustomize.py").read_text()
+    assert "class App(MONAILabelApp)" in (app / "main.py").read_text()
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> str:
-    """The Python of an environment with MONAI Label: LABEL_PYTHON, or one set up as the README says."""
-    if "LABEL_PYTHON" in os.environ:
-        return os.environ["LABEL_PYTHON"]
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    command = [str(folder / "bin/pip"), "install", "--quiet", "-c", "constraints-label.txt", "-e", ".[label]"]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
-    return str(folder / "bin/python")
+def test_mistyped_studies_are_refused_and_not_made(tmp_path, replaced_by):
+    with pytest.raises(SystemExit, match=f"there is no folder {tmp_path}/volums: expected --studies to be the folder"):
+        serve(f"{tmp_path}/volums")
+    assert not any(tmp_path.iterdir())
+    assert not replaced_by
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(404, "answers 404 Not Found: expected --studies to be the root"), (None, "nobody answers at")]
+)
+def test_an_address_without_a_dicomweb_server_is_refused(status, said, dicomweb, replaced_by, tmp_path):
+    address = dicomweb(status) if status else "http://127.0.0.1:9/dicom-web"
+    with pytest.raises(SystemExit, match=said):
+        serve(address, str(tmp_path / "app"))
+    assert not replaced_by
+
+
+def test_mr_series_are_served_from_dicomweb_unless_another_filter_is_given(
+    dicomweb, replaced_by, tmp_path, monkeypatch
+):
+    def searched(**options: str) -> dict:
+        serve(dicomweb(200), str(tmp_path / "app"), **options)
+        return json.loads(replaced_by["env"]["MONAI_LABEL_DICOMWEB_SEARCH_FILTER"])
+
+    assert searched() == {"Modality": "MR"}
+    assert searched(modality="CT") == {"Modality": "CT"}
+    assert replaced_by["env"]["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_SEARCH_FILTER", '{"PatientID": "7"}')
+    assert searched() == {"PatientID": "7"}
+
+
+def test_dicomweb_without_dcmqi_is_refused(dicomweb, replaced_by, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.__main__.shutil.which", lambda *_, **__: None)
+    with pytest.raises(
+        SystemExit, match=r"itkimage2segimage, which writes DICOM SEG: pip install -c constraints-label"
+    ):
+        serve(dicomweb(200), str(tmp_path / "app"))
+    assert not replaced_by
 
 
 @pytest.fixture(scope="module")
@@ -76,60 +134,15 @@ def patients(tmp_path_factory, request) -> list[dict[str, str]]:
     return [cases[0] for cases in list(list_patients(root).values())[:3]]
 
 
-class Client:
-    def __init__(self, port: int) -> None:
-        self.address = f"http://127.0.0.1:{port}"
-
-    def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json", **query) -> bytes:
-        url = f"{self.address}{path}?{urllib.parse.urlencode(query)}"
-        request = urllib.request.Request(url, data=body, method=method, headers={"Content-Type": kind})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return answer.read()
-
-    def send(self, method: str, path: str, field: str, file: Path, **query) -> bytes:
-        mark = uuid.uuid4().hex
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="{field}"; filename="{file.name}"\r\n\r\n'
-        body = head.encode() + file.read_bytes() + f"\r\n--{mark}--\r\n".encode()
-        return self.ask(method, path, body, f"multipart/form-data; boundary={mark}", **query)
-
-    def post(self, path: str, settings: dict, **query) -> dict:
-        return json.loads(self.ask("POST", path, json.dumps(settings).encode(), **query))
-
-
-@contextmanager
-def served(python: str, folder: Path, studies: Path, *options: str) -> Iterator[Client]:
-    """A client of a server that runs meanwhile, its app and log below a folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    places = ("--studies", str(studies), "--app_dir", str(folder / "app"), "--port", str(port))
-    client = Client(port)
-    with (folder / "log.txt").open("w") as log:
-        command = [python, "-m", "serving", *places, *options]
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
-        try:
-            for _ in range(120):
-                assert process.poll() is None, (folder / "log.txt").read_text()
-                try:
-                    client.ask("GET", "/info/")
-                    break
-                except urllib.error.URLError:
-                    time.sleep(1)
-            yield client
-        finally:
-            os.killpg(process.pid, 15)
-            process.wait(timeout=60)
-
-
 @pytest.fixture(scope="module")
-def server(python, patients, tmp_path_factory):
+def server(label_python, patients, tmp_path_factory):
     """A client of the running server, the folder of its app and that of its studies."""
     folder = tmp_path_factory.mktemp("served")
     studies = folder / "studies"
     studies.mkdir()
     for case in patients:
         (studies / Path(case["image"]).name).write_bytes(Path(case["image"]).read_bytes())
-    with served(python, folder, studies) as client:
+    with served(label_python, folder, studies) as client:
         yield client, folder / "app", studies
 
 
@@ -190,7 +203,7 @@ def test_training_in_the_background_finishes(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["volumes", "pictures"])
-def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, python, tmp_path):
+def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, label_python, tmp_path):
     data = decathlon(tmp_path / "data") if kind == "volumes" else plain(tmp_path / "data", mode="L")
     bundle = trained(new_bundle("organ", data, tmp_path)[0])
     cases = json.loads((bundle / "configs/data.json").read_text())["training"][:2]
@@ -199,7 +212,7 @@ def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, pyth
     for case in cases:
         (studies / Path(case["image"]).name).write_bytes((data / case["image"]).read_bytes())
     image = studies / Path(cases[0]["image"]).name
-    with served(python, tmp_path, studies, "--bundle", str(bundle)) as client:
+    with served(label_python, tmp_path, studies, "--bundle", str(bundle)) as client:
 
         def segmented() -> np.ndarray:
             (tmp_path / image.name).write_bytes(
@@ -227,3 +240,114 @@ def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, pyth
         client.post("/train/organ", {"max_epochs": 1, "val_split": 0.0}, run_sync="true")
         assert model.read_bytes() != before
         assert not np.array_equal(segmented(), first)
+
+
+def damaged(kind: str, image: Path, folder: Path) -> Path:
+    """A file that no bundle can segment, made from a volume."""
+    volume = nib.load(image)
+    voxels = np.asarray(volume.dataobj, dtype=np.float32)
+    file = folder / f"{kind}.nii.gz"
+    if kind == "truncated":
+        file.write_bytes(image.read_bytes()[:2000])
+    elif kind == "colours":
+        file = folder / "colours.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
+    else:
+        changed = {
+            "plane": voxels[..., 0, None, None][..., 0, 0],
+            "series": np.stack([voxels, voxels], axis=-1),
+            "nan": np.where(voxels > voxels.mean(), np.nan, voxels),
+            "constant": np.full_like(voxels, 7),
+        }[kind]
+        nib.save(nib.Nifti1Image(changed, volume.affine), file)
+    return file
+
+
+@pytest.mark.slow
+def test_what_cannot_be_segmented_is_refused_with_the_reason(server, patients, tmp_path):
+    client, app, _ = server
+    log = app.with_name("log.txt")
+    assert "Traceback" not in log.read_text()
+    reasons = {
+        "truncated": "the image sent cannot be read: expected a complete NIfTI file",
+        "plane": "is not one 3D volume",
+        "series": "is not one 3D volume",
+        "colours": "has colours: expected grey values",
+        "nan": "NaN or infinite voxels: expected finite grey values",
+        "constant": "has no contrast: expected grey values that differ",
+    }
+    for kind, reason in reasons.items():
+        file = damaged(kind, Path(patients[0]["image"]), tmp_path)
+        status, said = client.refusal("POST", "/infer/linearhead_acdc", "file", file, output="image")
+        assert (status, reason in said, "/tmp" in said) == (422, True, False), f"{kind}: {said}"
+        assert log.read_text().count(said) == 1
+    status, said = client.refusal("POST", "/infer/linearhead_acdc", image="nobody", output="image")
+    assert (status, said) == (404, "there is no image nobody: GET /datastore/?output=all lists those that are")
+    status, said = client.refusal("POST", "/infer/nohead_acdc", image="nobody", output="image")
+    assert status == 422
+    assert "nohead_acdc" in said
+    assert "Traceback" not in log.read_text()
+
+
+def wrong_label(kind: str, label: Path, folder: Path) -> Path:
+    """A file that is no label of an image, made from one that is."""
+    volume = nib.load(label)
+    classes = np.asarray(volume.dataobj).astype(np.uint8)
+    file = folder / f"{kind}.nii.gz"
+    if kind == "junk":
+        file.write_bytes(b"junk")
+    else:
+        changed = np.where(classes == 3, 7, classes) if kind == "value" else classes[:-3]
+        nib.save(nib.Nifti1Image(changed.astype(np.uint8), volume.affine), file)
+    return file
+
+
+@pytest.mark.slow
+def test_labels_that_a_bundle_cannot_use_are_refused_or_left_out(label_python, patients, tmp_path):
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    for case in patients:
+        (studies / Path(case["image"]).name).write_bytes(Path(case["image"]).read_bytes())
+    names = [Path(case["image"]).name.removesuffix(".nii.gz") for case in patients]
+    with served(label_python, tmp_path, studies, "--bundle", "linearhead_acdc") as client:
+        status, said = client.refusal("POST", "/train/linearhead_acdc")
+        assert (status, said) == (422, "there is no label to train on: submit one first")
+        reasons = {
+            "value": "holds labels [7.0]: expected whole numbers 0..3",
+            "shape": "expected the image's shape",
+            "junk": "is not a NIfTI file",
+        }
+        for kind, reason in reasons.items():
+            file = wrong_label(kind, Path(patients[0]["label"]), tmp_path)
+            query = {"image": names[0], "tag": "final"}
+            status, said = client.refusal("PUT", "/datastore/label", "label", file, **query)
+            assert (status, reason in said, f"the label of {names[0]}" in said) == (422, True, True), f"{kind}: {said}"
+        assert not any((studies / "labels/final").glob("*"))
+        label = Path(patients[0]["label"])
+        assert client.refusal("PUT", "/datastore/label", "label", label, image="nobody")[0] == 404
+        for name, case in zip(names, patients, strict=True):
+            client.send("PUT", "/datastore/label", "label", Path(case["label"]), image=name, tag="final")
+        bad = studies / f"labels/final/{names[1]}.nii.gz"  # as by a hand that copies files
+        bad.write_bytes(wrong_label("value", Path(patients[1]["label"]), tmp_path).read_bytes())
+        answer = client.post("/train/linearhead_acdc", SMALL | {"val_split": 0.0}, run_sync="true")
+        assert answer["left_out"].keys() == {bad.name}
+        assert "holds labels [7.0]" in answer["left_out"][bad.name]
+        client.post("/train/linearhead_acdc", SMALL | {"val_split": 0.0})
+        assert json.loads(client.ask("GET", "/train/"))["left_out"] == answer["left_out"]
+
+
+@pytest.mark.slow
+def test_term_ends_the_server_and_a_training_in_the_background(label_python, patients, tmp_path):
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    image, label = Path(patients[0]["image"]), Path(patients[0]["label"])
+    (studies / image.name).write_bytes(image.read_bytes())
+    with served(label_python, tmp_path, studies, "--bundle", "linearhead_acdc") as client:
+        client.send("PUT", "/datastore/label", "label", label, image=image.name.removesuffix(".nii.gz"), tag="final")
+        client.post("/train/linearhead_acdc", {"max_epochs": 10_000, "val_split": 0.0})
+        for _ in range(60):
+            time.sleep(1)
+            if json.loads(client.ask("GET", "/train/"))["status"] == "RUNNING":
+                break
+        assert json.loads(client.ask("GET", "/train/"))["status"] == "RUNNING"
+    assert "Application shutdown complete" in (tmp_path / "log.txt").read_text()  # `served` has found no process left

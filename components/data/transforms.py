@@ -20,7 +20,7 @@ from monai.transforms import (
     Padd,
     SpatialPad,
 )
-from monai.utils import ImageMetaKey
+from monai.utils import ImageMetaKey, MetaKeys
 
 from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
 from components.data.pictures import PictureReader
@@ -45,6 +45,9 @@ class LoadVolumed(LoadImaged):
 
     A 2D picture is a volume one slice deep, 1xWxHx1, or 3xWxHx1 if it has colours; see `PictureReader`.
 
+    An item that is an image in memory already, a MetaTensor HxWxD as MONAI Deploy hands it over, is checked like one
+    from a file.
+
     Grey values beyond what scanners give count as no data, see `NO_DATA_BEYOND`, and become the darkest of the others;
     so does a repeated negative minimum, such as -9999, that lies farther from the others than these lie apart. A label
     whose voxels are stored in another order or direction than its image's is brought to the image's grid.
@@ -52,7 +55,7 @@ class LoadVolumed(LoadImaged):
     With `image_only` cleared, as MONAI Label does, the metadata are also in `<key>_meta_dict`, as for any `LoadImaged`.
 
     Args:
-        keys: items with paths.
+        keys: items with paths, or images in memory.
         label_key: the item with the label, whose shape must be that of the item `image_key` if both are present.
         image_key: the item with the image.
         num_classes: labels must be integers from 0 to `num_classes` - 1.
@@ -104,6 +107,9 @@ class LoadVolumed(LoadImaged):
         """
         loaded = dict(data)
         for key, meta_key, postfix in self.key_iterator(loaded, self.meta_keys, self.meta_key_postfix):
+            if isinstance(data[key], MetaTensor):
+                loaded[key] = _in_memory(data[key], key)
+                continue
             path = str(data[key])
             if is_dead_link(Path(path)):
                 raise FileNotFoundError(f"{path} is {DEAD_LINK}")
@@ -126,6 +132,16 @@ class LoadVolumed(LoadImaged):
             label = label if image is None else on_grid_of(image, label)
             loaded[self.label_key] = _with_classes(label, self.label_values)
         return loaded
+
+
+def _in_memory(image: MetaTensor, key: Hashable) -> MetaTensor:
+    """Return an image that no file holds as float64 1xHxWxD, with a name for messages, or raise if it is no volume."""
+    if image.ndim != 3 or min(image.shape) == 0:
+        raise ValueError(f"expected {key} in memory as HxWxD, received the shape {tuple(image.shape)}")
+    volume = cast(MetaTensor, image[None].double())
+    volume.meta[ImageMetaKey.FILENAME_OR_OBJ] = f"the {key} in memory"
+    volume.meta[MetaKeys.ORIGINAL_CHANNEL_DIM] = 0
+    return volume
 
 
 def _with_grey_values(image: torch.Tensor) -> torch.Tensor:

@@ -56,9 +56,10 @@ def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"no SAM checkpoint at {path}: download it from inside the bundle with "
-            "`python -m monai.bundle download_large_files`, give --sam_checkpoint another file, "
-            "or '$None' for an encoder with random weights"
+            f"no SAM checkpoint at {Path(path).absolute()}: a bundle's own paths begin at the working directory, so "
+            "run inside its folder or give --bundle_root FOLDER (monai.bundle.load: args_file={'bundle_root': FOLDER})."
+            " What does not come with it is downloaded there by `python -m monai.bundle download_large_files`; "
+            "otherwise give --sam_checkpoint FILE, or '$None' for an encoder with random weights"
         )
     state = read_state_dict(path, kind="SAM checkpoint", remedy="download it again", is_key=_is_key)
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in CHECKPOINT_PARTS}

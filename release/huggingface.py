@@ -1,0 +1,93 @@
+"""Bundles as repositories of the Hugging Face Hub, where MONAI's model zoo keeps its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.pretrained import pretrained_file
+from release.bundles import HEADS, MODEL
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+_USAGE = """\
+## Use from the Hub
+
+```bash
+pip install huggingface_hub {packages}
+python -m monai.bundle download --source huggingface_hub --repo OWNER/{name} --name {name} --bundle_dir .
+```
+
+`OWNER` is whoever this repository belongs to. The folder is a MONAI Bundle with all the code that it needs; the
+commands below are typed inside it.
+
+"""
+
+
+def write_repository(root: Path, folder: Path) -> Path:
+    """Write what is pushed to the Hub: a bundle's files, and a card made of its README and metadata.
+
+    Args:
+        root: the bundle's folder, as `assemble` has written it.
+        folder: where the repository's folder is made; one of that name from before is replaced.
+
+    Returns:
+        the repository's folder, named after the bundle.
+
+    Raises:
+        OptionalImportError: where `huggingface_hub` is not installed.
+        ValueError: when it finds the card's metadata at fault.
+    """
+    from monai.utils import optional_import
+
+    hub, _ = optional_import("huggingface_hub", descriptor="pip install huggingface_hub, or -e '.[huggingface]'")
+    metadata = json.loads((root / "configs/metadata.json").read_text())
+    results = _results(root)
+    data = hub.ModelCardData(
+        license="apache-2.0",
+        library_name="monai",
+        pipeline_tag="image-segmentation",
+        tags=["monai", "medical", "segmentation"],
+        metrics=["dice"] if results else None,
+        model_name=root.name,
+        eval_results=results or None,
+    )
+    title, _, rest = (root / "docs/README.md").read_text().partition("\n")
+    pins = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+    }
+    pins |= metadata["required_packages_version"]
+    usage = _USAGE.format(name=root.name, packages=" ".join(f"{package}=={pins[package]}" for package in pins))
+    card = hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{usage}{rest.lstrip()}")
+    target = folder / root.name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(root, target)
+    card.save(target / "README.md")
+    return target
+
+
+def _results(root: Path) -> list[EvalResult]:
+    """Return the scores on record of a bundle's head, none unless it is the one that comes with the package."""
+    from huggingface_hub import EvalResult
+
+    head = HEADS.get(root.name)
+    if head is None or (root / MODEL).read_bytes() != Path(pretrained_file(head)).read_bytes():
+        return []
+    record = json.loads(Path(pretrained_file("phantom_unet.pth")).with_name("record.json").read_text())
+    dice: dict[str, Any] = record["dice"][Path(head).stem.removesuffix("_head")]
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type="synthetic",
+            dataset_name="synthetic short-axis slices, not seen in training",
+            metric_type="dice",
+            metric_name=f"Dice, {name}",
+            metric_value=value,
+        )
+        for name, value in dice.items()
+    ]

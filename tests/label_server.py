@@ -1,0 +1,99 @@
+"""MONAI Label's server as the README starts it, and a client of it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+
+class Client:
+    def __init__(self, port: int) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+
+    def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json", **query) -> bytes:
+        url = f"{self.address}{path}?{urllib.parse.urlencode(query)}"
+        request = urllib.request.Request(url, data=body, method=method, headers={"Content-Type": kind})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return answer.read()
+
+    def send(self, method: str, path: str, field: str, file: Path, **query) -> bytes:
+        mark = uuid.uuid4().hex
+        head = f'--{mark}\r\nContent-Disposition: form-data; name="{field}"; filename="{file.name}"\r\n\r\n'
+        body = head.encode() + file.read_bytes() + f"\r\n--{mark}--\r\n".encode()
+        return self.ask(method, path, body, f"multipart/form-data; boundary={mark}", **query)
+
+    def post(self, path: str, settings: dict, **query) -> dict:
+        return json.loads(self.ask("POST", path, json.dumps(settings).encode(), **query))
+
+    def form(self, path: str, params: dict, **query) -> bytes:
+        body = urllib.parse.urlencode({"params": json.dumps(params)}).encode()
+        return self.ask("POST", path, body, "application/x-www-form-urlencoded", **query)
+
+    def refusal(self, method: str, path: str, *arguments, **query) -> tuple[int, str]:
+        """The status and the sentence of an answer that is an error; with a file, of a form."""
+        send = self.send if arguments else self.ask
+        try:
+            send(method, path, *arguments, **query)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())["detail"]
+        raise AssertionError(f"{method} {path} is answered as if all was well")
+
+
+@contextmanager
+def served(python: str, folder: Path, studies: str | Path, *options: str, **environment: str) -> Iterator[Client]:
+    """A client of a server that runs meanwhile, its app and log below a folder; TERM ends it, and all it started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = ("--studies", str(studies), "--app_dir", str(folder / "app"), "--port", str(port))
+    client = Client(port)
+    with (folder / "log.txt").open("w") as log:
+        command = [python, "-m", "serving", *places, *options]
+        variables = {**os.environ, **environment}
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            for _ in range(300):
+                assert process.poll() is None, (folder / "log.txt").read_text()
+                try:
+                    client.ask("GET", "/info/")
+                    break
+                except urllib.error.URLError:
+                    time.sleep(1)
+            else:
+                raise AssertionError(f"the server is not up: {(folder / 'log.txt').read_text()}")
+            yield client
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            finally:
+                left = processes_of(process.pid)
+                if left:
+                    os.killpg(process.pid, signal.SIGKILL)
+        assert not left, left
+
+
+def processes_of(session: int) -> dict[int, str]:
+    """The command lines of the processes that a session has, by their numbers."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of_session) == session and state != "Z":
+                found[int(stat.parent.name)] = stat.with_name("cmdline").read_text().replace("\0", " ")
+        except FileNotFoundError:  # it has ended meanwhile
+            continue
+    return found
