@@ -14,8 +14,8 @@ class PseudoLabeld(Transform):
     """Give a volume the label that a network predicts with all the views and the smoothing of an inference.
 
     So what the average over the views knows is taught to every single view: Lee, "Pseudo-Label", ICML Workshop on
-    Challenges in Representation Learning 2013. The network labels as it is when it is asked: asked before the first step
-    of a training, also of a resumed one, it gives the labels of the weights from which the training starts.
+    Challenges in Representation Learning 2013. The network labels as it is when it is asked: before the first step of a
+    training, also of a resumed one, that is with the weights from which the training starts.
 
     Args:
         network: maps slices BxNxHxW to logits BxCxHxW; is left in evaluation mode.
