@@ -25,7 +25,8 @@ class Layout(NamedTuple):
 
     Attributes:
         kind: of the layout, for people.
-        lists: labelled cases by subset, with paths that are absolute where the folder's is.
+        lists: labelled cases by subset, with paths that are absolute where the folder's is; as `unlabelled` images to
+            learn from without a label, where a `dataset.json` has this list.
         class_names: by value in the label files, the background's among them; None where nothing says.
         modality: of the images, or an empty string.
     """
@@ -105,7 +106,13 @@ def _listed(file: Path, described: Item) -> dict[str, list[Item]]:
             raise ValueError(f"{file} lists several images for a case, one for each channel: expected one image")
         lists[name] = [item for item in items if "label" in item]
     if unlabelled := len(described["training"]) - len(lists["training"]):
-        raise ValueError(f"{file} lists {unlabelled} images without a label in `training`: list them in `test`")
+        raise ValueError(
+            f"{file} lists {unlabelled} images without a label in `training`: list them in `test`, or in `unlabelled` "
+            "to learn from them"
+        )
+    if described.get("unlabelled"):
+        images = [item["image"] if isinstance(item, dict) else item for item in described["unlabelled"]]
+        lists["unlabelled"] = [{"image": os.path.normpath(file.parent / image)} for image in images]
     folded = [item for item in lists["training"] if item.get("fold") == 0]
     if folded and not lists["validation"]:
         lists["validation"] = folded
@@ -156,7 +163,7 @@ def _check(lists: dict[str, list[Item]]) -> None:
     """Check that the files of all cases are there, that none is listed twice, and no group in two lists."""
     for name, items in lists.items():
         for item in items:
-            for role in ("image", "label"):
+            for role in ("image", "label") if name in SUBSETS else ("image",):
                 if not Path(item[role]).is_file():
                     raise FileNotFoundError(f"there is no {role} {item[role]}, which the list `{name}` names")
     check_listed_once(lists)

@@ -78,6 +78,7 @@ def survey(layout: Layout, data: Path) -> tuple[dict[str, Any], list[str]]:
         "slice_axis": next(iter(axes)) if len(axes) == 1 else None,
         "turned_views": not sided,
         **{name: [_relative(item, data) for item in layout.lists.get(name, [])] for name in SUBSETS},
+        "unlabelled": [_relative(item, data) for item in layout.lists.get("unlabelled", [])],
     }
     sizes = np.array([case["size"] for case in cases])
     said[:0] = [
@@ -159,7 +160,7 @@ def _relative(item: Item, data: Path) -> Item:
     kept: Item = {key: item[key] for key in ("image", "label", "group") if key in item}
     return kept | {
         key: str(Path(item[key]).relative_to(data))
-        for key in ("image", "label")
+        for key in kept.keys() & {"image", "label"}
         if Path(item[key]).is_relative_to(data)
     }
 

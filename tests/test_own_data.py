@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from monai.transforms import RandGaussianNoised
 from PIL import Image
 
 from adapt.new import new_bundle
-from components.data.own_data import LabelledCases, own_cases
+from components.data.own_data import LabelledCases, own_cases, own_unlabelled
 from components.data.pictures import PictureReader
 from components.data.slices import SliceDataset
 from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
@@ -325,6 +326,50 @@ def test_cases_of_a_group_stay_together_and_count_as_one(tmp_path):
     assert len(own_cases(file, "training", dataset_dir=str(folder), labelled_cases=1)) == 2
     with pytest.raises(ValueError, match="labelled_cases must be between 1 and 2"):
         own_cases(file, "training", dataset_dir=str(folder), labelled_cases=3)
+
+
+def unlabelled_of(bundle: Path, folder: Path, labelled_cases: int, **options) -> list[str]:
+    file = bundle / "configs/data.json"
+    labelled = own_cases(file, "training", dataset_dir=str(folder), labelled_cases=labelled_cases)
+    cases = own_unlabelled(file, dataset_dir=str(folder), labelled=labelled, **options)
+    assert all(case.keys() == {"image"} for case in cases)
+    return [Path(case["image"]).name for case in cases]
+
+
+def test_cases_that_are_not_labelled_or_listed_as_unlabelled_can_be_learned_from(tmp_path):
+    folder = decathlon(tmp_path / "data", unlabelled=["./more/case_9.nii.gz"])
+    write_volume(folder / "more/case_9.nii.gz", organ(9)[0])
+    bundle, _ = new_bundle("organ", folder, tmp_path)
+    data = described(bundle)
+    assert data["unlabelled"] == [{"image": "more/case_9.nii.gz"}]
+    names = unlabelled_of(bundle, folder, labelled_cases=2)
+    training = own_cases(bundle / "configs/data.json", "training", dataset_dir=str(folder))
+    assert names == [*(Path(case["image"]).name for case in training[2:]), "case_9.nii.gz"]
+    assert unlabelled_of(bundle, folder, labelled_cases=6) == ["case_9.nii.gz"]
+    with pytest.raises(ValueError, match=r"unlabelled_cases must be between 1 and 5, .* received 6"):
+        unlabelled_of(bundle, folder, labelled_cases=2, cases=6)
+    (folder / "more/case_9.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"case_9.nii.gz, which the list `unlabelled`"):
+        unlabelled_of(bundle, folder, labelled_cases=6)
+
+
+def test_an_image_to_learn_from_that_is_also_scored_is_refused(tmp_path):
+    folder = decathlon(tmp_path / "data", unlabelled=["./imagesTr/case_0.nii.gz"])
+    with pytest.raises(ValueError, match=r"case_0.nii.gz is in the lists `training` and `unlabelled`"):
+        new_bundle("organ", folder, tmp_path)
+
+
+@pytest.mark.parametrize("make", [decathlon, plain])
+def test_training_goes_on_with_what_the_network_says_of_cases_without_labels(tmp_path, make):
+    bundle, _ = new_bundle("organ", make(tmp_path / "data"), tmp_path)
+    options = {"labelled_cases": 1, "width": 2, "steps": 1, "val_interval": 1, "is_silent": True, "canvas_size": 64}
+    options |= {"bundle_root": str(bundle), "output_dir": str(tmp_path / "eval"), "crop_size": 64}
+    train = str(bundle / "configs/train.json")
+    monai.bundle.run("training", config_file=train, logging_file=False, **options)
+    options |= {"start_checkpoint": str(bundle / "models/model.pt"), "ckpt_dir": str(tmp_path / "models")}
+    overlay = [train, str(bundle / "configs/unlabelled.json")]
+    monai.bundle.run("training", config_file=overlay, logging_file=False, unlabelled_cases=2, **options)
+    assert (tmp_path / "models/model.pt").is_file()
 
 
 def test_nnunets_raw_folder_is_read(tmp_path):

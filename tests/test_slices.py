@@ -168,3 +168,21 @@ def test_trainer_turns_the_views_also_in_worker_processes_and_after_resuming(num
 def test_impossible_number_of_views_is_refused(views):
     with pytest.raises(ValueError, match="--views 16"):
         SliceDataset([FIRST], views=views, progress=False)
+
+
+def test_few_labelled_slices_are_repeated_as_other_views_beside_many_unlabelled_ones():
+    labelled, image = volume(2), torch.zeros(1, 6, 5, 8)
+    dataset = SliceDataset(
+        [labelled],
+        None,
+        augmentation(),
+        unlabelled=[{"image": image}],
+        pseudo_labels=lambda item: item | {"label": item["image"]},
+        progress=False,
+    )
+    assert len(dataset) == 2 * 2 + 8
+    first, again = (dataset[index]["image"] for index in (0, 10))
+    assert not torch.equal(first, again)
+    assert (first - again).abs().max() < 100
+    unaugmented = torch.from_numpy(labelled["image"][..., 0]).float()
+    assert all((shown - unaugmented).abs().mean() < 20 for shown in (first, again))

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "acdc": ["list_cases", "list_unlabelled"],
         "dicom_seg": ["SaveDicomSegd"],
-        "own_data": ["LabelledCases", "own_cases", "read_data", "scaled_grey_values"],
+        "own_data": ["LabelledCases", "own_cases", "own_unlabelled", "read_data", "scaled_grey_values"],
         "slices": ["SliceDataset"],
         "transforms": [
             "CentralCropd",

@@ -91,24 +91,7 @@ def own_cases(
     """
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r}: expected one of {', '.join(SUBSETS)}")
-    if not dataset_dir:  # as in an archive
-        raise ValueError(f"dataset_dir is not set: expected the folder of the files in {path}; give --dataset_dir PATH")
-    data = read_data(path)
-    listed = {
-        name: load_decathlon_datalist(path, data_list_key=name, base_dir=dataset_dir) if data[name] else []
-        for name in SUBSETS
-    }
-    check_listed_once(listed)
-    groups: dict[str, list[Case]] = {}
-    for case in listed["training"]:
-        groups.setdefault(str(case.get("group", case["image"])), []).append(case)
-    if listed["validation"] or listed["test"]:
-        order = [sorted(groups)[index] for index in np.random.RandomState(split_seed).permutation(len(groups))]
-        chosen = {name: listed[name] for name in ("validation", "test")}
-    else:
-        split = split_patients(sorted(groups), split_seed)
-        order = split["training"]
-        chosen = {name: [case for group in split[name] for case in groups[group]] for name in ("validation", "test")}
+    groups, order, chosen = _split(path, dataset_dir, split_seed)
     if subset == "training":
         if labelled_cases is not None and not 1 <= labelled_cases <= len(order):
             raise ValueError(
@@ -126,6 +109,79 @@ def own_cases(
     if not cases and subset == "training":
         raise ValueError(f"{path} has no cases to train on: expected some in the list `training`")
     return cases
+
+
+def own_unlabelled(
+    path: str | os.PathLike[str],
+    *,
+    dataset_dir: str,
+    labelled: Sequence[Mapping[str, str]],
+    cases: int | None = None,
+    split_seed: int = 0,
+) -> list[Case]:
+    """List the images to learn from without a label: of training cases that are not labelled, then `unlabelled`.
+
+    `unlabelled` is an optional list of `data.json`, of images that nobody has labelled.
+
+    Args:
+        path: `data.json`.
+        dataset_dir: the folder that its paths are relative to.
+        labelled: the labelled cases of the training.
+        cases: how many images to list, the first ones; None for all.
+        split_seed: as for `own_cases`.
+
+    Returns:
+        dictionaries with the path `image`.
+
+    Raises:
+        ValueError: as `own_cases`; when an image of `unlabelled` is listed elsewhere too, or there are fewer images
+            than asked for, or none.
+        FileNotFoundError: for an image of `unlabelled` that is not there.
+    """
+    groups, order, _ = _split(path, dataset_dir, split_seed)
+    labelled_images = {case["image"] for case in labelled}
+    of_groups = [groups[group] for group in order]
+    found = [
+        {"image": case["image"]}
+        for members in of_groups
+        if not labelled_images & {case["image"] for case in members}
+        for case in members
+    ] + _listed(path, "unlabelled", dataset_dir)
+    count = len(found) if cases is None else cases
+    if not 1 <= count <= len(found):
+        raise ValueError(
+            f"unlabelled_cases must be between 1 and {len(found)}, the training cases without a label and those of the "
+            f"list `unlabelled` in {path}, received {count}: label fewer (labelled_cases), list images, or train "
+            "without the overlay of unlabelled cases"
+        )
+    for case in found[:count]:
+        if not Path(case["image"]).is_file():
+            raise FileNotFoundError(f"there is no image {case['image']}, which the list `unlabelled` of {path} names")
+    return found[:count]
+
+
+def _listed(path: str | os.PathLike[str], name: str, dataset_dir: str) -> list[Case]:
+    """Return the cases of a list of `data.json`, with paths that start with the folder."""
+    return load_decathlon_datalist(path, data_list_key=name, base_dir=dataset_dir) if read_data(path).get(name) else []
+
+
+def _split(
+    path: str | os.PathLike[str], dataset_dir: str, split_seed: int
+) -> tuple[dict[str, list[Case]], list[str], dict[str, list[Case]]]:
+    """Return the groups of the list `training`, those of them that train in order, and the held-out cases by subset."""
+    if not dataset_dir:  # as in an archive
+        raise ValueError(f"dataset_dir is not set: expected the folder of the files in {path}; give --dataset_dir PATH")
+    listed = {name: _listed(path, name, dataset_dir) for name in (*SUBSETS, "unlabelled")}
+    check_listed_once(listed)
+    groups: dict[str, list[Case]] = {}
+    for case in listed["training"]:
+        groups.setdefault(str(case.get("group", case["image"])), []).append(case)
+    if listed["validation"] or listed["test"]:
+        order = [sorted(groups)[index] for index in np.random.RandomState(split_seed).permutation(len(groups))]
+        return groups, order, {name: listed[name] for name in ("validation", "test")}
+    split = split_patients(sorted(groups), split_seed)
+    held_out = {name: [case for group in split[name] for case in groups[group]] for name in ("validation", "test")}
+    return groups, split["training"], held_out
 
 
 def check_listed_once(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

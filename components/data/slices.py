@@ -11,6 +11,8 @@ from monai.data import Dataset
 from monai.transforms import Randomizable, apply_transform
 from tqdm import tqdm
 
+_OUTNUMBERED_BY = 2  # unlabelled slices for each labelled one, at most
+
 
 class SliceDataset(Dataset):
     """The slices of volumes; each volume is loaded and transformed once.
@@ -30,7 +32,8 @@ class SliceDataset(Dataset):
         final_transform: applied last, to each slice or view, at every access.
         at_least: number of items of an epoch: fewer slices are repeated, each time as the next view.
         keys: items of the dictionary that are sliced.
-        unlabelled: dictionaries of volumes without a label.
+        unlabelled: dictionaries of volumes without a label. The slices of `data` are repeated until these are at most
+            about twice as many.
         pseudo_labels: gives such a volume, as `transform` returns it, its label; needed where there are some.
         progress: whether to show a progress bar while the volumes are loaded.
 
@@ -72,6 +75,7 @@ class SliceDataset(Dataset):
         self._epoch = 1
         self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._slices: list[dict[str, np.ndarray]] = []
+        labelled = 0
         for number, item in enumerate(tqdm([*data, *unlabelled], desc="Loading volumes", disable=not progress)):
             volume = _apply(transform, item)
             if number >= len(data):
@@ -82,10 +86,15 @@ class SliceDataset(Dataset):
                 {key: np.ascontiguousarray(stack[..., index]) for key, stack in stacks.items()}
                 for index in range(depth)
             ]
-        self.repeats = max(1, math.ceil(at_least / max(1, len(self._slices))))
+            if number < len(data):
+                labelled = len(self._slices)
+        repeats = max(1, math.ceil(at_least / max(1, len(self._slices))))
+        of_labelled = repeats * max(1, (len(self._slices) - labelled) // (_OUTNUMBERED_BY * max(1, labelled)))
+        self._times = [of_labelled if index < labelled else repeats for index in range(len(self._slices))]
+        self._items = [(index, turn) for turn in range(of_labelled) for index, n in enumerate(self._times) if turn < n]
 
     def __len__(self) -> int:
-        return self.repeats * len(self._slices)
+        return len(self._items)
 
     def set_epoch(self, epoch: int) -> None:
         """Select the views of an epoch.
@@ -96,8 +105,8 @@ class SliceDataset(Dataset):
         self._epoch = epoch
 
     def _transform(self, index: int) -> Any:
-        repeat, index = divmod(index, len(self._slices))
-        view = (self._epoch - 1) * self.repeats + repeat
+        index, turn = self._items[index]
+        view = (self._epoch - 1) * self._times[index] + turn
         item = _as_tensors(self._view(index, view % self.views)) if self.views else self._augment(index, view)
         return _apply(self.final_transform, item)
 
