@@ -22,6 +22,13 @@ DYNAMIC_BATCH = {  # of `onnx_export`: any number of slices
 }
 
 
+def pytest_configure() -> None:
+    """Give each of the processes among which the tests are divided one thread, and those that it starts as well."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
 def randomise_positions(image_encoder: nn.Module) -> None:
     """SAM initialises its positional embeddings with zeros, which no test could tell from leaving them out."""
     nn.init.normal_(image_encoder.pos_embed, std=0.1)

@@ -88,9 +88,13 @@ def test_frames_as_label_unit_come_from_as_many_patients(release):
     assert len(list_cases(str(release), "training", labelled_patients=28, label_unit="frames")) == 28
 
 
-@pytest.mark.parametrize("count", [0, 15, -1])
+def test_none_may_be_labelled_where_a_training_goes_by_unlabelled_patients(release):
+    assert list_cases(str(release), "training", labelled_patients=0) == []
+
+
+@pytest.mark.parametrize("count", [15, -1])
 def test_impossible_number_of_labelled_patients_is_refused(release, count):
-    with pytest.raises(ValueError, match=f"between 1 and 14, the patients of the training subset, received {count}"):
+    with pytest.raises(ValueError, match=f"between 0 and 14, the patients of the training subset, received {count}"):
         list_cases(str(release), "training", labelled_patients=count)
 
 
