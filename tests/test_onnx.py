@@ -14,7 +14,10 @@ from components.pretrained import pretrained_file
 TINY = "['configs/inference.json','configs/tiny.json']"
 
 
-@pytest.mark.parametrize(("bundle", "weights"), [("linearhead_acdc", "linear_head.pt"), ("unet_acdc", "unet.pt")])
+@pytest.mark.parametrize(
+    ("bundle", "weights"),
+    [("linearhead_acdc", "linear_head.pt"), pytest.param("unet_acdc", "unet.pt", marks=pytest.mark.slow)],
+)
 def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, weights, tmp_path):
     def run(*arguments: str) -> None:
         succeeds(run_monai_bundle(*arguments, cwd=REPOSITORY / "bundles" / bundle))

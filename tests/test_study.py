@@ -236,6 +236,7 @@ def score_tables(output, grid):
     return {cell.name: (output / cell.name / "eval/metrics.csv").read_text() for cell in read_grid(grid).cells}
 
 
+@pytest.mark.slow
 def test_two_local_workers_give_the_numbers_of_a_serial_run(tmp_path, phantoms):
     methods = {
         "adapted": METHODS["adapted"] | {"knobs": SMALL},
