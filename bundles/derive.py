@@ -94,7 +94,8 @@ def edited(
     for name in remove:
         parent, key = _find(config, name)
         if parent is config and key in spaced:  # the blank line before a group stays
-            spaced.add(list(config)[list(config).index(key) + 1])
+            following = list(config).index(key) + 1
+            spaced |= set(list(config)[following : following + 1])
         del parent[key]
     for name, value in (replace or {}).items():
         parent, key = _find(config, name)

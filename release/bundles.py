@@ -79,13 +79,18 @@ def _check_metadata(bundle: Path) -> None:
             f"metadata.json of {bundle.name} has version {metadata['version']}: expected a line of that version in its "
             "changelog"
         )
-    pins = {package: metadata[f"{key}_version"] for package, key in _PINNED_APART.items()}
-    for package, version in (pins | metadata["required_packages_version"]).items():
+    for package, version in pins_of(metadata).items():
         if version != _tested_versions().get(package):
             raise ValueError(
                 f"metadata.json of {bundle.name} pins {package} {version}: expected {_tested_versions().get(package)}, "
                 "which constraints.txt gives as tested"
             )
+
+
+def pins_of(metadata: dict[str, Any]) -> dict[str, str]:
+    """Return the versions of the packages that a bundle's metadata name, by package."""
+    apart = {package: metadata[f"{key}_version"] for package, key in _PINNED_APART.items()}
+    return apart | metadata["required_packages_version"]
 
 
 def _metadata(bundle: Path) -> dict[str, Any]:

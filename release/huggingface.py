@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.pretrained import pretrained_file
-from release.bundles import HEADS, MODEL
+from release.bundles import HEADS, MODEL, pins_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -56,13 +56,8 @@ def write_repository(root: Path, folder: Path) -> Path:
         eval_results=results or None,
     )
     title, _, rest = (root / "docs/README.md").read_text().partition("\n")
-    pins = {
-        "monai": metadata["monai_version"],
-        "torch": metadata["pytorch_version"],
-        "numpy": metadata["numpy_version"],
-    }
-    pins |= metadata["required_packages_version"]
-    usage = _USAGE.format(name=root.name, packages=" ".join(f"{package}=={pins[package]}" for package in pins))
+    packages = " ".join(f"{package}=={version}" for package, version in pins_of(metadata).items())
+    usage = _USAGE.format(name=root.name, packages=packages)
     card = hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{usage}{rest.lstrip()}")
     target = folder / root.name
     shutil.rmtree(target, ignore_errors=True)

@@ -138,15 +138,11 @@ def own_unlabelled(
             than asked for, or none.
         FileNotFoundError: for an image of `unlabelled` that is not there.
     """
-    groups, order, _ = _split(path, dataset_dir, split_seed)
+    groups, order, others = _split(path, dataset_dir, split_seed)
     labelled_images = {case["image"] for case in labelled}
     of_groups = [groups[group] for group in order]
-    found = [
-        {"image": case["image"]}
-        for members in of_groups
-        if not labelled_images & {case["image"] for case in members}
-        for case in members
-    ] + _listed(path, "unlabelled", dataset_dir)
+    without_labels = [members for members in of_groups if not labelled_images & {case["image"] for case in members}]
+    found = [{"image": case["image"]} for cases in (*without_labels, others["unlabelled"]) for case in cases]
     count = len(found) if cases is None else cases
     if not 1 <= count <= len(found):
         raise ValueError(
@@ -160,28 +156,30 @@ def own_unlabelled(
     return found[:count]
 
 
-def _listed(path: str | os.PathLike[str], name: str, dataset_dir: str) -> list[Case]:
-    """Return the cases of a list of `data.json`, with paths that start with the folder."""
-    return load_decathlon_datalist(path, data_list_key=name, base_dir=dataset_dir) if read_data(path).get(name) else []
-
-
 def _split(
     path: str | os.PathLike[str], dataset_dir: str, split_seed: int
 ) -> tuple[dict[str, list[Case]], list[str], dict[str, list[Case]]]:
-    """Return the groups of the list `training`, those of them that train in order, and the held-out cases by subset."""
+    """Return the groups of the list `training`, those of them that train in order, and the other cases.
+
+    The latter are those of `validation` and `test`, split off or listed, and those of `unlabelled`.
+    """
     if not dataset_dir:  # as in an archive
         raise ValueError(f"dataset_dir is not set: expected the folder of the files in {path}; give --dataset_dir PATH")
-    listed = {name: _listed(path, name, dataset_dir) for name in (*SUBSETS, "unlabelled")}
+    data = read_data(path)
+    listed = {
+        name: load_decathlon_datalist(path, data_list_key=name, base_dir=dataset_dir) if data.get(name) else []
+        for name in (*SUBSETS, "unlabelled")
+    }
     check_listed_once(listed)
     groups: dict[str, list[Case]] = {}
     for case in listed["training"]:
         groups.setdefault(str(case.get("group", case["image"])), []).append(case)
     if listed["validation"] or listed["test"]:
         order = [sorted(groups)[index] for index in np.random.RandomState(split_seed).permutation(len(groups))]
-        return groups, order, {name: listed[name] for name in ("validation", "test")}
+        return groups, order, listed
     split = split_patients(sorted(groups), split_seed)
     held_out = {name: [case for group in split[name] for case in groups[group]] for name in ("validation", "test")}
-    return groups, split["training"], held_out
+    return groups, split["training"], listed | held_out
 
 
 def check_listed_once(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

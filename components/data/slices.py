@@ -75,19 +75,11 @@ class SliceDataset(Dataset):
         self._epoch = 1
         self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._slices: list[dict[str, np.ndarray]] = []
-        labelled = 0
-        for number, item in enumerate(tqdm([*data, *unlabelled], desc="Loading volumes", disable=not progress)):
-            volume = _apply(transform, item)
-            if number >= len(data):
-                volume = _apply(pseudo_labels, volume)
-            stacks = {key: _as_uint8(volume[key]) for key in self.keys}
-            depth = next(iter(stacks.values())).shape[-1]
-            self._slices += [
-                {key: np.ascontiguousarray(stack[..., index]) for key, stack in stacks.items()}
-                for index in range(depth)
-            ]
-            if number < len(data):
-                labelled = len(self._slices)
+        for item in tqdm(data, desc="Loading volumes", disable=not progress):
+            self._slices += self._cut(_apply(transform, item))
+        labelled = len(self._slices)
+        for item in tqdm(unlabelled, desc="Labelling volumes", disable=not progress or not unlabelled):
+            self._slices += self._cut(_apply(pseudo_labels, _apply(transform, item)))
         repeats = max(1, math.ceil(at_least / max(1, len(self._slices))))
         of_labelled = repeats * max(1, (len(self._slices) - labelled) // (_OUTNUMBERED_BY * max(1, labelled)))
         self._times = [of_labelled if index < labelled else repeats for index in range(len(self._slices))]
@@ -103,6 +95,14 @@ class SliceDataset(Dataset):
             epoch: number of the epoch, from 1 on.
         """
         self._epoch = epoch
+
+    def _cut(self, volume: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
+        """Return the slices of a volume."""
+        stacks = {key: _as_uint8(volume[key]) for key in self.keys}
+        depth = next(iter(stacks.values())).shape[-1]
+        return [
+            {key: np.ascontiguousarray(stack[..., index]) for key, stack in stacks.items()} for index in range(depth)
+        ]
 
     def _transform(self, index: int) -> Any:
         index, turn = self._items[index]
