@@ -1,8 +1,9 @@
 """Run a study and write its report.
 
 From the repository's root: `python -m study run --config study/quick.json --output_dir DIR`, with `--dataset_dir ACDC`
-if the study uses real patients. The same command continues a study that was killed. `python -m study report` with the
-same arguments writes the report of the cells that are finished so far.
+if the study uses ACDC's patients; bundles for one's own data know where these are. The same command continues a study
+that was killed. `python -m study report` with the same arguments writes the report of the cells that are finished so
+far.
 
 `python -m study calibrate --output_dir DIR` makes the calibration of the predicted Dice anew.
 """
@@ -10,7 +11,7 @@ same arguments writes the report of the cells that are finished so far.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from study.cells import is_finished, last_error, run_cell
 from study.costs import cost_table, remaining_seconds
 from study.execution import (
     Task,
-    required_preparation,
+    chosen_tasks,
+    required_task,
     run_locally,
     run_on_dask,
     thread_limits,
@@ -52,9 +54,10 @@ def run(
     Args:
         config: JSON file of the grid.
         output_dir: folder of the study, in which each cell has its own folder.
-        dataset_dir: folder of ACDC, or of a data set in its layout; not needed if the grid defines phantoms.
+        dataset_dir: folder of ACDC, or of a data set in its layout; not needed if the grid defines phantoms, or if its
+            bundles are those of one's own data, whose `data.json` names it.
         sam_dir: folder of SAM's checkpoints; by default each bundle's `models`.
-        only: run only the cells whose folder begins with this.
+        only: run only the cells whose folder begins with this, and what they start from.
         workers: cells to run at a time on this computer, each on a GPU of its own if there are any.
         scheduler: address of a Dask cluster to run on instead, such as `tcp://10.0.0.1:8786`.
         threads: CPU threads of a cell; by default the local workers share all cores equally.
@@ -65,18 +68,14 @@ def run(
     output = Path(output_dir).resolve()
     grid = read_grid(config)
     dataset = _dataset(grid, dataset_dir, output)
-    tasks = [task for task in with_preparations(grid.cells) if task.name.startswith(only)]
+    tasks = chosen_tasks(with_preparations(grid.cells), only)
     if dry_run:
         _show_costs(tasks, dataset, output, at_a_time=workers)
         return
     broken = {} if retry else _last_errors(tasks, output)
     for name, last in broken.items():
         logger.error("%s is broken, --retry runs it again: %s", name, last)
-    waiting = [
-        task
-        for task in tasks
-        if not is_finished(output / task.name) and broken.keys().isdisjoint({task.name, required_preparation(task)})
-    ]
+    waiting = _waiting(tasks, output, broken)
     logger.info("%d of %d runs to do", len(waiting), len(tasks))
     run_task = partial(run_cell, dataset_dir=dataset, output_dir=output, sam_dir=sam_dir)
     if scheduler is None:
@@ -118,10 +117,25 @@ def _last_errors(tasks: Sequence[Task], output: Path) -> dict[str, str]:
     return {name: error for name, error in errors.items() if error is not None}
 
 
+def _waiting(tasks: Sequence[Task], output: Path, broken: Iterable[str]) -> list[Task]:
+    """List the tasks to run: those that are not finished, not broken, and do not start from one that is left out."""
+    waiting, left_out = [], set(broken)
+    for task in tasks:
+        if is_finished(output / task.name):
+            continue
+        if task.name in left_out or required_task(task) in left_out:
+            left_out.add(task.name)
+        else:
+            waiting.append(task)
+    return waiting
+
+
 def _dataset(grid: Grid, dataset_dir: str, output: Path) -> str:
-    """Return the data set's folder; write the grid's phantoms if no folder is given."""
+    """Return the data set's folder, empty for that of `data.json`; write the grid's phantoms if no folder is given."""
     if dataset_dir:
         return str(Path(dataset_dir).resolve())
+    if grid.data.is_own:
+        return ""
     if grid.dataset is None:
         raise ValueError("dataset_dir is not set, and the study's config defines no phantoms: give --dataset_dir PATH")
     return write_phantom_dataset(str(output / "phantoms"), **grid.dataset)

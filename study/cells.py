@@ -22,6 +22,7 @@ from typing import IO, Any
 from monai.bundle import ConfigParser
 
 from components.base.atomic_write import write_atomically
+from components.data.acdc import Case
 from study.grid import Cell, Method, Preparation
 
 logger = logging.getLogger("study")
@@ -76,12 +77,14 @@ def list_stages(
 
     Args:
         cell: the cell or preparation.
-        dataset_dir: folder of ACDC, or of a data set in its layout.
+        dataset_dir: folder of ACDC, or of a data set in its layout; of a user's own data empty for the folder that
+            `data.json` names.
         output_dir: folder of the study.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
     """
     folder, method = output_dir / cell.name, cell.method
-    knobs: dict[str, Any] = {"dataset_dir": dataset_dir, "output_dir": str(folder / "eval")}
+    knobs: dict[str, Any] = {"dataset_dir": dataset_dir} if dataset_dir else {}
+    knobs["output_dir"] = str(folder / "eval")
     if cell.split is not None:
         knobs["split_seed"] = cell.split
     if isinstance(cell, Preparation):
@@ -91,20 +94,31 @@ def list_stages(
     knobs |= _encoder_knobs(method, output_dir, sam_dir)
     if not method.trains:
         return [Stage("evaluating", method, ("evaluate", *method.overlays), {**knobs, **method.knobs})]
-    start = str(output_dir / cell.preparation.name / "models/model.pt") if cell.preparation else None
+    start = str(output_dir / cell.starts_from / "models/model.pt") if cell.starts_from else None
     knobs |= {"ckpt_dir": str(folder / "models"), **method.knobs}
     evaluate = ("train", "evaluate", *method.overlays)
-    if cell.labelled_patients == 0:
-        config = ConfigParser.load_config_files([str(method.config("train"))])
-        own_start = "head_checkpoint" if "head_checkpoint" in config else "start_checkpoint"
-        knobs["ckpt_path"] = start or f"$@{own_start}"  # instead of the trained model
+    if not cell.trains:
+        knobs["ckpt_path"] = start or f"$@{method.start_knob}"  # instead of the trained model
         return [Stage("evaluating", method, evaluate, knobs)]
-    knobs["labelled_patients"] = cell.labelled_patients
-    training = knobs | {"resume": True} | ({"start_checkpoint": start} if start else {})
+    knobs[f"labelled_{method.counts}"] = cell.labelled_patients
+    training = knobs | {"resume": True} | ({method.start_knob: start} if start else {})
     return [
         Stage("training", method, ("train", *method.overlays), training),
         Stage("evaluating", method, evaluate, knobs),
     ]
+
+
+def list_cases_to_score(parser: ConfigParser) -> list[Case]:
+    """List the test cases of an evaluation.
+
+    Args:
+        parser: the configs that it is run with.
+
+    Returns:
+        dictionaries with the paths `image` and `label`.
+    """
+    own_list = "test" in parser.get()  # that of a bundle that does not train is in `validate`
+    return list(parser.get_parsed_content("test#data" if own_list else "validate#dataset#data"))
 
 
 def run_cell(
@@ -125,7 +139,7 @@ def run_cell(
 
     Args:
         cell: the cell or preparation.
-        dataset_dir: folder of ACDC, or of a data set in its layout.
+        dataset_dir: as for `list_stages`.
         output_dir: folder of the study, whose cells share their embeddings.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
         environment: environment variables to set for the runner's sub-process.
@@ -207,7 +221,7 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 def _encoder_knobs(method: Method, output_dir: Path, sam_dir: str | None) -> dict[str, Any]:
     """Return the knobs for the weights and the embedding cache of a bundle with SAM's encoder."""
     names = ("train" if method.trains else "evaluate", *method.overlays)
-    config = ConfigParser.load_config_files([str(method.config(name)) for name in names])
+    config = method.merged(*names)
     knobs: dict[str, Any] = {}
     if "cache_dir" in config:
         frozen = not {**config, **method.knobs}.get("trainable_encoder")

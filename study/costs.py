@@ -10,14 +10,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import nibabel as nib
 import pandas as pd
 import torch
 from monai.bundle import ConfigParser
 
 from components.base.precision import autocast_to
-from study.cells import Stage, has_failed, is_finished, list_stages, read_record
+from components.data.geometry import slices_last
+from components.data.transforms import LoadVolumed
+from components.data.volume_metadata import is_picture
+from study.cells import Stage, has_failed, is_finished, list_cases_to_score, list_stages, read_record
 from study.execution import Task
+from study.grid import UNLABELLED
 
 _STARTUP_S = 10.0  # to start Python, import MONAI and load volumes
 _WEIGHTS = ("sam_checkpoint", "head_checkpoint", "start_checkpoint")  # speed does not depend on the weights
@@ -66,7 +69,7 @@ def cost_table(tasks: Sequence[Task], *, dataset_dir: str, output_dir: Path) -> 
 
     Args:
         tasks: all tasks of the study, in order.
-        dataset_dir: folder of ACDC, or of a data set in its layout.
+        dataset_dir: as for `study.cells.list_stages`.
         output_dir: folder of the study.
 
     Returns:
@@ -104,28 +107,45 @@ class _Estimate:
 
     def _stage_seconds(self, stage: Stage, task: Task) -> float:
         parser = stage.parser()
-        parser.update({name: None for name in (*_WEIGHTS, "cache_dir") if name in parser.get()})
+        parser["bundle_root"] = str(stage.method.config("evaluate").parents[1])  # the runner starts in this folder
+        weights = _WEIGHTS if stage.name != "evaluating" else _WEIGHTS[:2]  # what it was trained with is in the last
+        parser.update({name: None for name in (*weights, "cache_dir") if name in parser.get()})
         if "trained_with" in parser.get():
             parser.update({"trained_with#views_shown": None})  # which a start, left out here, may have been shown
+        if stage.name == "training":
+            parser["train#dataset#progress"] = False
+        unlabelled = stage.name == "training" and UNLABELLED in stage.configs
+        if unlabelled:
+            parser["train#dataset#pseudo_labels"] = "$lambda item: {**item, 'label': item['image']}"
         config: Callable[[str], Any] = parser.get_parsed_content
-        network = name_without_split(task).partition("/patients_")[0]
+        network = name_without_split(task).partition(f"/{task.method.counts}_")[0]
         if network not in self._speeds:
             self._speeds[network] = measure_speed(parser)
         speed = self._speeds[network]
-        views = parser.get().get("test_time_views", 1)
+        axis = config("slice_axis") if "slice_axis" in parser.get() else None
+        views = config("test_time_views") if "test_time_views" in parser.get() else 1
         if stage.name == "evaluating":
-            shown = self._slices(config("validate#dataloader#dataset").data) * views
+            shown = self._slices(list_cases_to_score(parser), axis) * views
             return shown * speed.predict_s + self._newly_embedded(stage, "test", shown) * speed.encode_s
         epochs = config("epochs")
         if "steps_per_epoch" in parser.get():
             return epochs * config("steps_per_epoch") * config("batch_size") * speed.train_s
-        slices = self._slices(config("train#dataset#data"))
-        phantoms = slices * config("phantom_share") / (1 - config("phantom_share"))
+        if unlabelled or task.method.data_file:
+            slices = len(config("train#dataset"))  # with repeated ones
+        else:
+            slices = self._slices(config("train#dataset#data"), axis)
+        share = config("phantom_share") if "phantom_share" in parser.get() else 0
+        phantoms = slices * share / (1 - share)
         seconds = epochs * (slices + phantoms) * speed.train_s
         if stage.name == "pretraining":
             return 2 * seconds  # two views of each slice
-        validated = self._slices(config("validate#dataset#data")) * views
+        validated = self._slices(config("validate#dataset#data"), axis) * views
         seconds += -(-epochs // config("val_interval")) * validated * speed.predict_s
+        if unlabelled:
+            to_label = self._slices(config("train#dataset#unlabelled"), axis)
+            seconds += to_label * views * speed.predict_s
+        if speed.encode_s == 0:
+            return seconds
         shown = slices * min(config("views") or epochs, epochs) + min(_POOL_SIZE, epochs * phantoms)
         embedded = self._newly_embedded(stage, "training", shown) + self._newly_embedded(stage, "validation", validated)
         return seconds + embedded * speed.encode_s
@@ -138,11 +158,18 @@ class _Estimate:
         self._embedded[key] = max(before, int(slices))
         return max(0.0, slices - before)
 
-    def _slices(self, cases: Sequence[Mapping[str, str]]) -> int:
+    def _slices(self, cases: Sequence[Mapping[str, str]], slice_axis: int | None = None) -> int:
         for case in cases:
             if case["image"] not in self._depths:
-                self._depths[case["image"]] = nib.load(case["image"]).shape[2]  # type: ignore[attr-defined]
+                self._depths[case["image"]] = _depth(case["image"], slice_axis)
         return sum(self._depths[case["image"]] for case in cases)
+
+
+def _depth(image: str, slice_axis: int | None) -> int:
+    """Return the number of slices of a volume, 1 of a picture."""
+    if is_picture(image):
+        return 1
+    return slices_last(LoadVolumed("image")({"image": image})["image"], slice_axis).shape[-1]
 
 
 def measure_speed(parser: ConfigParser) -> Speed:
@@ -154,10 +181,12 @@ def measure_speed(parser: ConfigParser) -> Speed:
     network, batch_size, size, device = (
         parser.get_parsed_content(name) for name in ("network", "batch_size", "crop_size", "device")
     )
+    shown = parser.get_parsed_content("patch_size") if "patch_size" in parser.get() else size  # a part in training
     images = torch.randint(256, (batch_size, 3, size, size), device=device).float()
     frozen = hasattr(network, "encoder") and not any(p.requires_grad for p in network.encoder.parameters())
     if not frozen:
-        return Speed(_timed(network.train(), images, learn=True), _timed(network.eval(), images), encode_s=0.0)
+        patches = images[..., :shown, :shown]
+        return Speed(_timed(network.train(), patches, learn=True), _timed(network.eval(), images), encode_s=0.0)
     with autocast_to(network.precision, device.type):
         encode_s = _timed(network.encoder, images)
         if not hasattr(network, "head"):  # the time of SAM's own decoder is negligible

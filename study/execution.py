@@ -28,10 +28,23 @@ def with_preparations(cells: Sequence[Cell]) -> list[Task]:
     return list(tasks.values())
 
 
-def required_preparation(task: Task) -> str | None:
-    """Return the name of the preparation that a task starts from, None if there is none."""
-    preparation = task.preparation if isinstance(task, Cell) else None
-    return preparation.name if preparation else None
+def required_task(task: Task) -> str | None:
+    """Return the name of the preparation or cell that a task starts from, None if there is none."""
+    return task.starts_from if isinstance(task, Cell) else None
+
+
+def chosen_tasks(tasks: Sequence[Task], beginning: str) -> list[Task]:
+    """List the tasks whose name begins so, and those that they start from.
+
+    Args:
+        tasks: each after the one that it starts from.
+        beginning: of the names; all tasks are listed if it is empty.
+    """
+    names: set[str | None] = {task.name for task in tasks if task.name.startswith(beginning)}
+    for task in reversed(tasks):
+        if task.name in names:
+            names.add(required_task(task))
+    return [task for task in tasks if task.name in names]
 
 
 def run_locally(
@@ -39,11 +52,11 @@ def run_locally(
 ) -> Iterator[Result]:
     """Run tasks on this computer, and yield each when it has ended.
 
-    Whenever a worker is free it takes the first task whose preparation has ended. When the caller stops early, as by
-    Ctrl-C, the running tasks are interrupted.
+    Whenever a worker is free it takes the first task that does not wait for the one that it starts from. When the
+    caller stops early, as by Ctrl-C, the running tasks are interrupted.
 
     Args:
-        tasks: what to run, preparations before the cells that start from them.
+        tasks: what to run, each after the one that it starts from, if that is to be run too.
         run_task: called in a thread as `run_task(task, environment=..., interrupt=...)`; it waits for a sub-process
             with these environment variables, and ends it as soon as the event `interrupt` is set.
         environments: of each worker; see `worker_environments`.
@@ -56,12 +69,12 @@ def run_locally(
     with ThreadPoolExecutor(len(environments)) as pool:
         try:
             while waiting or running:
-                ready = [task for task in waiting if required_preparation(task) not in unfinished]
+                ready = [task for task in waiting if required_task(task) not in unfinished]
                 for task in ready[: len(idle)]:
                     waiting.remove(task)
                     environment = idle.pop(0)
                     run = partial(run_task, environment=environment, interrupt=interrupt)
-                    future = pool.submit(_attempt, task, run, errors.get(required_preparation(task)))
+                    future = pool.submit(_attempt, task, run, errors.get(required_task(task)))
                     running[future] = task, environment
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task, environment = running.pop(future)
@@ -80,7 +93,7 @@ def run_on_dask(tasks: Sequence[Task], run_task: Callable[[Task], object], sched
     the same paths, and have this project installed.
 
     Args:
-        tasks: what to run, preparations before the cells that start from them.
+        tasks: what to run, each after the one that it starts from, if that is to be run too.
         run_task: runs one task; must be picklable.
         scheduler: address of the cluster, such as `tcp://10.0.0.1:8786`.
 
@@ -98,9 +111,9 @@ def run_on_dask(tasks: Sequence[Task], run_task: Callable[[Task], object], sched
         resources = {"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else None
         futures: dict[str | None, Any] = {}
         for place, task in enumerate(tasks):
-            error_of_preparation = futures.get(required_preparation(task))
+            error_of_start = futures.get(required_task(task))
             options = {"key": task.name, "pure": False, "priority": -place, "resources": resources}
-            futures[task.name] = client.submit(_attempt, task, run_task, error_of_preparation, **options)
+            futures[task.name] = client.submit(_attempt, task, run_task, error_of_start, **options)
         task_of = {task.name: task for task in tasks}
         for future in as_completed(futures.values()):
             yield task_of[future.key], future.result()
@@ -134,10 +147,10 @@ def thread_limits(threads: int | None) -> dict[str, str]:
     return {} if threads is None else {name: str(threads) for name in names}
 
 
-def _attempt(task: Task, run_task: Callable[[Task], object], error_of_preparation: str | None) -> str | None:
-    """Run a task unless its preparation has failed; return the error message, None for success."""
-    if error_of_preparation is not None:
-        return f"not run, since it starts from {required_preparation(task)}, which failed"
+def _attempt(task: Task, run_task: Callable[[Task], object], error_of_start: str | None) -> str | None:
+    """Run a task unless the one that it starts from has failed; return the error message, None for success."""
+    if error_of_start is not None:
+        return f"not run, since it starts from {required_task(task)}, which failed"
     try:
         run_task(task)
     except (CellError, ValueError) as error:

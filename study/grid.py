@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
+
+from study.data import ACDC, StudyData, differences, own_study_data
 from study.published import TABLE_1
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
-_GRID_KEYS = {"_desc_", "methods", "labelled_patients", "splits", "dataset", "ablations"}
-_METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "labelled_patients", "start", "paper"}
+UNLABELLED = "unlabelled"  # the overlay of all bundles that trains on cases without labels too
+_LABELLED = {"labelled_patients", "labelled_cases"}  # one of both, as the bundles' knob
+_GRID_KEYS = {"_desc_", "methods", "splits", "dataset", "ablations", *_LABELLED}
+_METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "start", "continues", "paper", *_LABELLED}
 _START_KEYS = {"overlays", "knobs", "once"}
-_ABLATION_KEYS = {"title", "methods", "labelled_patients", "values"}
+_ABLATION_KEYS = {"title", "methods", "values", *_LABELLED}
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,12 @@ class Method:
     Args:
         key: name of the folder of its cells.
         title: its name in the tables.
-        bundle: folder below `bundles`.
+        bundle: folder below `bundles`, or the absolute path of one elsewhere.
         overlays: names of the configs that are merged after the bundle's own.
         knobs: values by top-level key, which override the configs.
         start: the pre-training that its trainings start from, if that is part of the study.
+        continues: key of the method from whose trained model, of the same number and split, each training starts; with
+            0 labelled ones there is no such model, and the bundle's own start is taken.
         paper: name of the row in the paper's tables to compare with; None if there is none.
     """
 
@@ -52,12 +59,38 @@ class Method:
     overlays: tuple[str, ...] = ()
     knobs: Mapping[str, Any] = field(default_factory=dict)
     start: Start | None = None
+    continues: str | None = None
     paper: str | None = None
 
     @property
     def trains(self) -> bool:
         """Whether the bundle can train; one that cannot is only evaluated."""
         return self.config("train").is_file()
+
+    @property
+    def trains_without_labels(self) -> bool:
+        """Whether it is trained with 0 labelled patients too, on unlabelled ones, rather than evaluated as it is."""
+        return UNLABELLED in self.overlays
+
+    @property
+    def data_file(self) -> Path | None:
+        """The file that describes the data of a bundle of `python -m adapt new`; None for a bundle for ACDC."""
+        file = self.config("data")
+        return file if file.is_file() else None
+
+    @property
+    def counts(self) -> str:
+        """What its knob `labelled_...` counts: `cases` of a user's own data, else `patients`."""
+        return "cases" if self.data_file else ACDC.counts
+
+    @property
+    def start_knob(self) -> str:
+        """The knob of a bundle that trains with the file from which its training starts."""
+        return "head_checkpoint" if "head_checkpoint" in self.merged("train") else "start_checkpoint"
+
+    def merged(self, *names: str) -> dict[str, Any]:
+        """Return the top-level keys of some of the bundle's configs, the later ones' values counting."""
+        return ConfigParser.load_config_files([str(self.config(name)) for name in names])
 
     def config(self, name: str) -> Path:
         """Return the path of one of the bundle's configs."""
@@ -79,12 +112,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation; with 0 labelled patients, only an evaluation.
+    """One training and its evaluation; with 0 labelled patients, only an evaluation, unless it can train without.
 
     Args:
         method: the method, including the knobs of the variant.
-        labelled_patients: number of patients to train on, None for all; 0 to evaluate the weights that training would
-            start from.
+        labelled_patients: number of patients, or of cases of a user's own data, to train on, None for all; 0 to train
+            on unlabelled ones alone, or to evaluate the weights that training would start from.
         split: seed of the split by patient.
         variant: the ablation's value, None for the method without changes.
     """
@@ -97,9 +130,29 @@ class Cell:
     @property
     def name(self) -> str:
         """The cell's folder, relative to the study's folder."""
-        count = "all" if self.labelled_patients is None else self.labelled_patients
         variant = f"/{self.variant.ablation}_{self.variant.value}" if self.variant else ""
-        return f"{self.method.key}{variant}/patients_{count}/split_{self.split}"
+        return f"{self.method.key}{variant}/{self._of_method}"
+
+    @property
+    def _of_method(self) -> str:
+        """The cell's folder, relative to that of its method."""
+        count = "all" if self.labelled_patients is None else self.labelled_patients
+        return f"{self.method.counts}_{count}/split_{self.split}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training and its evaluation, not an evaluation alone."""
+        return self.method.trains and (self.labelled_patients != 0 or self.method.trains_without_labels)
+
+    @property
+    def starts_from(self) -> str | None:
+        """The folder of the run whose model it starts from, relative to the study's; None for the bundle's own start.
+
+        That is its preparation, or the cell that it continues.
+        """
+        if self.method.continues and self.labelled_patients != 0:
+            return f"{self.method.continues}/{self._of_method}"
+        return self.preparation.name if self.preparation else None
 
     @property
     def preparation(self) -> Preparation | None:
@@ -153,6 +206,7 @@ class Grid:
         cells: ordered by split, so that an unfinished study can already compare its methods.
         ablations: the tables in addition to the main one.
         dataset: arguments of `write_phantom_dataset`, for the phantoms to use if no `dataset_dir` is given.
+        data: what all methods are trained and tested on.
     """
 
     description: str
@@ -160,6 +214,7 @@ class Grid:
     cells: tuple[Cell, ...]
     ablations: tuple[Ablation, ...] = ()
     dataset: Mapping[str, Any] | None = None
+    data: StudyData = ACDC
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -167,32 +222,47 @@ def read_grid(path: str | Path) -> Grid:
 
     Args:
         path: a JSON file with `methods` (each has a `title`, a `bundle`, and optionally `overlays`, `knobs`,
-            `labelled_patients`, `start` and `paper`), `labelled_patients` (a list, null for all patients; the default
-            for methods) and `splits`; optionally `ablations` (each has a `title`, `methods`, `values` with the knobs of
-            each value, and optionally `labelled_patients`) and a `dataset` of phantoms. A value without knobs is the
-            method without changes.
+            `labelled_patients`, `start`, `continues` and `paper`), `labelled_patients` (a list, null for all patients;
+            the default for methods) and `splits`; optionally `ablations` (each has a `title`, `methods`, `values` with
+            the knobs of each value, and optionally `labelled_patients`) and a `dataset` of phantoms. A value without
+            knobs is the method without changes. A `bundle` with a slash is a path, relative to this file's folder; any
+            other is a folder below `bundles`. Where the bundles are those of `python -m adapt new`, the number is
+            called `labelled_cases`, as their knob is.
 
     Returns:
         the study.
 
     Raises:
-        ValueError: when a key is unknown or missing; a bundle, an overlay, an ablation's method or a row of the paper
-            does not exist; two methods have the same title; or labelled patients are set for a bundle that does not
-            train.
+        ValueError: when a key is unknown or missing; a bundle, an overlay, an ablation's method, the method that one
+            continues or a row of the paper does not exist; two methods have the same title, or different data; labelled
+            patients are set for a bundle that does not train; or nothing is there to evaluate with 0 labelled patients.
     """
     grid = json.loads(Path(path).read_text())
-    _check_keys(grid, f"{path}", required={"methods", "labelled_patients", "splits"}, known=_GRID_KEYS)
-    methods = {key: _read_method(key, settings, f"{path}") for key, settings in grid["methods"].items()}
-    counts = {key: _counts(settings, grid) for key, settings in grid["methods"].items()}
-    _check_methods(methods, counts, f"{path}")
+    _check_keys(grid, f"{path}", required={"methods", "splits"}, known=_GRID_KEYS)
+    methods = {
+        key: _read_method(key, settings, f"{path}", Path(path).resolve().parent)
+        for key, settings in grid["methods"].items()
+    }
+    data = _study_data(list(methods.values()), f"{path}")
     ablations = grid.get("ablations", {})
+    for settings in (grid, *grid["methods"].values(), *ablations.values()):
+        if wrong := _LABELLED.intersection(settings) - {data.knob}:
+            raise ValueError(f"{path}: unknown {', '.join(wrong)}; expected {data.knob}, which its bundles have")
+    _check_keys(grid, f"{path}", required={data.knob}, known=_GRID_KEYS)
+    if data.is_own and "dataset" in grid:
+        raise ValueError(
+            f"{path}: unknown dataset; expected no phantoms, which are hearts, in a study of one's own data"
+        )
+    counts = {key: _counts(settings, grid, data) for key, settings in grid["methods"].items()}
+    _check_methods(methods, counts, f"{path}")
     cells: dict[str, Cell] = {}
     for split in grid["splits"]:
         of_split = [Cell(method, count, split) for key, method in methods.items() for count in counts[key]]
         for key, settings in ablations.items():
             _check_ablation(settings, f"ablation {key} of {path}", methods)
-            of_split += _ablation_cells(key, settings, grid, methods, split)
+            of_split += _ablation_cells(key, settings, methods, _counts(settings, grid, data), split)
         cells |= {cell.name: cell for cell in of_split}
+    _check_continued(cells, f"{path}")
     return Grid(
         description=grid.get("_desc_", ""),
         methods=tuple(methods.values()),
@@ -202,29 +272,52 @@ def read_grid(path: str | Path) -> Grid:
             for key, settings in ablations.items()
         ),
         dataset=grid.get("dataset"),
+        data=data,
     )
 
 
-def _read_method(key: str, settings: dict[str, Any], path: str) -> Method:
+def _read_method(key: str, settings: dict[str, Any], path: str, folder: Path) -> Method:
     where = f"method {key} of {path}"
     _check_keys(settings, where, required={"title", "bundle"}, known=_METHOD_KEYS)
-    start = settings.get("start")
+    if {"start", "continues"} <= settings.keys():
+        raise ValueError(f"{where} has both start and continues: expected one of them, from which its trainings start")
+    start, bundle = settings.get("start"), settings["bundle"]
     if start is not None:
         _check_keys(start, f"start of {where}", required={"overlays"}, known=_START_KEYS)
         start = Start(tuple(start["overlays"]), start.get("knobs", {}), once=start.get("once", False))
     method = Method(
         key=key,
         title=settings["title"],
-        bundle=settings["bundle"],
+        bundle=str((folder / bundle).resolve()) if "/" in bundle else bundle,
         overlays=tuple(settings.get("overlays", ())),
         knobs=settings.get("knobs", {}),
         start=start,
+        continues=settings.get("continues"),
         paper=settings.get("paper"),
     )
     for config in ("evaluate", *method.overlays, *(start.overlays if start else ())):
         if not (file := method.config(config)).is_file():
             raise ValueError(f"{where} needs {file}, which does not exist: correct its bundle or overlays")
     return method
+
+
+def _study_data(methods: Sequence[Method], path: str) -> StudyData:
+    """Return the data of all methods, or raise where they differ."""
+    if not methods:
+        return ACDC
+    first, *others = methods
+    for other in others:
+        files = [file for file in (first.data_file, other.data_file) if file]
+        differing = differences(*files) if len(files) == 2 else []
+        if len(files) == 1 or differing:
+            described = " and ".join(f"{method.key} ({method.data_file or 'ACDC'})" for method in (first, other))
+            what = f", which differ in {', '.join(differing)}" if differing else ""
+            raise ValueError(
+                f"{path}: expected one data set for all methods, received those of {described}{what}: write a grid for "
+                "each"
+            )
+    file = first.data_file
+    return own_study_data(file) if file else ACDC
 
 
 def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int | None]], path: str) -> None:
@@ -242,21 +335,49 @@ def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int 
                 f"method {key} of {path}: {method.bundle} does not train, so expected labelled_patients to be [0], "
                 f"received {counts[key]}"
             )
+        if method.continues is not None and method.continues not in list(methods)[: list(methods).index(key)]:
+            raise ValueError(
+                f"method {key} of {path} continues {method.continues}, expected a method that the grid lists before it"
+            )
+        if method.trains and 0 in counts[key]:
+            _check_start_without_labels(method, f"method {key} of {path}")
 
 
-def _counts(settings: Mapping[str, Any], grid: Mapping[str, Any]) -> list[int | None]:
-    return settings.get("labelled_patients", grid["labelled_patients"])
+def _check_start_without_labels(method: Method, where: str) -> None:
+    """Raise where a method cannot do with 0 labelled patients or cases."""
+    if method.trains_without_labels and method.data_file:
+        raise ValueError(f"{where} trains on one's own data, which needs a labelled case: leave out labelled_cases 0")
+    settings = {**method.merged("train", *method.overlays), **method.knobs}
+    if method.start is None and settings.get(method.start_knob) is None:
+        raise ValueError(
+            f"{where} has 0 in labelled_{method.counts}, but nothing that its training starts from: set "
+            f"{method.start_knob} in its knobs or by an overlay, or leave out 0"
+        )
+
+
+def _check_continued(cells: Mapping[str, Cell], path: str) -> None:
+    """Raise where a cell continues another one that the study does not have."""
+    for cell in cells.values():
+        if cell.method.continues and cell.starts_from not in (None, *cells):
+            raise ValueError(
+                f"{path}: {cell.name} starts from {cell.starts_from}, which is no cell of the study: give method "
+                f"{cell.method.continues} the same labelled_{cell.method.counts}"
+            )
+
+
+def _counts(settings: Mapping[str, Any], grid: Mapping[str, Any], data: StudyData) -> list[int | None]:
+    return settings.get(data.knob, grid[data.knob])
 
 
 def _ablation_cells(
-    key: str, settings: dict[str, Any], grid: dict[str, Any], methods: dict[str, Method], split: int
+    key: str, settings: dict[str, Any], methods: dict[str, Method], counts: list[int | None], split: int
 ) -> list[Cell]:
     cells = []
     for name in settings["methods"]:
         for value, knobs in settings["values"].items():
             method = replace(methods[name], knobs={**methods[name].knobs, **knobs})
             variant = Variant(key, value) if knobs else None  # without knobs it is the cell of the method itself
-            cells += [Cell(method, count, split, variant) for count in _counts(settings, grid)]
+            cells += [Cell(method, count, split, variant) for count in counts]
     return cells
 
 

@@ -9,20 +9,23 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 from distributed import LocalCluster
+from test_own_data import decathlon
 
 import study
+from adapt.new import new_bundle
 from components.phantom.dataset import write_phantom_dataset
 from study import execution
-from study.__main__ import run
+from study.__main__ import _waiting, run
 from study.cells import CellError, has_failed, is_finished, list_stages, run_cell
 from study.costs import cost_table, measured_seconds, remaining_seconds
-from study.execution import run_locally, run_on_dask, with_preparations, worker_environments
+from study.execution import chosen_tasks, run_locally, run_on_dask, with_preparations, worker_environments
 from study.grid import Cell, Method, Preparation, Start, read_grid
 
 SMALL = {
@@ -42,6 +45,13 @@ METHODS = {
 }
 LINEAR = Method("m", "m", "linearhead_acdc")
 STARTED = Method("s", "s", "unet_acdc", start=Start(("pretrain",)))
+STARTED_AND_CONTINUED = {
+    "title": "m",
+    "bundle": "unet_acdc",
+    "start": {"overlays": ["pretrain"]},
+    "continues": "adapted",
+}
+UNLABELLED = Method("u", "u", "linearhead_acdc", ("tiny", "unlabelled"), continues="m")
 
 
 def write_grid(path, **changes):
@@ -105,6 +115,24 @@ def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path
             {"ablations": {"a": {"title": "a", "methods": ["b"], "values": {}}}},
             "ablation a of .* names b, expected some",
         ),
+        (
+            {"methods": {"m": {"title": "m", "bundle": "unet_acdc", "continues": "n"}}},
+            "method m of .* continues n, expected a method that the grid lists before it",
+        ),
+        (
+            {"methods": METHODS | {"m": {"title": "m", "bundle": "linearhead_acdc", "continues": "as_it_comes"}}},
+            "m/patients_1/split_0 starts from as_it_comes/patients_1/split_0, which is no cell of the study: give "
+            "method as_it_comes the same labelled_patients",
+        ),
+        (
+            {"methods": METHODS | {"m": STARTED_AND_CONTINUED}},
+            "method m of .* has both start and continues: expected one of them",
+        ),
+        (
+            {"methods": {"m": {"title": "m", "bundle": "unet_acdc", "labelled_patients": [0]}}},
+            "has 0 in labelled_patients, but nothing that its training starts from: set start_checkpoint",
+        ),
+        ({"labelled_cases": [1]}, "unknown labelled_cases; expected labelled_patients, which its bundles have"),
     ],
 )
 def test_an_invalid_grid_is_refused(tmp_path, changes, message):
@@ -113,7 +141,10 @@ def test_an_invalid_grid_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "study").glob("*.json")), ids=lambda path: path.stem)
-def test_every_run_of_a_shipped_grid_has_configs_that_know_its_knobs(path, tmp_path):
+def test_every_run_of_a_shipped_grid_has_configs_that_know_its_knobs(path, tmp_path, monkeypatch):
+    if path.stem == "own_data":
+        new_bundle("hippocampus", decathlon(tmp_path / "data"), tmp_path)
+        monkeypatch.setattr("study.grid.BUNDLES", tmp_path)
     for task in with_preparations(read_grid(path).cells):
         for stage in list_stages(task, dataset_dir="/data", output_dir=tmp_path, sam_dir="/weights"):
             config = stage.parser().get()
@@ -151,6 +182,31 @@ def test_a_cell_starts_from_its_preparation(tmp_path):
     assert "start_checkpoint" not in evaluating.knobs
     (as_it_comes,) = list_stages(Cell(STARTED, 0, 3), dataset_dir="/data", output_dir=tmp_path)
     assert as_it_comes.knobs["ckpt_path"] == training.knobs["start_checkpoint"]
+
+
+def test_a_cell_that_continues_another_starts_from_its_model_of_the_same_number_and_split(tmp_path):
+    stages = {
+        bundle: list_stages(Cell(replace(UNLABELLED, bundle=bundle), 5, 3), dataset_dir="/data", output_dir=tmp_path)
+        for bundle in ("linearhead_acdc", "unet_acdc")
+    }
+    start = str(tmp_path / "m/patients_5/split_3/models/model.pt")
+    assert stages["linearhead_acdc"][0].knobs["head_checkpoint"] == start
+    assert stages["unet_acdc"][0].knobs["start_checkpoint"] == start
+    for training, evaluating in stages.values():
+        assert training.configs == ("train", "tiny", "unlabelled")
+        assert start not in evaluating.knobs.values()
+
+
+def test_without_any_labelled_patient_one_learns_from_unlabelled_ones_and_is_scored_after_that(tmp_path):
+    cell = Cell(UNLABELLED, 0, 3)
+    training, evaluating = list_stages(cell, dataset_dir="/data", output_dir=tmp_path)
+    for stage in (training, evaluating):
+        assert stage.knobs["labelled_patients"] == 0
+        assert stage.knobs["ckpt_dir"] == str(tmp_path / "u/patients_0/split_3/models")
+        assert {"head_checkpoint", "ckpt_path"}.isdisjoint(stage.knobs)  # the overlay tiny names its start
+    assert cell.starts_from is None
+    (as_it_comes,) = list_stages(Cell(LINEAR, 0, 3), dataset_dir="/data", output_dir=tmp_path)
+    assert as_it_comes.knobs["ckpt_path"] == "$@head_checkpoint"
 
 
 def test_a_preparation_is_listed_once_before_the_cells_that_start_from_it():
@@ -207,6 +263,37 @@ def test_a_cell_whose_preparation_failed_is_not_run():
     (_, first), (_, second) = run_locally(with_preparations([Cell(STARTED, 1, 0)]), fail, [{}])
     assert first == "no data"
     assert second == "not run, since it starts from s/start/split_0, which failed"
+
+
+def test_a_cell_that_continues_one_that_failed_is_not_run_nor_what_continues_it_in_turn(tmp_path):
+    again = Method("v", "v", "linearhead_acdc", ("tiny", "unlabelled"), continues="u")
+    cells = [Cell(method, count, 0) for method in (LINEAR, UNLABELLED, again) for count in (0, 1)]
+
+    def fail(task, **_):
+        if task.name == "m/patients_1/split_0":
+            raise CellError("no data")
+        assert task.labelled_patients == 0, "ran without its start"
+
+    errors = {task.name: error for task, error in run_locally(with_preparations(cells), fail, [{}])}
+    assert [name for name, error in errors.items() if error is None] == [f"{m}/patients_0/split_0" for m in "muv"]
+    assert errors["u/patients_1/split_0"] == "not run, since it starts from m/patients_1/split_0, which failed"
+    assert errors["v/patients_1/split_0"] == "not run, since it starts from u/patients_1/split_0, which failed"
+    write_record(tmp_path / "m/patients_1/split_0", {}, error="no data")
+    waiting = _waiting(cells, tmp_path, ["m/patients_1/split_0"])
+    assert [cell.name for cell in waiting] == [f"{m}/patients_0/split_0" for m in "muv"]
+
+
+def test_cells_chosen_by_name_come_with_what_they_start_from():
+    cells = with_preparations([Cell(method, 1, split) for split in (0, 1) for method in (LINEAR, UNLABELLED, STARTED)])
+    assert [task.name for task in chosen_tasks(cells, "u/patients_1/split_1")] == [
+        "m/patients_1/split_1",
+        "u/patients_1/split_1",
+    ]
+    assert [task.name for task in chosen_tasks(cells, "s/patients_1/split_0")] == [
+        "s/start/split_0",
+        "s/patients_1/split_0",
+    ]
+    assert chosen_tasks(cells, "") == cells
 
 
 def test_a_folder_is_locked_as_long_as_the_runner_of_a_killed_study_lives(tmp_path, monkeypatch, caplog):

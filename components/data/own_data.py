@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from components.data.acdc import SUBSETS, Case, split_patients
 from components.data.transforms import PERCENTILES, LoadVolumed, PadInPlaneToSquared, SlicesLastd
+from components.data.volume_metadata import case_name
 
 FIELDS = (
     "dataset_dir",
@@ -180,6 +181,31 @@ def _split(
     split = split_patients(sorted(groups), split_seed)
     held_out = {name: [case for group in split[name] for case in groups[group]] for name in ("validation", "test")}
     return groups, split["training"], listed | held_out
+
+
+def groups_of_cases(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the group of every labelled case, such as the patient whose images it has; itself where none is named.
+
+    Args:
+        path: `data.json`.
+
+    Returns:
+        groups by the name of the case, by which scores and predictions go.
+
+    Raises:
+        FileNotFoundError: as `read_data`.
+        ValueError: as `read_data`; when two cases have the same name.
+    """
+    data = read_data(path)
+    groups: dict[str, str] = {}
+    for case in (case for subset in SUBSETS for case in data[subset]):
+        name = case_name(case["image"])
+        if name in groups:
+            raise ValueError(
+                f"{path} lists two cases with the name {name}, so that their scores cannot be told apart: rename one"
+            )
+        groups[name] = str(case.get("group", name))
+    return groups
 
 
 def check_listed_once(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

@@ -355,6 +355,16 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
     return image
 
 
+def prediction_name(image: str | os.PathLike[str]) -> str:
+    """Return the name of the file in which `SavePredictiond` saves the label map of an image, given the image's."""
+    return f"{case_name(image)}_{PREDICTION_POSTFIX}{_other_extension(image) or '.nii.gz'}"
+
+
+def _other_extension(image: str | os.PathLike[str]) -> str | None:
+    """Return the suffix of an image's prediction if that is no NIfTI file, else None."""
+    return ".png" if is_picture(image) else _ITK_EXTENSIONS.get(volume_suffix(image))
+
+
 class SavePredictiond(SaveImaged):
     """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`; those of pictures as indexed PNG.
 
@@ -388,7 +398,7 @@ class SavePredictiond(SaveImaged):
         key = next(self.key_iterator(data))
         labels = data[key]
         file = files_of(labels)[0]
-        if extension := ".png" if is_picture(file) else _ITK_EXTENSIONS.get(volume_suffix(file)):
+        if extension := _other_extension(file):
             return self._others[extension](data)
         if FRAMES not in labels.meta:
             return super().__call__(data)

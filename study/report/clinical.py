@@ -10,12 +10,11 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from components.data.acdc import Case, patient_of
+from components.data.acdc import patient_of
 from components.data.volume_metadata import case_name
-from components.data.volumes import PREDICTION_POSTFIX
 from components.evaluation.function import MYOCARDIAL_DENSITY_G_PER_ML, ejection_fraction_percent, volumes_ml
 from study.grid import Cell
-from study.report.scores import cell_labels, list_test_cases
+from study.report.scores import cell_labels, list_test_cases, prediction_file
 
 CLINICAL_CAPTION = (
     "Clinical measures of the predicted masks compared with those of the true ones. Bias: mean of predicted minus true "
@@ -94,11 +93,6 @@ def read_measurements(
                 for quantity in truth
             ]
     return pd.DataFrame(rows, columns=_COLUMNS)
-
-
-def prediction_file(cell: Cell, case: Case, output_dir: Path) -> Path:
-    """Return the path of a finished cell's prediction for a test case."""
-    return output_dir / cell.name / "eval" / f"{case_name(case['image'])}_{PREDICTION_POSTFIX}.nii.gz"
 
 
 def patient_pairs(measurements: pd.DataFrame) -> pd.DataFrame:

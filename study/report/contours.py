@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import nibabel as nib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from monai.bundle import ConfigParser
+from monai.transforms import Compose
 
-from components.data.acdc import CLASS_NAMES, Case
-from components.data.volume_metadata import case_name
+from components.data.acdc import Case
+from components.data.transforms import LoadVolumed, SlicesLastd
+from components.data.volume_metadata import case_name, header_spacing_mm, is_picture
 from components.evaluation.overlays import (
     PREDICTION_STYLE,
     SMALLEST_WIDTH_INCH,
@@ -25,10 +29,10 @@ from components.evaluation.overlays import (
     foreground_extent,
     legend_lines,
 )
+from study.cells import list_cases_to_score
 from study.grid import Cell
-from study.report.clinical import prediction_file
 from study.report.figures import TITLE_WIDTH, split_into_bands
-from study.report.scores import finished_cells, list_test_cases, read_scores
+from study.report.scores import evaluation_parser, finished_cells, prediction_file, read_scores
 
 _PANEL_INCH = 1.5
 _ROW_LABEL_INCH = 0.5
@@ -39,7 +43,7 @@ class _Example:
     """One slice of a test case.
 
     Args:
-        title: name of the case and the slice.
+        title: name of the case and, of a volume, the slice.
         image: grey values `(H,W)`.
         window: the grey values shown as black and as white.
         truth: labels `(H,W)`.
@@ -73,14 +77,14 @@ def draw_contours(
     """Draw the worst, the median and the best test case of a split, by mean Dice over methods and classes.
 
     Each case is shown by the slice with the largest true foreground, first with the true contours, then with each
-    method's. The split is the one with the most finished methods, the first of several.
+    method's, as the network sees it. The split is the one with the most finished methods, the first of several.
 
     Source: paper figure 4.
 
     Args:
         cells: all cells of the study, in its order; unfinished cells and ablations are not drawn.
         output_dir: folder of the study.
-        dataset_dir: folder of ACDC, or of a data set in its layout.
+        dataset_dir: as for `study.cells.list_stages`.
         labelled_patients: the number of labelled patients of the cells to draw; a method that has only cells with 0 is
             drawn with these.
 
@@ -90,7 +94,9 @@ def draw_contours(
     shown = _cells_of_a_split(cells, output_dir, labelled_patients)
     if not shown:
         return None
-    examples = _read_examples(shown, output_dir, dataset_dir)
+    parser = evaluation_parser(shown[0], dataset_dir=dataset_dir)
+    class_names = parser.get_parsed_content("class_names")
+    examples = _read_examples(shown, output_dir, parser)
     methods = list(range(len(shown)))
     bands = split_into_bands(methods)
     ratios = [example.height_ratio for example in examples] * len(bands)
@@ -103,11 +109,11 @@ def draw_contours(
     titles = [textwrap.fill(cell.method.title, TITLE_WIDTH) for cell in shown]
     for row, axes_of_row in enumerate(panels):
         band, example = bands[row // len(examples)], examples[row % len(examples)]
-        _draw_row(axes_of_row, example, band)
+        _draw_row(axes_of_row, example, band, len(class_names))
         if row % len(examples) == 0:
             for axes, title in zip(axes_of_row, ["truth", *(titles[method] for method in band)], strict=False):
                 axes.set_title(title, fontsize=8)
-    figure.legend(handles=legend_lines(CLASS_NAMES, has_truth=True), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles=legend_lines(class_names, has_truth=True), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
@@ -122,37 +128,70 @@ def _cells_of_a_split(cells: Iterable[Cell], output_dir: Path, labelled_patients
     return max(by_split.values(), key=len, default=[])
 
 
-def _read_examples(shown: Sequence[Cell], output_dir: Path, dataset_dir: str) -> list[_Example]:
+def _read_examples(shown: Sequence[Cell], output_dir: Path, parser: ConfigParser) -> list[_Example]:
     """Read the worst, the median and the best case; with fewer than three cases, all of them."""
     scores = read_scores(shown, output_dir, training_patients=0)  # no cell with labelled_patients null is shown
     dice = 100 * scores.groupby(["case", "method"])["dice"].mean().unstack("method")
     ranked = list(dice.mean(axis=1).dropna().sort_values(kind="stable").index)
     # Later entries replace earlier ones of the same rank: two cases are the worst and the best.
     rank_names = {(len(ranked) - 1) // 2: "median", 0: "worst", len(ranked) - 1: "best"}
-    cases = {case_name(case["image"]): case for case in list_test_cases(shown[0], dataset_dir)}
+    cases = {case_name(case["image"]): case for case in list_cases_to_score(parser)}
+    reader = _Reader(shown[0], parser)
     return [
         _read_example(
             f"{rank_names[rank]}\n{ranked[rank]}",
             cases[ranked[rank]],
             [prediction_file(cell, cases[ranked[rank]], output_dir) for cell in shown],
             [dice.loc[ranked[rank], cell.method.key] for cell in shown],
+            reader,
         )
         for rank in sorted(rank_names)
     ]
 
 
-def _read_example(title: str, case: Case, predictions: Sequence[Path], dice: Sequence[float]) -> _Example:
-    image = nib.Nifti1Image.from_filename(case["image"])
-    grey = np.asarray(image.dataobj)
-    files = [Path(case["label"]), *predictions]
-    truth, *predicted = (np.asarray(nib.Nifti1Image.from_filename(file).dataobj) for file in files)
+class _Reader:
+    """Reads images, true and predicted labels of a study's cases, slices last.
+
+    ACDC has its slices last, as scanners show them; volumes of a user's own data are turned as for the network.
+    """
+
+    def __init__(self, cell: Cell, parser: ConfigParser) -> None:
+        config: Callable[[str], Any] = parser.get_parsed_content
+        count = len(config("class_names")) + 1
+        options: dict[str, Any] = {"num_classes": count}
+        turned: list[SlicesLastd] = []
+        if cell.method.data_file:
+            options = {name: config(name) for name in ("label_values", "channels")}
+            turned = [SlicesLastd(["image", "label"], slice_axis=config("slice_axis"), allow_missing_keys=True)]
+        self._case = Compose([LoadVolumed(["image", "label"], **options), *turned])
+        self._prediction = Compose([LoadVolumed("label", num_classes=count), *turned])
+
+    def read_case(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return image and true labels, 1xHxWxD; of colours green, as in overlays."""
+        loaded: Any = self._case(dict(case))
+        image = loaded["image"]
+        return image[[len(image) // 2]], loaded["label"]
+
+    def read_prediction(self, file: Path) -> torch.Tensor:
+        """Return predicted labels, 1xHxWxD."""
+        loaded: Any = self._prediction({"label": file})
+        return loaded["label"]
+
+
+def _read_example(
+    title: str, case: Case, predictions: Sequence[Path], dice: Sequence[float], reader: _Reader
+) -> _Example:
+    image, true_labels = reader.read_case(case)
+    spacing_mm = header_spacing_mm(image)
+    grey, truth, *predicted = (
+        volume.numpy()[0] for volume in (image, true_labels, *(reader.read_prediction(file) for file in predictions))
+    )
     if grids := {labels.shape for labels in predicted} - {truth.shape}:
         raise ValueError(f"expected predictions of {case['image']} on its grid {truth.shape}, received {grids}")
     z = int((truth > 0).sum(axis=(0, 1)).argmax())
-    spacing_mm = tuple(float(mm) for mm in image.header.get_zooms()[:3])
     black, white = np.percentile(grey, WINDOW_PERCENTILES)
     return _Example(
-        title=f"{title}\nslice {z + 1} of {truth.shape[2]}",
+        title=title if is_picture(case["image"]) else f"{title}\nslice {z + 1} of {truth.shape[2]}",
         image=grey[..., z],
         window=(float(black), float(white)),
         truth=truth[..., z],
@@ -163,7 +202,7 @@ def _read_example(title: str, case: Case, predictions: Sequence[Path], dice: Seq
     )
 
 
-def _draw_row(axes_of_row: Sequence[Axes], example: _Example, methods: Sequence[int]) -> None:
+def _draw_row(axes_of_row: Sequence[Axes], example: _Example, methods: Sequence[int], classes: int) -> None:
     """Draw the truth and the predictions of some methods; array axis 0 points right and axis 1 down, as in overlays."""
     for unused in axes_of_row[1 + len(methods) :]:
         unused.set_axis_off()
@@ -171,7 +210,7 @@ def _draw_row(axes_of_row: Sequence[Axes], example: _Example, methods: Sequence[
     for column, (axes, labels) in enumerate(zip(axes_of_row, label_maps, strict=False)):
         vmin, vmax = example.window
         axes.imshow(example.image.T, cmap="gray", vmin=vmin, vmax=vmax, origin="upper", interpolation="bilinear")
-        draw_class_contours(axes, labels, len(CLASS_NAMES), PREDICTION_STYLE if column else TRUTH_STYLE)
+        draw_class_contours(axes, labels, classes, PREDICTION_STYLE if column else TRUTH_STYLE)
         across, down = (np.subtract(ends, 0.5) for ends in example.extent)
         axes.set(xlim=across, ylim=down[::-1], xticks=[], yticks=[])
         axes.set_aspect(example.spacing_mm[1] / example.spacing_mm[0])

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 
 from components.base.atomic_write import write_atomically
 from components.evaluation.overlays import SMALLEST_WIDTH_INCH
+from study.data import ACDC, StudyData
 from study.report.clinical import agreement, patient_pairs
 from study.report.tables import split_means
 
@@ -53,7 +54,9 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def draw_dice_by_patients(scores: pd.DataFrame, published: Mapping[str, Mapping[int, float]]) -> Figure | None:
+def draw_dice_by_patients(
+    scores: pd.DataFrame, published: Mapping[str, Mapping[int, float]], data: StudyData = ACDC
+) -> Figure | None:
     """Draw mean Dice in percent against the number of labelled patients, with the paper's scores.
 
     A method with at least two numbers of labelled patients is drawn as a line with the standard deviation (ddof 1) over
@@ -64,6 +67,7 @@ def draw_dice_by_patients(scores: pd.DataFrame, published: Mapping[str, Mapping[
     Args:
         scores: as `read_scores` returns them; ablations are ignored.
         published: the paper's mean Dice in percent by title and number of labelled patients, drawn as hollow markers.
+        data: of the study.
 
     Returns:
         the figure, which is not registered with pyplot; None if no method has two numbers of labelled patients.
@@ -90,7 +94,7 @@ def draw_dice_by_patients(scores: pd.DataFrame, published: Mapping[str, Mapping[
         x = [counts.index(count) + offset for count in reported[key]]
         axes.plot(x, list(reported[key].values()), linestyle="none", markerfacecolor="none", **style)
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
-    axes.set(xlabel="labelled patients (not to scale)", ylabel="mean Dice (%)")
+    axes.set(xlabel=f"{data.labelled} (not to scale)", ylabel="mean Dice (%)")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     handles, _ = axes.get_legend_handles_labels()

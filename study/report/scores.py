@@ -10,7 +10,10 @@ import pandas as pd
 from monai.bundle import ConfigParser
 
 from components.data.acdc import Case, list_patients, split_patients
-from study.cells import is_finished, list_stages
+from components.data.volume_metadata import case_name
+from components.data.volumes import prediction_name
+from study.cells import is_finished, list_cases_to_score, list_stages
+from study.data import ACDC, StudyData
 from study.grid import Cell
 
 
@@ -24,7 +27,7 @@ def evaluation_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None = Non
 
     Args:
         cell: the cell.
-        dataset_dir: folder of ACDC, or of a data set in its layout.
+        dataset_dir: as for `study.cells.list_stages`.
         sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
     """
     parser = list_stages(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1].parser()
@@ -33,13 +36,23 @@ def evaluation_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None = Non
 
 
 def list_test_cases(cell: Cell, dataset_dir: str) -> list[Case]:
-    """List the test cases of a cell, ED before ES."""
-    return evaluation_parser(cell, dataset_dir=dataset_dir).get_parsed_content("validate#dataloader#dataset").data
+    """List the test cases of a cell; those of ACDC ED before ES."""
+    return list_cases_to_score(evaluation_parser(cell, dataset_dir=dataset_dir))
 
 
-def count_training_patients(cell: Cell, dataset_dir: str) -> int:
-    """Count the patients that a cell with `labelled_patients` null trains on."""
-    include_testing = evaluation_parser(cell, dataset_dir=dataset_dir).get_parsed_content("include_testing")
+def prediction_file(cell: Cell, case: Case, output_dir: Path) -> Path:
+    """Return the path of a finished cell's prediction for a test case."""
+    return output_dir / cell.name / "eval" / prediction_name(case["image"])
+
+
+def count_training_patients(cell: Cell, dataset_dir: str, data: StudyData = ACDC) -> int:
+    """Count the patients, or the cases of a user's own data, that a cell with null of them labelled trains on."""
+    parser = evaluation_parser(cell, dataset_dir=dataset_dir)
+    if data.is_own:
+        parser[data.knob] = None
+        training = parser.get_parsed_content("train#dataset#data")
+        return len({data.group_of(case_name(case["image"])) for case in training})
+    include_testing = parser.get_parsed_content("include_testing")
     patients = list_patients(dataset_dir, include_testing=include_testing)
     return len(split_patients(list(patients), seed=cell.split)["training"])
 
@@ -50,7 +63,7 @@ def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_patients: i
     Args:
         cells: finished cells.
         output_dir: folder of the study.
-        training_patients: the number of patients that `labelled_patients` null stands for.
+        training_patients: the number of patients, or of cases of a user's own data, that null stands for.
 
     Returns:
         a row for each cell, case and class with the columns `method` (key), `title`, `ablation` and `value` (empty for
@@ -87,7 +100,7 @@ def cell_labels(cell: Cell, training_patients: int) -> dict[str, Any]:
 def _read(cells: Iterable[Cell], output_dir: Path, file: str, training_patients: int) -> pd.DataFrame:
     tables = []
     for cell in cells:
-        table = pd.read_csv(output_dir / cell.name / "eval" / file)
+        table = pd.read_csv(output_dir / cell.name / "eval" / file, converters={"case": str, "class": str})
         for position, (name, value) in enumerate(cell_labels(cell, training_patients).items()):
             table.insert(position, name, value)
         tables.append(table)

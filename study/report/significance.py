@@ -9,27 +9,37 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
-from components.data.acdc import patient_of
+from study.data import ACDC, StudyData
 from study.grid import Method
-
-SIGNIFICANCE_CAPTION = (
-    "Two-sided Wilcoxon signed-rank test over patients on the Dice averaged over classes. A patient has one value, the "
-    "mean difference A - B, in percentage points, over its frames and the splits that test it. p is adjusted by Holm "
-    "for all pairs with the same number of labelled patients; untrained methods are compared at every number. "
-    "The test accounts for the choice of patients, not for the variance between trainings. With fewer than 6 patients "
-    "no p can be below 0.05."
-)
-MATRIX_CAPTION = (
-    "Mean difference in Dice, row minus column, in percentage points; * where the p adjusted by Holm is below 0.05 "
-    "(two-sided Wilcoxon signed-rank test over patients)."
-)
 
 _COLUMNS = ["labelled_patients", "method_a", "method_b", "n_patients", "mean_difference", "p", "p_adjusted"]
 _LEVEL = 0.05
+_FRAMES_AND_SPLITS = "its frames and the splits that test it"
 
 
-def compare_methods(scores: pd.DataFrame, methods: Iterable[Method]) -> pd.DataFrame:
-    """Test every pair of methods with the same number of labelled patients.
+def significance_caption(data: StudyData = ACDC) -> str:
+    """Return what explains the tests."""
+    one, several = data.counts.removesuffix("s"), data.counts
+    over = "the splits that test it; cases of one group count as one" if data.is_own else _FRAMES_AND_SPLITS
+    return (
+        f"Two-sided Wilcoxon signed-rank test over {several} on the Dice averaged over classes. A {one} has one value, "
+        f"the mean difference A - B, in percentage points, over {over}. p is adjusted by Holm "
+        f"for all pairs with the same number of {data.labelled}; untrained methods are compared at every number. "
+        f"The test accounts for the choice of {several}, not for the variance between trainings. With fewer than 6 "
+        f"{several} no p can be below 0.05."
+    )
+
+
+def matrix_caption(data: StudyData = ACDC) -> str:
+    """Return what explains `significance_matrix`."""
+    return (
+        "Mean difference in Dice, row minus column, in percentage points; * where the p adjusted by Holm is below 0.05 "
+        f"(two-sided Wilcoxon signed-rank test over {data.counts})."
+    )
+
+
+def compare_methods(scores: pd.DataFrame, methods: Iterable[Method], data: StudyData = ACDC) -> pd.DataFrame:
+    """Test every pair of methods with the same number of labelled patients, or cases of a user's own data.
 
     A patient's two frames, and its volumes in the test sets of several splits, are not independent, so the test uses
     one value per patient. Volumes are compared if both methods were scored on them in the same split. With fewer than 6
@@ -39,9 +49,10 @@ def compare_methods(scores: pd.DataFrame, methods: Iterable[Method]) -> pd.DataF
     analyzing and visualizing challenge results", Scientific Reports 2021. Differs: two-sided, one value per patient.
 
     Args:
-        scores: as `read_scores` returns them, of at least one cell; ablations are ignored. Cases are named
-            `<patient>_frame<number>`.
+        scores: as `read_scores` returns them, of at least one cell; ablations are ignored. Cases of ACDC are
+            named `<patient>_frame<number>`.
         methods: in the order of the table.
+        data: of the study.
 
     Returns:
         a row for each number of labelled patients and pair of methods with a volume in common: `labelled_patients`, the
@@ -52,18 +63,18 @@ def compare_methods(scores: pd.DataFrame, methods: Iterable[Method]) -> pd.DataF
     scores = scores[scores["ablation"] == ""]
     methods = tuple(methods)
     trained = sorted(set(scores["labelled_patients"]) - {0})
-    tables = [_compare_at(count, scores, methods) for count in trained or [0]]
+    tables = [_compare_at(count, scores, methods, data) for count in trained or [0]]
     return pd.concat(tables, ignore_index=True)
 
 
-def significance_table(comparisons: pd.DataFrame) -> pd.DataFrame:
-    """Format what `compare_methods` returns as text; `SIGNIFICANCE_CAPTION` explains it."""
+def significance_table(comparisons: pd.DataFrame, data: StudyData = ACDC) -> pd.DataFrame:
+    """Format what `compare_methods` returns as text; `significance_caption` explains it."""
     return pd.DataFrame(
         {
-            "labelled patients": comparisons["labelled_patients"].astype(str),
+            data.labelled: comparisons["labelled_patients"].astype(str),
             "method A": comparisons["method_a"],
             "method B": comparisons["method_b"],
-            "patients": comparisons["n_patients"].astype(str),
+            data.counts: comparisons["n_patients"].astype(str),
             "A - B": comparisons["mean_difference"].map("{:+z.1f}".format),
             "p": comparisons["p"].map(_format_p),
             "adjusted p": comparisons["p_adjusted"].map(_format_p),
@@ -72,7 +83,7 @@ def significance_table(comparisons: pd.DataFrame) -> pd.DataFrame:
 
 
 def significance_matrix(comparisons: pd.DataFrame, labelled_patients: int) -> pd.DataFrame:
-    """Format the pairs with one number of labelled patients as a matrix; `MATRIX_CAPTION` explains it.
+    """Format the pairs with one number of labelled patients as a matrix; `matrix_caption` explains it.
 
     Args:
         comparisons: as `compare_methods` returns them.
@@ -94,18 +105,22 @@ def significance_matrix(comparisons: pd.DataFrame, labelled_patients: int) -> pd
     return matrix.reset_index(drop=True)
 
 
-def _compare_at(labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...]) -> pd.DataFrame:
-    volumes = _volumes_by_title(labelled_patients, scores, methods)
+def _compare_at(
+    labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...], data: StudyData
+) -> pd.DataFrame:
+    volumes = _volumes_by_title(labelled_patients, scores, methods, data)
     rows = []
     for a, b in combinations(volumes, 2):
-        differences = _by_patient(100 * (volumes[a] - volumes[b]).dropna())
+        differences = _by_patient(100 * (volumes[a] - volumes[b]).dropna(), data)
         if len(differences):
             rows.append((labelled_patients, a, b, len(differences), differences.mean(), _p_value(differences)))
     table = pd.DataFrame(rows, columns=_COLUMNS[:-1])
     return table.assign(p_adjusted=_holm(table["p"].to_numpy(dtype=float)))
 
 
-def _volumes_by_title(labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...]) -> pd.DataFrame:
+def _volumes_by_title(
+    labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...], data: StudyData
+) -> pd.DataFrame:
     """Average Dice over classes: a row for each split and case, a column for each method with that number or with 0."""
     taking_part = scores[scores["labelled_patients"].isin([0, labelled_patients])]
     by_volume = taking_part.groupby(["split", "case", "method", "labelled_patients"])["dice"].mean()
@@ -115,14 +130,14 @@ def _volumes_by_title(labelled_patients: int, scores: pd.DataFrame, methods: tup
     for method in methods:
         for count in sorted({0, labelled_patients}):
             if (method.key, count) in by_volume:
-                untrained = ", 0 patients" if count == 0 and method.key in trained else ""
+                untrained = f", 0 {data.counts}" if count == 0 and method.key in trained else ""
                 columns[method.title + untrained] = by_volume[(method.key, count)]
     return pd.DataFrame(columns)
 
 
-def _by_patient(volumes: pd.Series) -> pd.Series:
-    """Average over each patient's frames and splits."""
-    patients = volumes.index.get_level_values("case").map(patient_of)
+def _by_patient(volumes: pd.Series, data: StudyData) -> pd.Series:
+    """Average over each patient's frames, or group's cases, and splits."""
+    patients = volumes.index.get_level_values("case").map(data.group_of)
     return volumes.groupby(patients).mean()
 
 

@@ -9,31 +9,45 @@ from typing import Any
 import pandas as pd
 
 from components.base.atomic_write import write_atomically
+from study.data import ACDC, StudyData
 from study.grid import Ablation, Grid, Method
 from study.published import MeanStd, published_scores, published_variant, round_half_up
 
-_DICE = (
-    "Dice in percent: mean over the test volumes of a split, for each class and then over classes. The table shows the "
-    "mean ± standard deviation (ddof 1) over the splits, or only the mean if there is a single split. "
-)
-_ASSD = (
-    "ASSD in mm on the native grid, averaged in the same way; a miss (a class is present, but no voxel of it was "
-    "predicted) counts as the volume's diagonal. "
-)
 _PAPER = (
     "The paper's scores come from other test patients, and its ASSD is a different measure (95th percentile of the "
     "Hausdorff distance in pixels, 0 for a miss)."
 )
-MAIN_CAPTION = f"{_DICE}{_ASSD}Misses are summed over splits and classes. {_PAPER}"
-ABLATION_CAPTION = f"{_DICE}{_ASSD}All other settings are the method's own. {_PAPER}"
+_DICE_IN_PERCENT = "Dice in %"
 
-_DECIMALS = {"Dice in %": 1, "ASSD in mm": 2}
 _BY = ["method", "labelled_patients", "value", "split"]
 _NUMERIC = r"(?:[\d.,\s±<+*-]|of|to)*"
 _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
+
+
+def main_caption(methods: Iterable[Method], data: StudyData = ACDC) -> str:
+    """Return what explains `main_table`."""
+    return f"{_measures(data)}Misses are summed over splits and classes.{_of_paper(methods)}"
+
+
+def ablation_caption(methods: Iterable[Method], data: StudyData = ACDC) -> str:
+    """Return what explains `ablation_table`."""
+    return f"{_measures(data)}All other settings are the method's own.{_of_paper(methods)}"
+
+
+def _measures(data: StudyData) -> str:
+    return (
+        f"Dice in percent: mean over the test {data.item}s of a split, for each class and then over classes. The table "
+        "shows the mean ± standard deviation (ddof 1) over the splits, or only the mean if there is a single split. "
+        f"ASSD in {data.length} on the native grid, averaged in the same way; a miss (a class is present, but no "
+        f"{data.element} of it was predicted) counts as the {data.item}'s diagonal. "
+    )
+
+
+def _of_paper(methods: Iterable[Method]) -> str:
+    return f" {_PAPER}" if published_by_title(methods) else ""
 
 
 def split_means(scores: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -51,19 +65,24 @@ def split_means(scores: pd.DataFrame, measure: str) -> pd.DataFrame:
     return means.assign(mean=means.mean(axis=1))
 
 
-def main_table(scores: pd.DataFrame, misses: pd.DataFrame, methods: Iterable[Method]) -> pd.DataFrame:
+def main_table(
+    scores: pd.DataFrame, misses: pd.DataFrame, methods: Iterable[Method], data: StudyData = ACDC
+) -> pd.DataFrame:
     """Build the paper's table 1 from the finished cells: methods by number of labelled patients.
 
     Args:
         scores: as `read_scores` returns them, of at least one cell; ablations are ignored.
         misses: as `read_misses` returns them, of the same cells.
         methods: in the order of the table.
+        data: of the study.
 
     Returns:
-        a row of text for each method and number of labelled patients, fewest first; `MAIN_CAPTION` explains it.
+        a row of text for each method and number of labelled patients, fewest first, with the paper's scores if a method
+        names a row of its table; `main_caption` explains it.
     """
     scores, misses = (table[table["ablation"] == ""] for table in (scores, misses))
     methods = tuple(methods)
+    has_paper = any(method.paper for method in methods)
     dice, assd_mm = 100 * split_means(scores, "dice"), split_means(scores, "assd_mm")["mean"]
     missed = misses.groupby(["method", "labelled_patients"])[["n_misses", "n_volumes"]].sum()
     rows = []
@@ -72,12 +91,12 @@ def main_table(scores: pd.DataFrame, misses: pd.DataFrame, methods: Iterable[Met
             if (method.key, count) not in missed.index:
                 continue
             of_splits = dice.loc[(method.key, count)]
-            row: dict[str, Any] = {"labelled patients": str(count), "method": method.title}
+            row: dict[str, Any] = {data.labelled: str(count), "method": method.title}
             row |= {name: _mean_and_spread(of_splits[name], 1) for name in of_splits}
-            row["ASSD in mm"] = _mean_and_spread(assd_mm.loc[(method.key, count)], 2)
+            row[f"ASSD in {data.length}"] = _mean_and_spread(assd_mm.loc[(method.key, count)], 2)
             row["misses"] = "{n_misses} of {n_volumes}".format(**missed.loc[(method.key, count)])
             row["splits"] = str(len(of_splits))
-            rows.append(row | _published_columns(method, count))
+            rows.append(row | (_published_columns(method, count) if has_paper else {}))
     return pd.DataFrame(rows)
 
 
@@ -91,22 +110,26 @@ def ablation_table(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.D
 
     Returns:
         rows of text for each method and number of labelled patients with at least one finished variant: the mean Dice
-        and the mean ASSD of each value, each followed by the paper's if it reports any; `ABLATION_CAPTION` explains
+        and the mean ASSD of each value, each followed by the paper's if it reports any; `ablation_caption` explains
         them.
     """
     own = _ablation_scores(scores, ablation, grid)
-    measures = {"Dice in %": 100 * split_means(own, "dice")["mean"], "ASSD in mm": split_means(own, "assd_mm")["mean"]}
+    labelled = grid.data.labelled
+    measures = {
+        _DICE_IN_PERCENT: 100 * split_means(own, "dice")["mean"],
+        f"ASSD in {grid.data.length}": split_means(own, "assd_mm")["mean"],
+    }
     rows = []
     for method in grid.methods:
         for count in sorted(set(own.loc[own["method"] == method.key, "labelled_patients"])):
-            row = {"method": method.title, "labelled patients": str(count)}
+            row = {"method": method.title, labelled: str(count)}
             for measure, means in measures.items():
                 of_values = dict(list(means.loc[(method.key, count)].groupby("value")))
                 rows.append(row | {"measure": measure, "source": "this study"} | _ours(of_values, ablation, measure))
                 theirs = {v: _published_value(method, ablation, v, count, measure) for v in ablation.values}
                 if any(theirs.values()):
                     rows.append(row | {"measure": measure, "source": "paper"} | theirs | {"splits": "4"})
-    return pd.DataFrame(rows, columns=["method", "labelled patients", "measure", "source", *ablation.values, "splits"])
+    return pd.DataFrame(rows, columns=["method", labelled, "measure", "source", *ablation.values, "splits"])
 
 
 def published_by_title(methods: Iterable[Method]) -> dict[str, dict[int, float]]:
@@ -182,7 +205,7 @@ def _published_columns(method: Method, labelled_patients: int) -> dict[str, str]
 
 def _ours(of_values: Mapping[str, pd.Series], ablation: Ablation, measure: str) -> dict[str, str]:
     """Format the scores of each value of an ablation, and the number of splits."""
-    decimals = _DECIMALS[measure]
+    decimals = _decimals(measure)
     lengths = sorted({len(values) for values in of_values.values()})
     ours = {value: _mean_and_spread(of_values.get(value, pd.Series()), decimals) for value in ablation.values}
     return ours | {"splits": " to ".join(str(n) for n in dict.fromkeys((lengths[0], lengths[-1])))}
@@ -192,8 +215,12 @@ def _published_value(method: Method, ablation: Ablation, value: str, labelled_pa
     published = published_variant(method.paper, ablation.key, value, labelled_patients) if method.paper else None
     if published is None:
         return ""
-    number = published.dice if measure == "Dice in %" else published.assd
-    return "" if number is None else round_half_up(number, _DECIMALS[measure])
+    number = published.dice if measure == _DICE_IN_PERCENT else published.assd
+    return "" if number is None else round_half_up(number, _decimals(measure))
+
+
+def _decimals(measure: str) -> int:
+    return 1 if measure == _DICE_IN_PERCENT else 2
 
 
 def _mean_and_spread(values: pd.Series, decimals: int) -> str:

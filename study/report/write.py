@@ -18,16 +18,16 @@ from study.report.figures import BLAND_ALTMAN_QUANTITIES, draw_bland_altman, dra
 from study.report.page import Figure, Section, Table, write_page
 from study.report.scores import count_training_patients, finished_cells, read_misses, read_scores
 from study.report.significance import (
-    MATRIX_CAPTION,
-    SIGNIFICANCE_CAPTION,
     compare_methods,
+    matrix_caption,
+    significance_caption,
     significance_matrix,
     significance_table,
 )
 from study.report.tables import (
-    ABLATION_CAPTION,
-    MAIN_CAPTION,
+    ablation_caption,
     ablation_table,
+    main_caption,
     main_table,
     published_by_title,
     write_table,
@@ -41,7 +41,7 @@ def write_report(grid: Grid, output_dir: Path, *, dataset_dir: str, sam_dir: str
         grid: the study.
         output_dir: folder of the study, to which `report.html`, the scores of every volume, and all tables and figures
             are written.
-        dataset_dir: folder of ACDC, or of a data set in its layout.
+        dataset_dir: as for `study.cells.list_stages`.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
 
     Returns:
@@ -53,7 +53,7 @@ def write_report(grid: Grid, output_dir: Path, *, dataset_dir: str, sam_dir: str
         report = _Report(grid, cells, output_dir, dataset_dir=dataset_dir, sam_dir=sam_dir)
         sections = [*report.sections(), *sections]
     page = output_dir / "report.html"
-    write_page(page, title="Adapting SAM to cardiac MR", description=grid.description, sections=sections)
+    write_page(page, title=grid.data.title, description=grid.description, sections=sections)
     return page
 
 
@@ -63,41 +63,46 @@ class _Report:
     def __init__(
         self, grid: Grid, cells: Sequence[Cell], output_dir: Path, *, dataset_dir: str, sam_dir: str | None
     ) -> None:
-        training = count_training_patients(cells[0], dataset_dir)
+        training = count_training_patients(cells[0], dataset_dir, grid.data)
         self.grid = grid
+        self.data = grid.data
         self.cells = cells
         self.output_dir = output_dir
         self.dataset_dir = dataset_dir
         self.sam_dir = sam_dir
         self.scores = read_scores(cells, output_dir, training_patients=training)
         self.misses = read_misses(cells, output_dir, training_patients=training)
-        self.measurements = read_measurements(cells, output_dir, dataset_dir=dataset_dir, training_patients=training)
+        self.training = training
         self.fewest = min((cell.labelled_patients for cell in cells if cell.labelled_patients), default=0)
-        _write_csv(self.scores, output_dir / "scores.csv")
-        _write_csv(self.measurements, output_dir / "measurements.csv")
+        _write_csv(self.scores.rename(columns={"labelled_patients": self.data.knob}), output_dir / "scores.csv")
 
     def sections(self) -> list[Section]:
         """Write all tables and figures, and return the page's sections."""
-        return [self._methods(), *self._ablations(), self._significance(), self._clinical(), self._encoder()]
+        clinical = [] if self.data.is_own else [self._clinical()]
+        return [self._methods(), *self._ablations(), self._significance(), *clinical, *self._encoder()]
 
     def _methods(self) -> Section:
+        methods = self.grid.methods
+        published = published_by_title(methods)
+        table = main_table(self.scores, self.misses, methods, self.data)
+        hollow = "; hollow markers: the paper's scores, on other test patients" if published else ""
         return Section(
             "Methods",
-            tables=[self._table(main_table(self.scores, self.misses, self.grid.methods), "table_1", MAIN_CAPTION)],
+            tables=[self._table(table, "table_1", main_caption(methods, self.data))],
             figures=[
                 *self._figure(
-                    draw_dice_by_patients(self.scores, published_by_title(self.grid.methods)),
-                    "dice_by_patients",
-                    "Mean Dice against the number of labelled patients; bars: standard deviation over splits; hollow "
-                    "markers: the paper's scores, on other test patients.",
+                    draw_dice_by_patients(self.scores, published, self.data),
+                    f"dice_by_{self.data.counts}",
+                    f"Mean Dice against the number of {self.data.labelled}; bars: standard deviation over splits"
+                    f"{hollow}.",
                 ),
                 *self._figure(
                     draw_contours(
                         self.grid.cells, self.output_dir, dataset_dir=self.dataset_dir, labelled_patients=self.fewest
                     ),
                     "contours",
-                    f"Worst, median and best test volume of a split, by mean Dice over all methods, trained on "
-                    f"{self.fewest} labelled patients.",
+                    f"Worst, median and best test {self.data.item} of a split, by mean Dice over all methods, trained "
+                    f"on {self.fewest} {self.data.labelled}.",
                     suffix=".png",
                 ),
             ],
@@ -108,26 +113,33 @@ class _Report:
         for ablation in self.grid.ablations:
             table = ablation_table(self.scores, ablation, self.grid)
             if len(table):
-                caption = f"{ablation.title}. {ABLATION_CAPTION}"
+                caption = f"{ablation.title}. {ablation_caption(self.grid.methods, self.data)}"
                 sections.append(
                     Section(ablation.title, tables=[self._table(table, f"ablation_{ablation.key}", caption)])
                 )
         return sections
 
     def _significance(self) -> Section:
-        comparisons = compare_methods(self.scores, self.grid.methods)
-        write_table(significance_table(comparisons), self.output_dir / "significance", SIGNIFICANCE_CAPTION)
+        comparisons = compare_methods(self.scores, self.grid.methods, self.data)
+        caption, of_matrix = significance_caption(self.data), matrix_caption(self.data)
+        write_table(significance_table(comparisons, self.data), self.output_dir / "significance", caption)
         return Section(
             "Significance",
-            text=SIGNIFICANCE_CAPTION,
+            text=caption,
             tables=[
-                Table(f"Labelled patients: {count}. {MATRIX_CAPTION}", significance_matrix(comparisons, count))
+                Table(
+                    f"{self.data.labelled.capitalize()}: {count}. {of_matrix}", significance_matrix(comparisons, count)
+                )
                 for count in comparisons["labelled_patients"].unique()
             ],
         )
 
     def _clinical(self) -> Section:
-        table = agreement_table(agreement(self.measurements))
+        measurements = read_measurements(
+            self.cells, self.output_dir, dataset_dir=self.dataset_dir, training_patients=self.training
+        )
+        _write_csv(measurements, self.output_dir / "measurements.csv")
+        table = agreement_table(agreement(measurements))
         write_table(table, self.output_dir / "clinical", CLINICAL_CAPTION)
         shown = table[table["quantity"].isin(BLAND_ALTMAN_QUANTITIES)]
         return Section(
@@ -135,31 +147,29 @@ class _Report:
             text="clinical.csv also contains the end-diastolic volumes and the mass at end-systole.",
             tables=[Table(CLINICAL_CAPTION, shown)],
             figures=self._figure(
-                draw_bland_altman(self.measurements, labelled_patients=self.fewest),
+                draw_bland_altman(measurements, labelled_patients=self.fewest),
                 "bland_altman",
                 f"Bland-Altman plots, methods trained on {self.fewest} labelled patients: predicted minus true against "
                 "their mean; lines: bias and limits of agreement (bias ± 1.96 standard deviations).",
             ),
         )
 
-    def _encoder(self) -> Section:
+    def _encoder(self) -> list[Section]:
         method = embedding_method(self.cells)
         if method is None:
-            return Section("Embeddings of the encoder", text="No method of this study has a frozen encoder.")
+            return []
         split = min(cell.split for cell in self.cells)
         cache_dir = str(self.output_dir / "embeddings")
         vectors, groups = embed_slices(
             method, dataset_dir=self.dataset_dir, split=split, cache_dir=cache_dir, sam_dir=self.sam_dir
         )
-        return Section(
-            "Embeddings of the encoder",
-            figures=self._figure(
-                draw_embeddings(vectors, groups),
-                "embeddings",
-                f"t-SNE of the frozen encoder's embeddings ({method.title}), averaged over space: slices of the test "
-                f"patients of split {split}, and phantoms.",
-            ),
+        figures = self._figure(
+            draw_embeddings(vectors, groups),
+            "embeddings",
+            f"t-SNE of the frozen encoder's embeddings ({method.title}), averaged over space: slices of the test "
+            f"patients of split {split}, and phantoms.",
         )
+        return [Section("Embeddings of the encoder", figures=figures)]
 
     def _table(self, table: pd.DataFrame, stem: str, caption: str) -> Table:
         write_table(table, self.output_dir / stem, caption)

@@ -1,0 +1,78 @@
+"""The data set of a study: ACDC, or a user's own data, for which `python -m adapt new` has made the bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.data.acdc import SUBSETS, patient_of
+from components.data.own_data import groups_of_cases, read_data
+
+_MUST_AGREE = ("dataset_dir", "class_names", "label_values", *SUBSETS)  # between bundles of one study
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """What all methods of a study are trained and tested on, and what its report calls it.
+
+    Args:
+        title: of the report.
+        counts: what the number of labelled ones counts, `patients` or `cases`; a case is a `group` of images, if
+            `data.json` has such.
+        item: one image, `volume` or `picture`.
+        element: of an image, `voxel` or `pixel`.
+        length: unit of distances, `mm` or `pixels`.
+        groups: of a user's own data the group of each case; None for ACDC.
+    """
+
+    title: str = "Adapting SAM to cardiac MR"
+    counts: str = "patients"
+    item: str = "volume"
+    element: str = "voxel"
+    length: str = "mm"
+    groups: Mapping[str, str] | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a user's own data."""
+        return self.groups is not None
+
+    @property
+    def knob(self) -> str:
+        """The knob of the bundles, and the key of the grid, with the number of labelled ones."""
+        return f"labelled_{self.counts}"
+
+    @property
+    def labelled(self) -> str:
+        """What this number is called in tables and figures."""
+        return f"labelled {self.counts}"
+
+    def group_of(self, case: str) -> str:
+        """Return the patient or the group of a case, by the case's name."""
+        return patient_of(case) if self.groups is None else self.groups[case]
+
+
+ACDC = StudyData()
+
+
+def own_study_data(file: Path) -> StudyData:
+    """Describe a user's own data.
+
+    Args:
+        file: `data.json` of a bundle.
+
+    Raises:
+        ValueError: when it lacks something, or two cases have the same name.
+    """
+    name = file.parents[1].name
+    groups = groups_of_cases(file)
+    if read_data(file)["pictures"]:
+        return StudyData(f"Study of {name}", "cases", "picture", "pixel", "pixels", groups)
+    return StudyData(f"Study of {name}", "cases", groups=groups)
+
+
+def differences(file: Path, other: Path) -> list[str]:
+    """List the keys by which the `data.json` of two bundles describe different data; none where they are the same."""
+    one, two = read_data(file), read_data(other)
+    return [name for name in _MUST_AGREE if one[name] != two[name]]

@@ -1,0 +1,275 @@
+"""Studies of a user's own data: grids over bundles that `python -m adapt new` wrote, their cells and their report."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import monai.bundle
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import mark_finished
+from PIL import Image
+from test_own_data import decathlon, plain, write_volume
+
+from adapt.new import new_bundle
+from components.data.own_data import own_cases
+from components.data.transforms import LoadVolumed
+from components.data.volume_metadata import case_name
+from components.data.volumes import prediction_name
+from components.networks.unet import GreyUNet
+from components.phantom.dataset import write_phantom_dataset
+from study.__main__ import run
+from study.cells import is_finished, list_stages
+from study.costs import cost_table
+from study.grid import read_grid
+from study.report import write_report
+from study.report.contours import draw_contours
+from study.report.significance import compare_methods
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUICK = {"width": 2, "steps": 1, "val_interval": 1, "canvas_size": 64, "crop_size": 64, "test_time_views": 1}
+
+
+def write_grid(folder: Path, bundle: str = "./organ", **changes) -> Path:
+    """A grid over one bundle: from scratch, and from there on with cases without labels."""
+    methods = {
+        "unet": {"title": "UNet", "bundle": bundle, "knobs": QUICK},
+        "more": {
+            "title": "UNet, then unlabelled",
+            "bundle": bundle,
+            "overlays": ["unlabelled"],
+            "continues": "unet",
+            "knobs": QUICK | {"unlabelled_cases": 2},
+        },
+    }
+    grid = {"methods": methods, "labelled_cases": [1, 2], "splits": [0]} | changes
+    file = folder / "grid.json"
+    file.write_text(json.dumps(grid))
+    return file
+
+
+@pytest.fixture(params=[decathlon, plain], ids=["volumes", "pictures"])
+def organ(request, tmp_path) -> Path:
+    """A folder with data and, beside them, their bundle `organ`."""
+    new_bundle("organ", request.param(tmp_path / "data"), tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def volumes(tmp_path) -> Path:
+    new_bundle("organ", decathlon(tmp_path / "data"), tmp_path)
+    return tmp_path
+
+
+def cases_of(folder: Path, subset: str, split: int = 0) -> list[dict[str, str]]:
+    data = folder / "organ/configs/data.json"
+    return own_cases(data, subset, dataset_dir=str(folder / "data"), split_seed=split)
+
+
+def test_a_bundle_is_named_by_a_path_from_the_grids_folder(volumes, monkeypatch):
+    monkeypatch.chdir("/")
+    grid = read_grid(write_grid(volumes))
+    assert [cell.name for cell in grid.cells] == [
+        f"{method}/cases_{count}/split_0" for method in ("unet", "more") for count in (1, 2)
+    ]
+    assert {method.config("train") for method in grid.methods} == {volumes / "organ/configs/train.json"}
+    assert grid.data.title == "Study of organ"
+
+
+def test_the_number_is_handed_over_by_the_bundles_own_knob_and_the_data_lie_where_it_says(volumes):
+    cells = {cell.name: cell for cell in read_grid(write_grid(volumes)).cells}
+    training, evaluating = list_stages(cells["more/cases_2/split_0"], dataset_dir="", output_dir=volumes)
+    for stage in (training, evaluating):
+        assert stage.knobs["labelled_cases"] == 2
+        assert {"labelled_patients", "dataset_dir"}.isdisjoint(stage.knobs)
+    assert training.knobs["start_checkpoint"] == str(volumes / "unet/cases_2/split_0/models/model.pt")
+    moved, _ = list_stages(cells["unet/cases_1/split_0"], dataset_dir="/moved", output_dir=volumes)
+    assert moved.knobs["dataset_dir"] == "/moved"
+
+
+def method(bundle: str, **settings) -> dict:
+    return {"title": bundle, "bundle": bundle} | settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"methods": {"a": method("./organ"), "b": method("unet_acdc")}},
+            r"expected one data set for all methods, received those of a \(.*organ/configs/data.json\) and b \(ACDC\)",
+        ),
+        (
+            {"methods": {"a": method("./organ"), "b": method("./other")}},
+            r"one data set for all methods, .* b \(.*other/configs/data.json\), which differ in dataset_dir.*: write a",
+        ),
+        ({"methods": {"a": method("./organs")}}, "needs .*organs/configs/evaluate.json, which does not exist"),
+        ({"labelled_patients": [1]}, "unknown labelled_patients; expected labelled_cases, which its bundles have"),
+        ({"methods": {"a": method("./organ", labelled_patients=[1])}}, "unknown labelled_patients; expected"),
+        (
+            {"labelled_cases": [0]},
+            "has 0 in labelled_cases, but nothing that its training starts from: set start_check",
+        ),
+        (
+            {"methods": {"a": method("./organ", overlays=["unlabelled"], labelled_cases=[0])}},
+            "one's own data, which needs a labelled case: leave out labelled_cases 0",
+        ),
+        ({"dataset": {"patients": 4}}, "unknown dataset; expected no phantoms"),
+    ],
+)
+def test_a_grid_of_ones_own_data_that_makes_no_sense_is_refused(volumes, changes, message):
+    new_bundle("other", plain(volumes / "more", side=20), volumes)
+    with pytest.raises(ValueError, match=message):
+        read_grid(write_grid(volumes, **changes))
+
+
+def test_bundles_of_the_same_data_can_be_compared_and_a_file_evaluated_without_training(volumes):
+    shutil.copytree(volumes / "organ", volumes / "changed")
+    start = str(volumes / "start.pt")
+    methods = {"a": method("./organ"), "b": method("./changed", knobs={"start_checkpoint": start}, labelled_cases=[0])}
+    *_, cell = read_grid(write_grid(volumes, methods=methods)).cells
+    (evaluating,) = list_stages(cell, dataset_dir="", output_dir=volumes)
+    assert evaluating.knobs["ckpt_path"] == "$@start_checkpoint"
+
+
+def run_in_this_process(stage, _log, **_):
+    """Run a stage as MONAI's runner does, which takes seconds to start in a process of its own."""
+    configs = [str(stage.method.config(name)) for name in stage.configs]
+    options = {"bundle_root": str(stage.method.config("train").parents[1]), "is_silent": True, **stage.knobs}
+    monai.bundle.run(stage.name, config_file=configs, logging_file=False, **options)
+
+
+def test_a_study_of_ones_own_data_runs_up_to_its_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("study.cells._run", run_in_this_process)
+    new_bundle("organ", plain(tmp_path / "data"), tmp_path)
+    grid, output = write_grid(tmp_path, labelled_cases=[1]), tmp_path / "study"
+    costs = cost_table(read_grid(grid).cells, dataset_dir="", output_dir=output)
+    assert (costs["minutes left"] > 0).all()
+    run(str(grid), str(output))
+    assert all(is_finished(output / cell.name) for cell in read_grid(grid).cells)
+    started = json.loads((output / "more/cases_1/split_0/training.json").read_text())["start_checkpoint"]
+    assert started == str(output / "unet/cases_1/split_0/models/model.pt")
+    table = pd.read_csv(output / "table_1.csv")
+    assert list(table["method"]) == ["UNet", "UNet, then unlabelled"]
+    assert (output / "contours.png").is_file()
+
+
+def finish(folder: Path, cell, dice: float) -> None:
+    """A finished cell that predicts the truth of every test case and is scored with some Dice."""
+    output = folder / "study" / cell.name / "eval"
+    output.mkdir(parents=True)
+    mark_finished(output.parent)
+    (output.parent / "cell.json").write_text(
+        json.dumps(json.loads((output.parent / "cell.json").read_text()) | {"versions": {"monai": "1"}})
+    )
+    data = json.loads((folder / "organ/configs/data.json").read_text())
+    names = data["class_names"]
+    cases = cases_of(folder, "test", cell.split)
+    for case in cases:
+        label = LoadVolumed("label", label_values=data["label_values"])({"label": case["label"]})["label"]
+        array, file = label[0].numpy().astype(np.uint8), output / prediction_name(case["image"])
+        if data["pictures"]:
+            picture = Image.fromarray(array[..., 0].T)
+            picture.putpalette([0, 0, 0, 9, 9, 9])
+            picture.save(file)
+        else:
+            write_volume(file, array, label.affine.numpy())
+    rows = [(case_name(case["image"]), name, dice, 1.5) for case in cases for name in names]
+    pd.DataFrame(rows, columns=["case", "class", "dice", "assd_mm"]).to_csv(output / "metrics.csv", index=False)
+    summary = [(name, len(cases), 0, 0) for name in (*names, "mean")]
+    columns = ["class", "n_volumes", "n_misses", "n_false_alarms"]
+    pd.DataFrame(summary, columns=columns).to_csv(output / "summary.csv", index=False)
+
+
+def test_the_report_is_of_the_bundles_classes_and_says_nothing_of_hearts(organ):
+    grid = read_grid(write_grid(organ, splits=[0, 1], labelled_cases=[1, 2, None]))
+    for number, cell in enumerate(grid.cells):
+        finish(organ, cell, 0.5 + number / 100)
+    output = organ / "study"
+    page = write_report(grid, output, dataset_dir="").read_text()
+    pictures = (organ / "data/images").is_dir()
+    names, length = (["foreground"], "pixels") if pictures else (["Anterior", "Posterior"], "mm")
+    table = pd.read_csv(output / "table_1.csv")
+    columns = ["labelled cases", "method", *names, "mean", f"ASSD in {length}", "misses", "splits"]
+    assert list(table) == columns
+    assert list(table["labelled cases"]) == [1, 1, 2, 2, 6, 6]  # 6 of 8 cases train
+    assert {path.stem for path in output.glob("*.png")} == {"dice_by_cases", "contours"}
+    assert "labelled_cases" in pd.read_csv(output / "scores.csv")
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == ["Methods", "Significance", "State"]
+    assert "<title>Study of organ</title>" in page
+    text = re.sub(r"data:image/[^\"]*", "", page)
+    assert not re.search(r"patient|cardiac|ACDC|paper|frame", text)
+    assert pictures == ("voxel" not in text)
+
+
+def test_contours_lie_on_the_image_as_the_network_sees_it(organ):
+    grid = read_grid(write_grid(organ, labelled_cases=[1]))
+    for cell in grid.cells:
+        finish(organ, cell, 0.5)
+    figure = draw_contours(grid.cells, organ / "study", dataset_dir="", labelled_patients=1)
+    rows = [axes for axes in figure.axes if axes.get_ylabel()]
+    assert len(rows) == 2 - (len(cases_of(organ, "test")) == 1)
+    pictures = (organ / "data/images").is_dir()
+    assert pictures == ("slice" not in rows[0].get_ylabel())
+    truth, prediction = figure.axes[0], figure.axes[1]
+    shapes = [
+        [path.get_extents().extents.tolist() for path in axes.collections[0].get_paths()]
+        for axes in (truth, prediction)
+    ]
+    assert shapes[0] == shapes[1]
+    if pictures:
+        case = rows[0].get_ylabel().splitlines()[1]
+        width, height = Image.open(organ / f"data/images/{case}.png").size
+        assert truth.images[0].get_array().shape == (height, width)
+        mask = np.argwhere(np.asarray(Image.open(organ / f"data/masks/{case}.png")))
+        top, left = mask.min(axis=0)
+        bottom, right = mask.max(axis=0)
+        assert shapes[0] == [[left - 0.5, top - 0.5, right + 0.5, bottom + 0.5]]
+
+
+def test_cases_of_one_group_are_one_in_the_tests_of_significance(volumes):
+    data = json.loads((volumes / "organ/configs/data.json").read_text())
+    for number, case in enumerate(data["training"]):
+        case["group"] = f"person_{number // 2}"
+    (volumes / "organ/configs/data.json").write_text(json.dumps(data))
+    grid = read_grid(write_grid(volumes))
+    rows = [
+        {"method": key, "title": key, "ablation": "", "labelled_patients": 1, "split": 0, "class": "A"}
+        | {"case": case_name(case["image"]), "dice": 0.5 + 0.1 * (key == "unet")}
+        for key in ("unet", "more")
+        for case in data["training"]
+    ]
+    (pair,) = compare_methods(pd.DataFrame(rows), grid.methods, grid.data).to_dict("records")
+    assert pair["n_patients"] == len(data["training"]) / 2
+    data["training"].append(data["training"][0] | {"image": "elsewhere/case_0.nii.gz"})
+    (volumes / "organ/configs/data.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"two cases with the name case_0, .* rename one"):
+        read_grid(write_grid(volumes))
+
+
+def test_with_unlabelled_patients_alone_the_trained_network_is_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr("study.cells._run", run_in_this_process)
+    data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=4, size_hw_d=(64, 48, 3))
+    torch.manual_seed(0)
+    start = tmp_path / "start.pt"
+    torch.save(GreyUNet(out_channels=4, width=2).state_dict(), start)
+    knobs = {"start_checkpoint": str(start), "canvas_size": 32, "crop_size": 32, "epochs": 1, "phantom_share": 0}
+    knobs |= {"width": 2, "val_interval": 1, "test_time_views": 2}
+    of_both = {"bundle": "unet_acdc", "knobs": knobs}
+    methods = {
+        "unet": of_both | {"title": "UNet", "overlays": ["tiny"]},
+        "more": of_both | {"title": "then unlabelled", "overlays": ["tiny", "unlabelled"], "continues": "unet"},
+    }
+    grid = tmp_path / "grid.json"
+    grid.write_text(json.dumps({"methods": methods, "labelled_patients": [0, 1], "splits": [0]}))
+    run(str(grid), str(tmp_path / "study"), dataset_dir=data)
+    assert not (tmp_path / "study/unet/patients_0/split_0/models").exists()
+    assert (tmp_path / "study/more/patients_0/split_0/models/model.pt").is_file()
+    scored = [tmp_path / f"study/{key}/patients_0/split_0/eval/metrics.csv" for key in methods]
+    assert len({file.read_text() for file in scored}) == 2
+    started = json.loads((tmp_path / "study/more/patients_1/split_0/training.json").read_text())["start_checkpoint"]
+    assert started == str(tmp_path / "study/unet/patients_1/split_0/models/model.pt")
+    assert "paper's Dice" not in pd.read_csv(tmp_path / "study/table_1.csv")
