@@ -99,6 +99,7 @@ class _Estimate:
         self._speeds: dict[str, Speed] = {}
         self._embedded: dict[tuple[str, Any, str], int] = {}  # number of slices, by encoder, split and subset
         self._depths: dict[str, int] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     def seconds(self, task: Task) -> float:
         """Estimate the seconds of a task."""
@@ -106,49 +107,49 @@ class _Estimate:
         return sum(_STARTUP_S + self._stage_seconds(stage, task) for stage in stages)
 
     def _stage_seconds(self, stage: Stage, task: Task) -> float:
-        parser = stage.parser()
-        parser["bundle_root"] = str(stage.method.config("evaluate").parents[1])  # the runner starts in this folder
-        weights = _WEIGHTS if stage.name != "evaluating" else _WEIGHTS[:2]  # what it was trained with is in the last
-        parser.update({name: None for name in (*weights, "cache_dir") if name in parser.get()})
-        if "trained_with" in parser.get():
-            parser.update({"trained_with#views_shown": None})  # which a start, left out here, may have been shown
-        if stage.name == "training":
-            parser["train#dataset#progress"] = False
-        unlabelled = stage.name == "training" and UNLABELLED in stage.configs
-        if unlabelled:
-            parser["train#dataset#pseudo_labels"] = "$lambda item: {**item, 'label': item['image']}"
+        parser = _without_weights(stage)
         config: Callable[[str], Any] = parser.get_parsed_content
+
+        def knob(name: str, otherwise: Any) -> Any:
+            return config(name) if name in parser.get() else otherwise
+
         network = name_without_split(task).partition(f"/{task.method.counts}_")[0]
         if network not in self._speeds:
             self._speeds[network] = measure_speed(parser)
         speed = self._speeds[network]
-        axis = config("slice_axis") if "slice_axis" in parser.get() else None
-        views = config("test_time_views") if "test_time_views" in parser.get() else 1
+        axis, views = knob("slice_axis", None), knob("test_time_views", 1)
         if stage.name == "evaluating":
             shown = self._slices(list_cases_to_score(parser), axis) * views
             return shown * speed.predict_s + self._newly_embedded(stage, "test", shown) * speed.encode_s
-        epochs = config("epochs")
         if "steps_per_epoch" in parser.get():
-            return epochs * config("steps_per_epoch") * config("batch_size") * speed.train_s
-        if unlabelled or task.method.data_file:
-            slices = len(config("train#dataset"))  # with repeated ones
+            return config("epochs") * config("steps_per_epoch") * config("batch_size") * speed.train_s
+        unlabelled = _learns_from_unlabelled(stage)
+        if unlabelled or task.method.data_file:  # which repeat slices
+            epochs, slices = self._size(name_without_split(task), config)
         else:
-            slices = self._slices(config("train#dataset#data"), axis)
-        share = config("phantom_share") if "phantom_share" in parser.get() else 0
+            epochs, slices = config("epochs"), self._slices(config("train#dataset#data"), axis)
+        share = knob("phantom_share", 0)
         phantoms = slices * share / (1 - share)
         seconds = epochs * (slices + phantoms) * speed.train_s
         if stage.name == "pretraining":
             return 2 * seconds  # two views of each slice
         validated = self._slices(config("validate#dataset#data"), axis) * views
+        if stage.knobs[f"labelled_{task.method.counts}"] == 0:  # then nothing is validated
+            validated = 0
         seconds += -(-epochs // config("val_interval")) * validated * speed.predict_s
         if unlabelled:
-            to_label = self._slices(config("train#dataset#unlabelled"), axis)
-            seconds += to_label * views * speed.predict_s
+            seconds += self._slices(config("train#dataset#unlabelled"), axis) * views * speed.predict_s
         if speed.encode_s == 0:
             return seconds
         shown = slices * min(config("views") or epochs, epochs) + min(_POOL_SIZE, epochs * phantoms)
         embedded = self._newly_embedded(stage, "training", shown) + self._newly_embedded(stage, "validation", validated)
         return seconds + embedded * speed.encode_s
+
+    def _size(self, name: str, config: Callable[[str], Any]) -> tuple[int, int]:
+        """Return the epochs of a training and the slices of one, of which the volumes are read: once for all splits."""
+        if name not in self._sizes:
+            self._sizes[name] = config("epochs"), len(config("train#dataset"))
+        return self._sizes[name]
 
     def _newly_embedded(self, stage: Stage, subset: str, slices: float) -> float:
         """Return the number of slices that no earlier task has embedded, and count them as embedded."""
@@ -163,6 +164,25 @@ class _Estimate:
             if case["image"] not in self._depths:
                 self._depths[case["image"]] = _depth(case["image"], slice_axis)
         return sum(self._depths[case["image"]] for case in cases)
+
+
+def _without_weights(stage: Stage) -> ConfigParser:
+    """Read the configs of a stage, without what only its results depend on."""
+    parser = stage.parser()
+    parser["bundle_root"] = str(stage.method.config("evaluate").parents[1])  # the runner starts in this folder
+    weights = _WEIGHTS if stage.name != "evaluating" else _WEIGHTS[:2]  # the last may say what it was trained with
+    parser.update({name: None for name in (*weights, "cache_dir") if name in parser.get()})
+    if "trained_with" in parser.get():
+        parser.update({"trained_with#views_shown": None})  # which a start, left out here, may have been shown
+    if stage.name == "training":
+        parser["train#dataset#progress"] = False
+    if _learns_from_unlabelled(stage):
+        parser["train#dataset#pseudo_labels"] = "$lambda item: {**item, 'label': item['image']}"
+    return parser
+
+
+def _learns_from_unlabelled(stage: Stage) -> bool:
+    return stage.name == "training" and UNLABELLED in stage.configs
 
 
 def _depth(image: str, slice_axis: int | None) -> int:

@@ -19,12 +19,17 @@ Result = tuple[Task, str | None]  # a task that has ended, with the error messag
 
 
 def with_preparations(cells: Sequence[Cell]) -> list[Task]:
-    """List cells, each one's preparation before it; a preparation that several cells share is listed once."""
+    """List cells and their preparations, each task once and after the one that it starts from."""
+    by_name: dict[str | None, Task] = {cell.name: cell for cell in cells}
     tasks: dict[str, Task] = {}
+
+    def add(task: Task) -> None:
+        if isinstance(task, Cell) and (start := task.preparation or by_name.get(task.starts_from)):
+            add(start)
+        tasks.setdefault(task.name, task)
+
     for cell in cells:
-        for task in (cell.preparation, cell):
-            if task is not None:
-                tasks.setdefault(task.name, task)
+        add(cell)
     return list(tasks.values())
 
 

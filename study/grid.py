@@ -330,6 +330,10 @@ def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int 
                 f"method {key} of {path}: the paper's table 1 has no row {method.paper!r}, expected one of "
                 f"{', '.join(TABLE_1)}"
             )
+        if method.paper is not None and method.data_file:
+            raise ValueError(
+                f"method {key} of {path} has paper {method.paper!r}, whose scores are of hearts: leave it out"
+            )
         if not method.trains and counts[key] != [0]:
             raise ValueError(
                 f"method {key} of {path}: {method.bundle} does not train, so expected labelled_patients to be [0], "

@@ -217,6 +217,16 @@ def test_a_preparation_is_listed_once_before_the_cells_that_start_from_it():
     assert [name for name in names if "start" in name] == ["s/start/split_0", "e/start", "s/start/split_1"]
 
 
+def test_a_cell_that_others_continue_is_listed_before_them_wherever_the_grid_has_it():
+    cells = [Cell(UNLABELLED, 1, 0), Cell(STARTED, 1, 0), Cell(LINEAR, 1, 0)]
+    assert [task.name for task in with_preparations(cells)] == [
+        "m/patients_1/split_0",
+        "u/patients_1/split_0",
+        "s/start/split_0",
+        "s/patients_1/split_0",
+    ]
+
+
 def test_a_folder_with_other_settings_is_refused(tmp_path):
     cell = Cell(LINEAR, 1, 0)
     write_record(tmp_path / cell.name, {"training": 1.0})

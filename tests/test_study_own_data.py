@@ -118,6 +118,7 @@ def method(bundle: str, **settings) -> dict:
             "one's own data, which needs a labelled case: leave out labelled_cases 0",
         ),
         ({"dataset": {"patients": 4}}, "unknown dataset; expected no phantoms"),
+        ({"methods": {"a": method("./organ", paper="UNET")}}, "has paper 'UNET', whose scores are of hearts: leave it"),
     ],
 )
 def test_a_grid_of_ones_own_data_that_makes_no_sense_is_refused(volumes, changes, message):
