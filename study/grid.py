@@ -118,13 +118,13 @@ class Cell:
         method: the method, including the knobs of the variant.
         labelled_patients: number of patients, or of cases of a user's own data, to train on, None for all; 0 to train
             on unlabelled ones alone, or to evaluate the weights that training would start from.
-        split: seed of the split by patient.
+        split: seed of the split by patient, or `ssl4mis`.
         variant: the ablation's value, None for the method without changes.
     """
 
     method: Method
     labelled_patients: int | None
-    split: int
+    split: int | str
     variant: Variant | None = None
 
     @property
@@ -171,7 +171,7 @@ class Preparation:
     """
 
     method: Method
-    split: int | None
+    split: int | str | None
 
     @property
     def name(self) -> str:
@@ -351,7 +351,9 @@ def _check_start_without_labels(method: Method, where: str) -> None:
     """Raise where a method cannot do with 0 labelled patients or cases."""
     if method.trains_without_labels and method.data_file:
         raise ValueError(f"{where} trains on one's own data, which needs a labelled case: leave out labelled_cases 0")
-    settings = {**method.merged("train", *method.overlays), **method.knobs}
+    # A bundle of one's own data may start from weights that know nothing of these data: only a grid can name others.
+    of_bundle = {} if method.data_file else method.merged("train", *method.overlays)
+    settings = {**of_bundle, **method.knobs}
     if method.start is None and settings.get(method.start_knob) is None:
         raise ValueError(
             f"{where} has 0 in labelled_{method.counts}, but nothing that its training starts from: set "
@@ -374,7 +376,7 @@ def _counts(settings: Mapping[str, Any], grid: Mapping[str, Any], data: StudyDat
 
 
 def _ablation_cells(
-    key: str, settings: dict[str, Any], methods: dict[str, Method], counts: list[int | None], split: int
+    key: str, settings: dict[str, Any], methods: dict[str, Method], counts: list[int | None], split: int | str
 ) -> list[Cell]:
     cells = []
     for name in settings["methods"]:

@@ -66,6 +66,24 @@ def test_split_depends_on_its_seed_alone():
     assert split_patients(patients, seed=3) != split_patients(patients, seed=4)
 
 
+def test_the_split_of_ssl4mis_is_its_lists_of_acdcs_100_patients():
+    patients = [f"patient{number:03d}" for number in range(1, 101)]
+    split = split_patients(patients, "ssl4mis")
+    assert {subset: len(names) for subset, names in split.items()} == {"training": 70, "validation": 10, "test": 20}
+    assert sorted(name for names in split.values() for name in names) == patients
+    assert split["training"][:3] == ["patient099", "patient038", "patient050"]
+    assert {"patient028", "patient039"} <= set(split["validation"]) and {"patient011", "patient052"} <= set(
+        split["test"]
+    )
+
+
+def test_the_split_of_ssl4mis_is_refused_for_other_patients_and_so_are_other_words(release):
+    with pytest.raises(ValueError, match=r"patient001 to patient100.*missing or extra\s+are \d+, such as patient0"):
+        list_cases(str(release), "training", split_seed="ssl4mis")
+    with pytest.raises(ValueError, match="an integer or 'ssl4mis', received 'ssl4mia'"):
+        list_cases(str(release), "training", split_seed="ssl4mia")
+
+
 def test_subsets_share_no_patient(release):
     subsets = [set(patients_of(list_cases(str(release), subset))) for subset in ("training", "validation", "test")]
     assert [len(subset) for subset in subsets] == [14, 3, 3]

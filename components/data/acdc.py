@@ -23,6 +23,19 @@ INFO = "Info.cfg"  # in each patient's folder
 LABEL_UNITS = ("patients", "frames")
 HELD_OUT_PERCENT = 15  # of the patients for validation, and the same for test (paper section 4.1)
 
+# The 70:10:20 split of the benchmark SSL4MIS, by which semi-supervised methods are compared, in the order of its lists
+# data/ACDC/*.list (https://github.com/HiLab-git/SSL4MIS): its first training patients are the labelled ones.
+SSL4MIS = "ssl4mis"
+_SSL4MIS_NUMBERS = {
+    "training": (
+        "099 038 050 100 058 021 049 020 072 040 060 089 004 056 098 096 031 018 094 047 048 055 097 074 "
+        "043 041 063 037 095 054 026 088 032 069 006 071 012 073 061 017 025 010 057 029 051 005 036 046 "
+        "062 034 076 092 070 077 067 003 091 016 014 044 042 090 053 027 035 086 023 009 079 015"
+    ),
+    "validation": "028 085 082 087 019 030 078 045 002 039",
+    "test": "011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052",
+}
+
 _OWN_LISTS = "lists of cases of your own: train#dataset#data, validate#dataset#data, and test#data for evaluation"
 
 Case = dict[str, str]  # paths of an `image` and its `label`
@@ -32,7 +45,7 @@ def list_cases(
     dataset_dir: str,
     subset: str,
     *,
-    split_seed: int = 0,
+    split_seed: int | str = 0,
     labelled_patients: int | None = None,
     label_unit: str = "patients",
     include_testing: bool = False,
@@ -44,7 +57,8 @@ def list_cases(
     Args:
         dataset_dir: the release's root or its `training` folder.
         subset: `training`, `validation` or `test`.
-        split_seed: seed of the split by patient, 70:15:15, and of the choice of labelled patients.
+        split_seed: seed of the split by patient, 70:15:15, and of the choice of labelled patients; or `ssl4mis`, see
+            `split_patients`.
         labelled_patients: how many of the training patients count as labelled, 0 for a training on unlabelled ones;
             None for all. A smaller selection is part of every larger one.
         label_unit: what `labelled_patients` counts: `patients`, with both frames each, or single `frames`.
@@ -77,7 +91,7 @@ def list_unlabelled(
     *,
     labelled: Sequence[Case],
     patients: int | None = None,
-    split_seed: int = 0,
+    split_seed: int | str = 0,
     include_testing: bool = False,
 ) -> list[Case]:
     """List the images of training patients of whom no case is labelled; their labels on disk are not looked at.
@@ -160,16 +174,21 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
     return {patient.name: _list_frames(patient) for patient in patients}
 
 
-def split_patients(patients: Sequence[str], seed: int) -> dict[str, list[str]]:
+def split_patients(patients: Sequence[str], seed: int | str) -> dict[str, list[str]]:
     """Split patients 70:15:15; validation and test are rounded to the nearest integer, training is the rest.
 
     Args:
         patients: their names, in a fixed order.
-        seed: seed of the shuffle.
+        seed: seed of the shuffle; or `ssl4mis` for the fixed 70:10:20 split of that benchmark.
 
     Returns:
         the names of each subset, in shuffled order.
+
+    Raises:
+        ValueError: for another word, or when `ssl4mis` is asked for patients that are not ACDC's 100.
     """
+    if isinstance(seed, str):
+        return _ssl4mis_split(patients, seed)
     shuffled = [patients[index] for index in np.random.RandomState(seed).permutation(len(patients))]
     held_out = (HELD_OUT_PERCENT * len(patients) + 50) // 100
     return {
@@ -177,6 +196,20 @@ def split_patients(patients: Sequence[str], seed: int) -> dict[str, list[str]]:
         "test": shuffled[held_out : 2 * held_out],
         "training": shuffled[2 * held_out :],
     }
+
+
+def _ssl4mis_split(patients: Sequence[str], name: str) -> dict[str, list[str]]:
+    if name != SSL4MIS:
+        raise ValueError(f"expected split_seed to be an integer or {SSL4MIS!r}, received {name!r}")
+    split = {subset: [f"patient{each}" for each in text.split()] for subset, text in _SSL4MIS_NUMBERS.items()}
+    expected = {patient for subset in split.values() for patient in subset}
+    if missing := sorted(expected.symmetric_difference(patients)):
+        raise ValueError(
+            f"the split {SSL4MIS} is of patient001 to patient100, the whole training folder of ACDC: missing or extra "
+            f"are {len(missing)}, such as {', '.join(missing[:3])}; complete the folder, leave include_testing False, "
+            "or give an integer as split_seed"
+        )
+    return split
 
 
 def _choose_labelled(patients: dict[str, list[Case]], training: list[str], count: int, unit: str) -> list[Case]:

@@ -121,7 +121,7 @@ def _cells_of_a_split(cells: Iterable[Cell], output_dir: Path, labelled_patients
     """Return the cells that `draw_contours` shows, all of the same split."""
     own = [cell for cell in cells if cell.variant is None]
     trained = {cell.method.key for cell in own if cell.labelled_patients != 0}
-    by_split: dict[int, list[Cell]] = {}
+    by_split: dict[int | str, list[Cell]] = {}
     for cell in finished_cells(own, output_dir):
         if cell.labelled_patients == (labelled_patients if cell.method.key in trained else 0):
             by_split.setdefault(cell.split, []).append(cell)

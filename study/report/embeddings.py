@@ -43,7 +43,7 @@ def embedding_method(cells: Iterable[Cell]) -> Method | None:
 
 
 def embed_slices(
-    method: Method, *, dataset_dir: str, split: int, cache_dir: str | None, sam_dir: str | None = None
+    method: Method, *, dataset_dir: str, split: int | str, cache_dir: str | None, sam_dir: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """Encode all slices of a split's test volumes, and phantoms, with a method's frozen encoder.
 

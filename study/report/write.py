@@ -158,7 +158,7 @@ class _Report:
         method = embedding_method(self.cells)
         if method is None:
             return []
-        split = min(cell.split for cell in self.cells)
+        split = self.cells[0].split
         cache_dir = str(self.output_dir / "embeddings")
         vectors, groups = embed_slices(
             method, dataset_dir=self.dataset_dir, split=split, cache_dir=cache_dir, sam_dir=self.sam_dir
