@@ -172,7 +172,7 @@ def test_cache_folder_that_is_a_file(phantoms):
 
 
 def test_switch_given_as_a_word_is_not_taken_for_true(phantoms):
-    assert "trainable must be True or False, received 'false'" in train(phantoms, trainable_encoder="false")
+    assert "trainable must be True, False or 'neck', received 'false'" in train(phantoms, trainable_encoder="false")
     assert "resume must be True or False" in train(phantoms, resume="false")
 
 

@@ -134,6 +134,28 @@ def test_trainable_encoder_learns_and_follows_train_and_eval():
     assert not encoder.eval().image_encoder.training
 
 
+@pytest.mark.parametrize(
+    ("model_type", "neck"), [("vit_tiny", ("neck",)), ("vit_t", ("neck",)), ("phantom_unet", ("up_4", "neck"))]
+)
+def test_of_an_encoder_with_a_trainable_neck_only_that_learns_and_a_frozen_one_takes_it_over(model_type, neck):
+    encoder = SamEncoder(model_type, image_size=64, trainable="neck").train()
+    parts = {name: part for name, part in encoder.image_encoder.named_children() if name in neck}
+    assert parts.keys() == set(neck)
+    in_neck = {id(module) for part in parts.values() for module in part.modules()}
+    assert {id(module) for module in encoder.image_encoder.modules() if module.training} == in_neck
+    before = {key: value.clone() for key, value in encoder.image_encoder.state_dict().items()}
+    encoder(torch.rand(2, 3, 64, 64) * 255).square().mean().backward()
+    torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=1.0).step()
+    changed = {key for key, value in encoder.image_encoder.state_dict().items() if not torch.equal(value, before[key])}
+    assert {key.partition(".")[0] for key in changed} == set(neck)
+
+    frozen = SamEncoder(model_type, image_size=64)
+    frozen.load_state_dict(encoder.state_dict())
+    image = torch.rand(1, 3, 64, 64) * 255
+    with torch.no_grad():
+        assert torch.allclose(frozen(image), encoder.eval()(image), atol=1e-4)
+
+
 def test_random_weights_are_the_same_for_every_seed_and_leave_the_generator_alone(caplog):
     torch.manual_seed(1)
     with caplog.at_level(logging.WARNING):

@@ -176,6 +176,23 @@ def test_evaluation_takes_the_adapted_head_whatever_the_start(adapted, weights, 
     assert f"expected a trained model at '{tmp_path / 'model.pt'}'" in messages_of(caught.value)
 
 
+def test_a_neck_is_adapted_with_the_head_scored_and_taken_by_inference_from_the_model(weights, phantoms, tmp_path):
+    bundle, model = "linearhead_acdc", tmp_path / "model.pt"
+    overrides = knobs(bundle, weights, dataset_dir=phantoms, ckpt_dir=tmp_path, output_dir=tmp_path / "eval")
+    overrides |= {"head_checkpoint": "$None"}  # no start that could be kept
+    run("training", bundle, "train", "tiny", "neck", **overrides, steps=2, **{POOL_SIZE: 16})
+    run("evaluating", bundle, "train", "evaluate", "tiny", "neck", **overrides)
+    assert (tmp_path / "eval/metrics.csv").is_file()
+
+    inference = parsed(bundle, RUNS["inferring"], **knobs(bundle, weights, ckpt_path=str(model)))
+    network = inference.get_parsed_content("network_def")
+    network.load_state_dict(torch.load(model, weights_only=True))
+    start = SamEncoder("phantom_unet", str(weights / "phantom_unet.pth")).image_encoder.state_dict()
+    adapted = network.encoder.image_encoder.state_dict()
+    changed = {key.partition(".")[0] for key, value in adapted.items() if not torch.equal(value, start[key])}
+    assert changed == {"up_4", "neck"}
+
+
 @pytest.fixture(scope="session")
 def oblique(tmp_path_factory) -> Path:
     """A volume that is neither square nor upright."""

@@ -1,4 +1,4 @@
-"""SAM's image encoder as a frozen (or trainable) module that verifies its weights by a fingerprint."""
+"""SAM's image encoder as a module, frozen, trainable or in between, that verifies its weights by a fingerprint."""
 
 import hashlib
 import logging
@@ -26,6 +26,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vit_t": TinyViT,
     "phantom_unet": UNetEncoder,
 }
+NECKS = {"phantom_unet": ("up_4", "neck")}  # what makes embeddings of the last block's features, if not `neck` alone
 UNUSED_KEYS = {"vit_t": CLASSIFIER_KEYS}  # of published checkpoints, which no forward pass uses: left out when loading
 # Encoders that came with former versions, by the first eight bytes of their fingerprint, and what heads on them need.
 FORMER_ENCODERS = {
@@ -55,26 +56,28 @@ class SamEncoder(nn.Module):
         model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny` or `phantom_unet`.
         checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
         image_size: side in pixels to which images are resized, a multiple of 16.
-        trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)").
+        trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"); `neck` for its last
+            layers alone: SAM's neck, which makes embeddings of the last block's features, or of `phantom_unet` the last
+            stage. The rest stays frozen.
         cache_dir: folder of the embedding cache; None for no cache.
         cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
         cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).
 
     Raises:
-        ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, a `trainable`
-            that is no bool (`false` on a command line arrives as a string, which would count as true), or a cache for
-            a trainable encoder.
+        ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, another
+            `trainable` (`false` on a command line arrives as a string, which would count as true), or a cache for an
+            encoder that is trained.
         FileNotFoundError: when the checkpoint is not there.
     """
 
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions", "_copies"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions", "_copies", "_neck"]
 
     def __init__(
         self,
         model_type: str,
         checkpoint: str | None = None,
         image_size: int = 1024,
-        trainable: bool = False,
+        trainable: bool | str = False,
         *,
         cache_dir: str | None = None,
         cache_gb: float = 16.0,
@@ -85,9 +88,10 @@ class SamEncoder(nn.Module):
             raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(BUILDERS)}")
         if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
             raise ValueError(f"image_size must be a positive multiple of {PATCH_SIZE}, received {image_size}")
-        if not isinstance(trainable, bool):
+        if not isinstance(trainable, bool) and trainable != "neck":
             raise ValueError(
-                f"trainable must be True or False, received {trainable!r}: write `--trainable_encoder True` or False"
+                f"trainable must be True, False or 'neck', received {trainable!r}: write `--trainable_encoder True`, "
+                "False or neck"
             )
         if trainable and cache_dir is not None:
             raise ValueError(
@@ -96,9 +100,12 @@ class SamEncoder(nn.Module):
             )
         self.model_type = model_type
         self.image_size = image_size
-        self.trainable = trainable
+        self.trainable = bool(trainable)  # in part or in whole
         self.image_encoder = _build(model_type, checkpoint)
-        self.image_encoder.requires_grad_(trainable)
+        self.image_encoder.requires_grad_(trainable is True)
+        self._neck = NECKS.get(model_type, ("neck",)) if trainable == "neck" else ()
+        for part in self._neck:
+            self.image_encoder.get_submodule(part).requires_grad_(True)
         self.pixel_mean = nn.Buffer(torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.pixel_std = nn.Buffer(torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
         self.fingerprint = nn.Buffer(torch.zeros(32, dtype=torch.uint8))
@@ -209,10 +216,12 @@ class SamEncoder(nn.Module):
         return f"{identity} image_size={self.image_size} precision={precision}"
 
     def train(self, mode: bool = True) -> "SamEncoder":
-        """Set the training mode; a frozen image encoder stays in eval mode."""
+        """Set the training mode; what is frozen of the image encoder stays in eval mode."""
         super().train(mode)
-        if not self.trainable:
+        if not self.trainable or self._neck:
             self.image_encoder.eval()
+        for part in self._neck:
+            self.image_encoder.get_submodule(part).train(mode)
         return self
 
 
