@@ -195,8 +195,22 @@ def assemble_own(source: Path, folder: Path) -> Path:
     root = folder / source.name
     _copy_sources(source, root)
     _set_knobs(root / DATA_FILE, {"dataset_dir": ""})
+    _take_start_along(root)
     _put_in(root, str(model), sam_checkpoint=None)
     return root
+
+
+def _take_start_along(root: Path) -> None:
+    """Put the weights of the package from which a bundle for pictures starts into it, since it comes without them."""
+    train = root / "configs/train.json"
+    start = json.loads(train.read_text())["start_checkpoint"]
+    if not isinstance(start, dict):  # a file of the user's, or none
+        return
+    file = None
+    if json.loads((root / DATA_FILE).read_text())["pictures"]:
+        _copy(Path(pretrained_file(start["name"])), root / "models" / start["name"])
+        file = f"$@bundle_root + '/models/{start['name']}'"
+    _set_knobs(train, {"start_checkpoint": file})
 
 
 def _copy_sources(source: Path, root: Path) -> None:

@@ -34,6 +34,7 @@ from components.data.pictures import PictureReader
 from components.data.slices import SliceDataset
 from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
 from components.networks.onnx_network import OnnxNetwork
+from components.pretrained import pretrained_file
 from release.__main__ import build
 from serving.app import assemble_app
 
@@ -162,7 +163,7 @@ def trained(bundle: Path) -> Path:
     """Give a bundle a model with random weights that says all that a training writes."""
     parser = ConfigParser()
     parser.read_config(bundle / "configs/train.json")
-    parser.update({"bundle_root": str(bundle), "labelled_cases": 1, "width": 4})
+    parser.update({"bundle_root": str(bundle), "labelled_cases": 1, "width": 4, "start_checkpoint": None})
     (bundle / "models").mkdir()
     torch.save(parser.get_parsed_content("network_def").state_dict(), bundle / "models/model.pt")
     return bundle
@@ -198,6 +199,28 @@ def test_a_trained_bundle_becomes_an_archive_that_segments_elsewhere(tmp_path, m
     infer = ("run", "inferring", "--config_file", "configs/inference.json", "--dataset_dir", str(image))
     succeeds(run_monai_bundle(*infer, cwd=root))
     assert nib.load(root / "eval/case_0_pred.nii.gz").shape == nib.load(image).shape
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
+def test_pictures_start_from_objects_of_any_kind_in_an_archive_too_and_volumes_do_not(tmp_path, mode, channels):
+    bundle = trained(new_bundle("cells", plain(tmp_path / "data", mode=mode, side=20), tmp_path)[0])
+    build(str(tmp_path / "dist"), bundle=str(bundle))
+    with zipfile.ZipFile(tmp_path / "dist/cells_v0.1.0.zip") as file:
+        file.extractall(tmp_path / "elsewhere")
+    known = torch.load(pretrained_file("shape_unet.pt"), weights_only=True)["unet.conv_0.conv_1.conv.weight"].float()
+    for root in (bundle, tmp_path / "elsewhere/cells"):
+        parser = ConfigParser()
+        parser.read_config(root / "configs/train.json")
+        parser.update({"bundle_root": str(root), "labelled_cases": 1, "dataset_dir": str(tmp_path / "data")})
+        network = parser.get_parsed_content("network_def")
+        assert network.unet.conv_0.conv_0.conv.in_channels == channels
+        assert torch.equal(network.unet.conv_0.conv_1.conv.weight, known)
+        assert str(parser.get_parsed_content("start_checkpoint")).startswith(str(root)) == (root != bundle)
+
+    parser = ConfigParser()
+    parser.read_config(new_bundle("organ", decathlon(tmp_path / "volumes"), tmp_path)[0] / "configs/train.json")
+    parser.update({"bundle_root": str(tmp_path / "organ")})
+    assert parser.get_parsed_content("start_checkpoint") is None
 
 
 def test_what_is_not_trained_or_has_no_encoder_is_not_packed(tmp_path):
@@ -260,7 +283,7 @@ def test_monai_labels_app_trains_on_from_the_model_with_indices_as_labels(tmp_pa
 
 def test_inference_refuses_what_contradicts_the_training(tmp_path):
     bundle, _ = new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)
-    quick = ("--steps", "1", "--labelled_cases", "1", "--width", "4", "--test_time_views", "1")
+    quick = ("--steps", "1", "--labelled_cases", "1", "--width", "4", "--start_checkpoint", "$None")
     succeeds(run_monai_bundle("run", "training", "--config_file", "configs/train.json", *quick, cwd=bundle))
     failed = run_monai_bundle(
         "run", "inferring", "--config_file", "configs/inference.json", "--crop_size", "32", cwd=bundle
@@ -361,6 +384,7 @@ def test_training_goes_on_with_what_the_network_says_of_cases_without_labels(tmp
     bundle, _ = new_bundle("organ", make(tmp_path / "data"), tmp_path)
     options = {"labelled_cases": 1, "width": 2, "steps": 1, "val_interval": 1, "is_silent": True, "canvas_size": 64}
     options |= {"bundle_root": str(bundle), "output_dir": str(tmp_path / "eval"), "crop_size": 64}
+    options |= {"start_checkpoint": "$None"}
     train = str(bundle / "configs/train.json")
     monai.bundle.run("training", config_file=train, logging_file=False, **options)
     options |= {"start_checkpoint": str(bundle / "models/model.pt"), "ckpt_dir": str(tmp_path / "models")}

@@ -32,6 +32,7 @@ from study.report.significance import compare_methods
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {"width": 2, "steps": 1, "val_interval": 1, "canvas_size": 64, "crop_size": 64, "test_time_views": 1}
+QUICK |= {"start_checkpoint": "$None"}
 
 
 def write_grid(folder: Path, bundle: str = "./organ", **changes) -> Path:

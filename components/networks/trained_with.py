@@ -172,8 +172,10 @@ def _check_record(
             "the checkpoint is older than the record of what a model was trained with: it is used unchecked, with %s",
             _listed({name: value for name, value in given.items() if name != VIEWS_SHOWN}),
         )
-    shown: list[Any] = [record.get(VIEWS_SHOWN) for record in (given, stored)]
-    record = {**given, VIEWS_SHOWN: None if None in shown else max(shown)} if given else stored
+    record = dict(given or stored)
+    if given and VIEWS_SHOWN in {**given, **stored}:
+        shown: list[Any] = [each.get(VIEWS_SHOWN) for each in (given, stored)]
+        record[VIEWS_SHOWN] = None if None in shown else max(shown)
     state[key] = encode_record(record).to(network.get_buffer(_KEY).device)
 
 

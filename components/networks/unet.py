@@ -11,8 +11,9 @@ from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
-from components.networks.trained_with import check_views_shown, remember_training
+from components.networks.trained_with import check_views_shown, decode_record, encode_record, remember_training
 
+OF_ANY_OBJECT = {"class_names": ["object"]}  # what `shape_unet.pt` says it was trained with, and nothing else
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
 
@@ -27,8 +28,9 @@ class GreyUNet(nn.Module):
         width: channels at full size; they double with every pooling. 31.1M / 7.8M / 1.9M weights at 64 / 32 / 16.
         precision: as for `components.networks.PromptFreeSam`.
         in_channels: 1 for grey values, 3 for colours or for a slice between its neighbours.
-        start_checkpoint: a file to start from: another run's `model.pt`, or that of
-            `components.networks.ContrastiveUNet`, which holds the contracting path alone; None for random weights.
+        start_checkpoint: a file to start from: another run's `model.pt`; that of `components.networks.ContrastiveUNet`,
+            which holds the contracting path alone; or `shape_unet.pt` of `components.pretrained`, which tells objects
+            of any kind from the background: each class starts as such an object. None for random weights.
         trained_with: as for `components.networks.PromptFreeSam`.
 
     Raises:
@@ -94,9 +96,27 @@ class GreyUNet(nn.Module):
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
         is_whole = own.keys() != contracting
+        if is_whole and decode_record(own.get("trained_with", encode_record({}))) == OF_ANY_OBJECT:
+            own = _for_classes(own, self.unet.final_conv.out_channels, self.in_channels)
+            own["trained_with"] = self.get_buffer("trained_with")
         if not is_whole:  # what was trained without classes has no record either
             own["trained_with"] = self.get_buffer("trained_with")
         load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
+
+
+def _for_classes(state: Mapping[str, torch.Tensor], out_channels: int, in_channels: int) -> dict[str, torch.Tensor]:
+    """Return the weights of a UNet for background and object, on colours, as those of one for other numbers of them.
+
+    Every class is what the object was, and a grey value has the weights that equal red, green and blue had together.
+    """
+    widened = dict(state)
+    for name in ("weight", "bias"):
+        background, thing = state[f"unet.final_conv.{name}"]
+        widened[f"unet.final_conv.{name}"] = torch.stack([background, *[thing] * (out_channels - 1)])
+    if in_channels == 1:
+        first = "unet.conv_0.conv_0.conv.weight"
+        widened[first] = state[first].sum(dim=1, keepdim=True)
+    return widened
 
 
 def grey_values(images: torch.Tensor, channels: int = 1) -> torch.Tensor:

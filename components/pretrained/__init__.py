@@ -1,4 +1,4 @@
-"""Weights that come with the package, trained on phantoms: an encoder, initial weights for each head, and a UNet."""
+"""Weights that come with the package, trained on phantoms: an encoder, a start for each head, a UNet; one on shapes."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ def pretrained_file(name: str) -> str:
     """Return the path of a file of weights in this package.
 
     Args:
-        name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt`, `linear_head.pt` or
-            `unet.pt`.
+        name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt`, `linear_head.pt`,
+            `unet.pt`, or `shape_unet.pt`, which knows objects of any kind.
 
     Returns:
         its path.
@@ -21,6 +21,6 @@ def pretrained_file(name: str) -> str:
     if name not in present:
         raise FileNotFoundError(
             f"no pretrained file {name!r} in {folder}: expected one of {', '.join(present) or '(none is there)'}; "
-            "bundles/phantom_encoder and unet_acdc make them"
+            "bundles/phantom_encoder, unet_acdc and shape_unet make them"
         )
     return str(folder / name)

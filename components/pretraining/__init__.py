@@ -1,4 +1,4 @@
-"""Training of the tiny encoder and of heads on it, on phantom slices only."""
+"""Training of what comes with the package, on synthetic pictures only."""
 
 import lazy_loader
 
@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "optimization": ["GradientClipping", "parameter_groups"],
         "phantom_stream": ["PhantomStream", "StreamPosition", "phantom_stacks"],
         "record": ["TrainingRecord"],
+        "shape_stream": ["ShapeStream"],
     },
 )

@@ -8,6 +8,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from components.phantom.slices import FIELD_MM, phantom_slices
+from components.pretraining.shape_stream import ShapeStream
 
 
 class PhantomStream:
@@ -64,10 +65,10 @@ class StreamPosition:
     """Ignite handler that sets the stream to the iteration at which an epoch starts, also in a resumed run.
 
     Args:
-        stream: the training data.
+        stream: the training data, whose `position` is the number of the next batch.
     """
 
-    def __init__(self, stream: PhantomStream) -> None:
+    def __init__(self, stream: PhantomStream | ShapeStream) -> None:
         self.stream = stream
 
     def attach(self, engine: Engine) -> None:
