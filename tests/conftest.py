@@ -14,6 +14,7 @@ from torch import nn
 from components.sam.segment_anything_import import import_from_segment_anything
 
 REPOSITORY = Path(__file__).parents[1]
+LONGEST_FILE = "test_quick_study.py"
 DYNAMIC_BATCH = {  # of `onnx_export`: any number of slices
     "input_names": ["image"],
     "output_names": ["pred"],
@@ -27,6 +28,11 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the file that takes longest first: else one of two processes still works on it when the other has ended."""
+    items.sort(key=lambda item: item.path.name != LONGEST_FILE)
 
 
 def randomise_positions(image_encoder: nn.Module) -> None:

@@ -32,7 +32,7 @@ from study.report.significance import compare_methods
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {"width": 2, "steps": 1, "val_interval": 1, "canvas_size": 64, "crop_size": 64, "test_time_views": 1}
-QUICK |= {"start_checkpoint": "$None"}
+QUICK |= {"start_checkpoint": None}
 
 
 def write_grid(folder: Path, bundle: str = "./organ", **changes) -> Path:
@@ -140,7 +140,8 @@ def test_bundles_of_the_same_data_can_be_compared_and_a_file_evaluated_without_t
 def run_in_this_process(stage, _log, **_):
     """Run a stage as MONAI's runner does, which takes seconds to start in a process of its own."""
     configs = [str(stage.method.config(name)) for name in stage.configs]
-    options = {"bundle_root": str(stage.method.config("train").parents[1]), "is_silent": True, **stage.knobs}
+    knobs = {name: "$None" if value is None else value for name, value in stage.knobs.items()}  # as on a command line
+    options = {"bundle_root": str(stage.method.config("train").parents[1]), "is_silent": True, **knobs}
     monai.bundle.run(stage.name, config_file=configs, logging_file=False, **options)
 
 
