@@ -8,8 +8,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "export": ["ExportRecord", "export_model", "export_network"],
         "joint_head": ["JointHead", "predictions_of_all"],
         "optimization": ["GradientClipping", "parameter_groups"],
-        "phantom_stream": ["PhantomStream", "StreamPosition", "phantom_stacks"],
+        "phantom_stream": ["PhantomStream", "phantom_stacks"],
         "record": ["TrainingRecord"],
         "shape_stream": ["ShapeStream"],
+        "stream": ["StreamPosition"],
     },
 )

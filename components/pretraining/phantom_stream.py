@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from ignite.engine import Engine, Events
 
 from components.phantom.slices import FIELD_MM, phantom_slices
-from components.pretraining.shape_stream import ShapeStream
+from components.pretraining.stream import EndlessStream
 
 
-class PhantomStream:
+class PhantomStream(EndlessStream):
     """An endless stream of labelled phantom slices; a batch depends on the seed and its number only.
 
     The stream begins with normal hearts and widens to the full range of phantoms: a transformer trained from scratch
@@ -36,48 +33,27 @@ class PhantomStream:
         field_mm: float = FIELD_MM,
         widening_batches: int = 0,
     ) -> None:
+        super().__init__()
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
         self.size = size
         self.field_mm = field_mm
         self.widening_batches = widening_batches
-        self.position = 0  # number of the next batch
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield batches from `position` on: `image` Bx3xHxW, equal channels in 0..255, and `label` Bx1xHxW, float."""
-        while True:
-            index, self.position = self.position, self.position + 1
-            width = 1.0 if index >= self.widening_batches else index / self.widening_batches
-            images, labels = phantom_slices(
-                self.batch_size,
-                seed=self.seed,
-                index=index,
-                device=self.device,
-                size=self.size,
-                field_mm=self.field_mm,
-                width=width,
-            )
-            yield {"image": images.expand(-1, 3, -1, -1), "label": labels.float()}
-
-
-class StreamPosition:
-    """Ignite handler that sets the stream to the iteration at which an epoch starts, also in a resumed run.
-
-    Args:
-        stream: the training data, whose `position` is the number of the next batch.
-    """
-
-    def __init__(self, stream: PhantomStream | ShapeStream) -> None:
-        self.stream = stream
-
-    def attach(self, engine: Engine) -> None:
-        """Register the handler on a trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Set the stream to the batch after the last iteration, which `TrainingCheckpoints` has restored."""
-        self.stream.position = engine.state.iteration
+    def batch(self, index: int) -> dict[str, torch.Tensor]:
+        """Draw the batch of a number: `image` Bx3xHxW, equal channels in 0..255, and `label` Bx1xHxW, float."""
+        width = 1.0 if index >= self.widening_batches else index / self.widening_batches
+        images, labels = phantom_slices(
+            self.batch_size,
+            seed=self.seed,
+            index=index,
+            device=self.device,
+            size=self.size,
+            field_mm=self.field_mm,
+            width=width,
+        )
+        return {"image": images.expand(-1, 3, -1, -1), "label": labels.float()}
 
 
 def phantom_stacks(
