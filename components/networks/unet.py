@@ -11,9 +11,10 @@ from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
-from components.networks.trained_with import check_views_shown, decode_record, encode_record, remember_training
+from components.networks.trained_with import check_views_shown, encode_record, remember_training
 
-OF_ANY_OBJECT = {"class_names": ["object"]}  # what `shape_unet.pt` says it was trained with, and nothing else
+# What `shape_unet.pt` says it was trained with, and nothing else.
+OF_ANY_OBJECT = encode_record({"class_names": ["object"]}).tolist()
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
 
@@ -96,10 +97,10 @@ class GreyUNet(nn.Module):
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
         is_whole = own.keys() != contracting
-        if is_whole and decode_record(own.get("trained_with", encode_record({}))) == OF_ANY_OBJECT:
+        is_of_any_object = "trained_with" in own and own["trained_with"].tolist() == OF_ANY_OBJECT
+        if is_of_any_object:
             own = _for_classes(own, self.unet.final_conv.out_channels, self.in_channels)
-            own["trained_with"] = self.get_buffer("trained_with")
-        if not is_whole:  # what was trained without classes has no record either
+        if is_of_any_object or not is_whole:  # what was trained without these classes has no record of them either
             own["trained_with"] = self.get_buffer("trained_with")
         load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
 
