@@ -269,7 +269,7 @@ def _run(stage: Stage, log: Path, *, lock: int, environment: Mapping[str, str], 
         start = file.tell()
         with subprocess.Popen(
             command,
-            cwd=stage.method.config("evaluate").parents[1],
+            cwd=stage.method.folder,
             env=os.environ | environment,
             stdout=file,
             stderr=subprocess.STDOUT,

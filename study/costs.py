@@ -169,7 +169,7 @@ class _Estimate:
 def _without_weights(stage: Stage) -> ConfigParser:
     """Read the configs of a stage, without what only its results depend on."""
     parser = stage.parser()
-    parser["bundle_root"] = str(stage.method.config("evaluate").parents[1])  # the runner starts in this folder
+    parser["bundle_root"] = str(stage.method.folder)
     weights = _WEIGHTS if stage.name != "evaluating" else _WEIGHTS[:2]  # the last may say what it was trained with
     parser.update({name: None for name in (*weights, "cache_dir") if name in parser.get()})
     if "trained_with" in parser.get():

@@ -63,6 +63,11 @@ class Method:
     paper: str | None = None
 
     @property
+    def folder(self) -> Path:
+        """The bundle's folder, in which MONAI's runner starts."""
+        return BUNDLES / self.bundle
+
+    @property
     def trains(self) -> bool:
         """Whether the bundle can train; one that cannot is only evaluated."""
         return self.config("train").is_file()
@@ -94,7 +99,7 @@ class Method:
 
     def config(self, name: str) -> Path:
         """Return the path of one of the bundle's configs."""
-        return BUNDLES / self.bundle / "configs" / f"{name}.json"
+        return self.folder / "configs" / f"{name}.json"
 
 
 @dataclass(frozen=True)

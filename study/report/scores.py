@@ -31,7 +31,7 @@ def evaluation_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None = Non
         sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
     """
     parser = list_stages(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1].parser()
-    parser["bundle_root"] = str(cell.method.config("evaluate").parents[1])  # the runner starts in this folder
+    parser["bundle_root"] = str(cell.method.folder)
     return parser
 
 
