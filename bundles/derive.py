@@ -225,7 +225,7 @@ def expected_files(folder: Path = BUNDLES) -> dict[Path, str]:
             if name in left_out:
                 continue
             if name.endswith(".json"):
-                text = edited(text, **edits.get(Path(name).stem, {}))
+                text = edited(text, **_with_values(edits.get(Path(name).stem, {}), source))
             elif name == "docs/README.md":
                 _, _, rest = text.partition("\n")
                 text = f"# {entry['name']}\n" + with_part(rest, "head", "\n".join(entry["about"]))
@@ -248,6 +248,15 @@ def expected_files(folder: Path = BUNDLES) -> dict[Path, str]:
     page = folder.parent / "docs/knobs.md"
     files[page] = with_part(page.read_text(), "knobs", knobs_page_table(configs, meanings))
     return files
+
+
+def _with_values(edits: Config, source: Mapping[str, str]) -> Config:
+    """Return the arguments of `edited`: `replace_as_in` names configs of the source and the ids to take from them."""
+    others = {key: value for key, value in edits.items() if key != "replace_as_in"}
+    for config, names in edits.get("replace_as_in", {}).items():
+        values = json.loads(source[config])
+        others["replace"] = others.get("replace", {}) | {name: values[name] for name in names}
+    return others
 
 
 def _template_files(

@@ -82,7 +82,7 @@ def main_table(
     """
     scores, misses = (table[table["ablation"] == ""] for table in (scores, misses))
     methods = tuple(methods)
-    has_paper = any(method.paper for method in methods)
+    has_paper = bool(published_by_title(methods))
     dice, assd_mm = 100 * split_means(scores, "dice"), split_means(scores, "assd_mm")["mean"]
     missed = misses.groupby(["method", "labelled_patients"])[["n_misses", "n_volumes"]].sum()
     rows = []
