@@ -137,11 +137,12 @@ class _Estimate:
         if stage.knobs[f"labelled_{task.method.counts}"] == 0:  # then nothing is validated
             validated = 0
         seconds += -(-epochs // config("val_interval")) * validated * speed.predict_s
-        if unlabelled:
-            seconds += self._slices(config("train#dataset#unlabelled"), axis) * views * speed.predict_s
+        taught = epochs * self._slices(config("train#dataset#unlabelled"), axis) if unlabelled else 0
+        seconds += taught * speed.predict_s
         if speed.encode_s == 0:
             return seconds
-        shown = slices * min(config("views") or epochs, epochs) + min(_POOL_SIZE, epochs * phantoms)
+        drawn = epochs * phantoms if config("views") == 0 else min(_POOL_SIZE, epochs * phantoms)  # then none is cached
+        shown = slices * min(config("views") or epochs, epochs) + drawn + taught
         embedded = self._newly_embedded(stage, "training", shown) + self._newly_embedded(stage, "validation", validated)
         return seconds + embedded * speed.encode_s
 
@@ -176,8 +177,6 @@ def _without_weights(stage: Stage) -> ConfigParser:
         parser.update({"trained_with#views_shown": None})  # which a start, left out here, may have been shown
     if stage.name == "training":
         parser["train#dataset#progress"] = False
-    if _learns_from_unlabelled(stage):
-        parser["train#dataset#pseudo_labels"] = "$lambda item: {**item, 'label': item['image']}"
     return parser
 
 

@@ -142,7 +142,7 @@ def test_downloaded_archive_does_all_that_a_zoo_bundle_does(bundle, python, addr
 
     before = (root / "models/model.pt").read_bytes()
     training = ("run", "training", "--config_file", "configs/train.json", "--dataset_dir", data)
-    small = ("--epochs", "1", "--views", "1", "--train#trainer#prepare_batch#pool_size", "4", "--learning_rate", "1e-5")
+    small = ("--epochs", "1", "--views", "1", "--train#phantoms#pool_size", "4", "--learning_rate", "1e-5")
     run(*monai, *training, *small, cwd=root)
     assert (root / "models/model.pt").read_bytes() != before
     assert (root / f"models/{Path(HEADS[bundle]).stem}_from_phantoms.pt").read_bytes() == before

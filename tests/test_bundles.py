@@ -240,7 +240,7 @@ def test_resumed_training_goes_on_after_the_last_epoch(trained, phantoms, tmp_pa
 
 @pytest.mark.parametrize("bundle", ["linearhead_acdc", "unet_acdc"])
 def test_killed_training_ends_as_an_unbroken_one(bundle, phantoms, tmp_path):
-    mixed = {"phantom_share": 0.5, "crop_size": 64, "train#trainer#prepare_batch#pool_size": 10}
+    mixed = {"phantom_share": 0.5, "crop_size": 64, "train#phantoms#pool_size": 10}
     folders = {"dataset_dir": phantoms, "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
     training = knobs(bundle, **folders, **mixed, epochs=3, val_interval=1, views=0, cache_dir="$None")
     if bundle == "unet_acdc":

@@ -150,7 +150,7 @@ def test_a_head_added_by_a_class_a_line_and_a_block_trains_evaluates_infers_and_
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=4, size_hw_d=(64, 48, 3))
     output = ("--output_dir", str(tmp_path / "eval"))
     folders = ("--dataset_dir", data, *output, "--ckpt_dir", str(tmp_path / "models"), "--cache_dir", "$None")
-    short = ("--epochs", "1", "--train#trainer#prepare_batch#pool_size", "4", "--test_time_views", "1")
+    short = ("--epochs", "1", "--train#phantoms#pool_size", "4", "--test_time_views", "1")
     train, evaluate, tiny = (f"'configs/{name}.json'" for name in ("train", "evaluate", "tiny"))
     succeeds(run_monai_bundle("run", "training", "--config_file", f"[{train},{tiny}]", *folders, *short, cwd=root))
     configs = ("--config_file", f"[{train},{evaluate},{tiny}]")

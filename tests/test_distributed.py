@@ -52,7 +52,7 @@ def trained(phantoms, tmp_path_factory) -> dict[int, tuple[Path, str]]:
             ckpt_dir=folder / "models",
             output_dir=folder / "eval",
             cache_dir=folder / "embeddings",
-            **{"train#trainer#prepare_batch#pool_size": 8},
+            **{"train#phantoms#pool_size": 8},
         )
         runs[processes] = folder, said
     return runs

@@ -23,7 +23,7 @@ from serving.__main__ import serve
 from serving.app import assemble_app
 
 LABELS = {"rv": 1, "myo": 2, "lv": 3}
-SMALL = {"max_epochs": 1, "train#trainer#prepare_batch#pool_size": 4}
+SMALL = {"max_epochs": 1, "train#phantoms#pool_size": 4}
 
 
 @pytest.fixture

@@ -177,7 +177,6 @@ def test_few_labelled_slices_are_repeated_as_other_views_beside_many_unlabelled_
         None,
         augmentation(),
         unlabelled=[{"image": image}],
-        pseudo_labels=lambda item: item | {"label": item["image"]},
         progress=False,
     )
     assert len(dataset) == 2 * 2 + 8

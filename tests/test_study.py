@@ -32,7 +32,7 @@ SMALL = {
     "test_time_views": 1,
     "epochs": 1,
     "views": 1,
-    "train#trainer#prepare_batch#pool_size": 4,
+    "train#phantoms#pool_size": 4,
 }
 METHODS = {
     "as_it_comes": {

@@ -31,7 +31,7 @@ RUNS = {
     "evaluating in another order": ("train", "tiny", "evaluate"),
     "inferring": ("inference", "tiny"),
 }
-POOL_SIZE = "train#trainer#prepare_batch#pool_size"
+POOL_SIZE = "train#phantoms#pool_size"
 
 
 def config(bundle: str, *names: str) -> list[str]:

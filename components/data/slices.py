@@ -11,6 +11,7 @@ from monai.data import Dataset
 from monai.transforms import Randomizable, apply_transform
 from tqdm import tqdm
 
+UNLABELLED = 255  # the label of every pixel of a slice without a label
 _OUTNUMBERED_BY = 2  # unlabelled slices for each labelled one, at most
 
 
@@ -32,14 +33,13 @@ class SliceDataset(Dataset):
         final_transform: applied last, to each slice or view, at every access.
         at_least: number of items of an epoch: fewer slices are repeated, each time as the next view.
         keys: items of the dictionary that are sliced.
-        unlabelled: dictionaries of volumes without a label. The slices of `data` are repeated until these are at most
-            about twice as many.
-        pseudo_labels: gives such a volume, as `transform` returns it, its label; needed where there are some.
+        unlabelled: dictionaries of volumes without a `label`, which is UNLABELLED everywhere in their slices, but for
+            what the augmentation adds around them. The slices of `data` are repeated until these are at most about
+            twice as many.
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is not a non-negative integer, when there is no volume at all, or unlabelled ones
-            without `pseudo_labels`.
+        ValueError: when `views` is not a non-negative integer, or when there is no volume at all.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class SliceDataset(Dataset):
         at_least: int = 0,
         keys: Sequence[str] = ("image", "label"),
         unlabelled: Sequence[Mapping[Hashable, Any]] = (),
-        pseudo_labels: Callable | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__(data=data, transform=transform)
@@ -62,8 +61,6 @@ class SliceDataset(Dataset):
                 f"views must be a whole number, 0 for fresh augmentation, received {views!r}: "
                 "give for example --views 16"
             )
-        if unlabelled and pseudo_labels is None:
-            raise ValueError("unlabelled volumes need labels to train with: expected pseudo_labels, a transform")
         if not data and not unlabelled:
             raise ValueError(
                 "expected at least one volume to train on, received none: give for example --labelled_patients 1"
@@ -78,8 +75,9 @@ class SliceDataset(Dataset):
         for item in tqdm(data, desc="Loading volumes", disable=not progress):
             self._slices += self._cut(_apply(transform, item))
         labelled = len(self._slices)
-        for item in tqdm(unlabelled, desc="Labelling volumes", disable=not progress or not unlabelled):
-            self._slices += self._cut(_apply(pseudo_labels, _apply(transform, item)))
+        for item in tqdm(unlabelled, desc="Loading unlabelled", disable=not progress or not unlabelled):
+            volume = _apply(transform, item)
+            self._slices += self._cut({**volume, "label": np.full_like(_as_uint8(volume["image"][:1]), UNLABELLED)})
         repeats = max(1, math.ceil(at_least / max(1, len(self._slices))))
         of_labelled = repeats * max(1, (len(self._slices) - labelled) // (_OUTNUMBERED_BY * max(1, labelled)))
         self._times = [of_labelled if index < labelled else repeats for index in range(len(self._slices))]

@@ -1,4 +1,4 @@
-"""What a training run needs beyond MONAI's trainer: checkpoints, seeded epochs, phantoms in batches, records."""
+"""What a training run needs beyond MONAI's trainer: checkpoints, seeded epochs, what is mixed into batches, records."""
 
 import lazy_loader
 
@@ -8,8 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checkpoints": ["TrainingCheckpoints"],
         "command_line": ["read_command_line"],
         "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler"],
+        "mean_teacher": ["MeanTeacherMixing"],
         "phantom_mixing": ["PhantomMixing"],
-        "pseudo_labels": ["PseudoLabeld"],
         "tracking": ["finish_mlflow_runs"],
     },
 )

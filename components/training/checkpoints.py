@@ -60,6 +60,7 @@ class TrainingCheckpoints:
         resume: whether to continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints
             and a copy of their ``model.pt`` are moved to a subfolder ``previous_run_<n>``.
         validate_start: whether ``model.pt`` may be the initial network of a fresh run.
+        teacher: the running mean of the network, if the training goes by one; resumed as well, never ``model.pt``.
 
     Raises:
         TypeError: when ``resume`` is not a bool, or ``lr_scheduler`` follows a metric.
@@ -76,6 +77,7 @@ class TrainingCheckpoints:
         evaluator: Evaluator | None = None,
         resume: bool = False,
         validate_start: bool = False,
+        teacher: torch.nn.Module | None = None,
     ) -> None:
         if not isinstance(resume, bool):  # on the command line `--resume false` gives the string "false", which is true
             raise TypeError(f"resume must be True or False, got {resume!r}: write `--resume True` or `--resume False`.")
@@ -91,6 +93,7 @@ class TrainingCheckpoints:
         self.evaluator = evaluator
         self.resume = resume
         self.validate_start = validate_start
+        self.teacher = teacher
         self.best_score: float | None = None
         self.best_epoch: int | None = None
 
@@ -174,6 +177,7 @@ class TrainingCheckpoints:
             "optimizer": self.optimizer.state_dict(),
             "schedule_position": None if self.lr_scheduler is None else self.lr_scheduler.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "best_score": self.best_score,
@@ -227,6 +231,10 @@ class TrainingCheckpoints:
         with _explaining_mismatch(path):
             self.network.load_state_dict(saved["model"], strict=True)
             self.optimizer.load_state_dict(saved["optimizer"])
+            if self.teacher is not None:
+                if saved.get("teacher") is None:
+                    raise ValueError("expected a checkpoint with a teacher's weights, got one of a run without teacher")
+                self.teacher.load_state_dict(saved["teacher"], strict=True)
         for group, options in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(options)
         if self.lr_scheduler is not None and saved["schedule_position"] is not None:

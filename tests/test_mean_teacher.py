@@ -1,22 +1,18 @@
-"""Self-training: `configs/unlabelled.json`, which trains on volumes that the network itself has labelled."""
+"""Self-training: `configs/unlabelled.json`, by which the running mean of the network labels slices to train on."""
 
 import json
 from pathlib import Path
 
 import monai.bundle
-import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
-from monai.bundle import ConfigParser
-from monai.inferers import SliceInferer
-from monai.transforms import AsDiscreted, RepeatChanneld
+from conftest import REPOSITORY, messages_of
 
 from components.data.acdc import list_cases, list_patients, list_unlabelled, split_patients
-from components.data.slices import SliceDataset
+from components.data.slices import UNLABELLED, SliceDataset
 from components.networks.unet import GreyUNet
 from components.phantom.dataset import write_phantom_dataset
-from components.training.pseudo_labels import PseudoLabeld
+from components.training.mean_teacher import MeanTeacherMixing
 
 
 @pytest.fixture(scope="module")
@@ -63,45 +59,69 @@ def test_labels_of_other_subsets_are_refused(subset, phantoms):
         list_unlabelled(phantoms, labelled=cases)
 
 
-class Thresholds(torch.nn.Module):
-    """Says class 1 where the left half is bright, knows nothing of turned slices, and is never in training mode."""
+def test_slices_of_unlabelled_volumes_follow_the_labelled_ones_and_have_no_label():
+    image = torch.full((1, 8, 8, 2), 200.0)
+    labelled = {"image": image, "label": torch.full_like(image, 3)}
+    dataset = SliceDataset([labelled], unlabelled=[{"image": image}], progress=False)
+    assert [dataset[index]["label"].unique().tolist() for index in range(len(dataset))] == [[3], [3], [255], [255]]
+
+
+class Bright(torch.nn.Module):
+    """Says class 1 where a slice is bright, and is never asked in training mode."""
 
     def forward(self, slices: torch.Tensor) -> torch.Tensor:
         assert not self.training
-        assert slices.shape[1] == 3
-        left = torch.arange(slices.shape[3]) < slices.shape[3] // 2
-        bright = (slices[:, :1] > 100) & left
-        return torch.cat([~bright, bright], dim=1).float()
+        bright = (slices[:, :1] > 100).float()
+        return torch.cat([1 - bright, bright], dim=1)
 
 
-def labeller() -> PseudoLabeld:
-    return PseudoLabeld(
-        Thresholds().train(),
-        SliceInferer(roi_size=(8, 8), sw_batch_size=2, spatial_dim=2),
-        preprocessing=RepeatChanneld("image", 3),
-        postprocessing=AsDiscreted("pred", argmax=True),
-    )
+def batch_of(labels: list[int]) -> dict[str, torch.Tensor]:
+    """Return noise, and labels of one value each; of the unlabelled slices the frame that an augmentation adds is 0."""
+    images = torch.rand(len(labels), 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 200
+    label = torch.tensor(labels).float()[:, None, None, None].repeat(1, 1, 16, 16)
+    label[label[:, 0, 8, 8] == UNLABELLED, :, 0] = 0
+    return {"image": images, "label": label}
 
 
-def test_a_volume_gets_what_the_network_says_of_every_slice():
-    image = torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(0)) * 200
-    labelled = labeller()({"image": image})
-    expected = (image > 100).float()
-    expected[:, :, 4:] = 0
-    assert torch.equal(labelled["label"], expected)
-    assert torch.equal(labelled["image"], image)
+def test_the_teacher_labels_what_has_no_label_and_nothing_else():
+    batch = batch_of([2, UNLABELLED, 1, UNLABELLED, UNLABELLED])
+    before = {key: value.clone() for key, value in batch.items()}
+    torch.manual_seed(0)
+    images, labels = MeanTeacherMixing(Bright().train())(batch, "cpu")
+    assert torch.equal(images[[0, 2]], batch["image"][[0, 2]])
+    assert torch.equal(labels[[0, 2]], batch["label"][[0, 2]])
+    assert torch.equal(labels[[1, 3, 4]], (images[[1, 3, 4], :1] > 100).float())
+    assert all(torch.equal(value, before[key]) for key, value in batch.items())
 
 
-def test_slices_of_unlabelled_volumes_follow_the_labelled_ones():
-    image = torch.full((1, 8, 8, 2), 200.0)
-    labelled = {"image": image, "label": torch.full_like(image, 3)}
-    dataset = SliceDataset([labelled], unlabelled=[{"image": image}], pseudo_labels=labeller(), progress=False)
-    assert [int(dataset[index]["label"].max()) for index in range(len(dataset))] == [3, 3, 1, 1]
+def test_each_slice_without_a_label_gets_a_rectangle_of_another():
+    batch = batch_of([UNLABELLED, UNLABELLED, UNLABELLED])
+    torch.manual_seed(0)
+    images, _ = MeanTeacherMixing(Bright())(batch, "cpu")
+    own = (images == batch["image"]).all(dim=1)
+    foreign = (images == batch["image"].roll(1, 0)).all(dim=1)
+    assert (own | foreign).all()
+    assert foreign.float().mean(dim=(1, 2)) == pytest.approx(0.5, abs=0.1)
+    for mask in foreign:  # is a rectangle
+        assert torch.equal(mask, mask.any(dim=1)[:, None] & mask.any(dim=0))
+    assert not torch.equal(foreign[0], foreign[1])
 
 
-def test_unlabelled_volumes_without_a_labeller_are_refused():
-    with pytest.raises(ValueError, match="expected pseudo_labels"):
-        SliceDataset([], unlabelled=[{"image": np.zeros((1, 8, 8, 2))}], progress=False)
+def test_mixing_depends_on_the_global_generator_alone():
+    batch, mixing = batch_of([UNLABELLED, UNLABELLED, UNLABELLED]), MeanTeacherMixing(Bright())
+    mixed = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        mixed.append(mixing(batch, "cpu")[0])
+    assert torch.equal(mixed[0], mixed[2])
+    assert not torch.equal(mixed[0], mixed[1])
+
+
+def test_a_batch_with_labels_alone_is_left_as_it_is_and_the_teacher_is_not_asked():
+    batch = batch_of([0, 1])
+    images, labels = MeanTeacherMixing(torch.nn.Identity())(batch, "cpu")
+    assert torch.equal(images, batch["image"])
+    assert torch.equal(labels, batch["label"])
 
 
 def test_a_training_without_any_volume_is_refused():
@@ -154,8 +174,21 @@ def test_without_any_label_the_last_epoch_is_kept_and_no_label_is_read(start, ph
     assert any(not torch.equal(value, after[key]) for key, value in before.items() if key in after)
 
 
-def test_overlay_is_the_same_in_every_bundle():
-    texts = {path.read_text() for path in REPOSITORY.glob("bundles/*/configs/unlabelled.json")}
-    assert len(texts) == 1
-    parser = ConfigParser(json.loads(texts.pop()))
-    assert parser["unlabelled_patients"] is None
+def test_teacher_is_resumed_with_the_network_and_missing_it_is_an_error(start, phantoms, tmp_path):
+    models = train(start, tmp_path / "run", phantoms, labelled_patients=1)
+    saved = torch.load(models / "checkpoint_epoch=2.pt", weights_only=True)
+    assert saved["teacher"].keys() == saved["model"].keys()
+    moved = [key for key, value in saved["model"].items() if not torch.equal(value, saved["teacher"][key])]
+    assert moved  # it lags behind
+    torch.save(saved | {"teacher": None}, models / "checkpoint_epoch=2.pt")
+    with pytest.raises(RuntimeError) as caught:
+        train(start, tmp_path / "run", phantoms, labelled_patients=1, resume=True, epochs=3)
+    assert "of a run without teacher" in messages_of(caught.value)
+
+
+@pytest.mark.parametrize("head", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc"])
+def test_overlay_is_the_same_for_every_head_and_the_unet_has_no_cache(head):
+    ours, unet = (
+        json.loads((REPOSITORY / f"bundles/{name}/configs/unlabelled.json").read_text()) for name in (head, "unet_acdc")
+    )
+    assert ours == {**unet, "cache_dir": None, "views": 0}

@@ -1,0 +1,78 @@
+"""Labels that the running mean of a network gives to slices without one, for the network to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.engines import default_prepare_batch
+
+from components.data.slices import UNLABELLED
+
+
+class MeanTeacherMixing:
+    """A trainer's `prepare_batch` that has a teacher label the slices without a label, and mixes them.
+
+    The teacher, the running mean of the network in training, labels these slices as they are. Then a rectangle of half
+    the size of each is replaced by that of another one, with its labels (CutMix): the network has to see in strange
+    surroundings what its teacher has seen in the whole slice. All pixels count, also where the teacher is not sure.
+
+    Sources: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017; French et al.,
+    "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC 2020. MONAI's `CutMix` cuts all
+    slices of a batch at one place, and out of some of them nothing.
+
+    The rectangles depend on the state of torch's global generator, which `components.training.EpochSeeds` sets.
+
+    Args:
+        teacher: maps images BxCxHxW to logits BxKxHxW, such as the `ema_model` of `ignite.handlers.EMAHandler`; is left
+            in evaluation mode.
+        prepare_batch: makes images BxCxHxW and labels Bx1xHxW of a batch, such as `PhantomMixing`. Unlabelled are those
+            in whose label there is an `UNLABELLED` of `components.data.slices`.
+    """
+
+    def __init__(self, teacher: torch.nn.Module, prepare_batch: Callable[..., Any] = default_prepare_batch) -> None:
+        self.teacher = teacher
+        self.prepare_batch = prepare_batch
+
+    def __call__(
+        self, batchdata: Any, device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prepare a batch, and label what is unlabelled.
+
+        Args:
+            batchdata: what `prepare_batch` takes.
+            device: where the batch goes.
+            non_blocking: whether copies to it may overlap with work on the CPU.
+            kwargs: further arguments of `Tensor.to`.
+
+        Returns:
+            images BxCxHxW and labels Bx1xHxW, without metadata; those with a label are not changed.
+        """
+        batch = self.prepare_batch(batchdata, device, non_blocking, **kwargs)
+        images, labels = (part.as_subclass(torch.Tensor).clone() for part in batch)
+        unlabelled = (labels == UNLABELLED).flatten(1).any(dim=1)
+        if unlabelled.any():
+            shown = images[unlabelled]
+            self.teacher.eval()
+            with torch.no_grad():
+                taught = self.teacher(shown).argmax(dim=1, keepdim=True).to(labels)
+            images[unlabelled], labels[unlabelled] = _cut_into_one_another(shown, taught)
+        return images, labels
+
+
+def _cut_into_one_another(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace a rectangle of each slice, half of its area, by the same one of the slice before it in the batch."""
+    is_kept = torch.ones(len(images), 1, *images.shape[2:], dtype=torch.bool)
+    for kept in is_kept[:, 0]:
+        height = kept.shape[0] * 0.5 ** float(torch.rand(()))
+        width = kept.numel() / 2 / height
+        top, left = (
+            float(torch.rand(())) * (room - side) for room, side in zip(kept.shape, (height, width), strict=True)
+        )
+        kept[round(top) : round(top + height), round(left) : round(left + width)] = False
+    is_kept = is_kept.to(images.device)
+    return (
+        torch.where(is_kept, images, images.roll(1, dims=0)),
+        torch.where(is_kept, labels, labels.roll(1, dims=0)),
+    )
