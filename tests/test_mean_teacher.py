@@ -7,12 +7,16 @@ import monai.bundle
 import pytest
 import torch
 from conftest import REPOSITORY, messages_of
+from ignite.engine import Engine
 
 from components.data.acdc import list_cases, list_patients, list_unlabelled, split_patients
 from components.data.slices import UNLABELLED, SliceDataset
+from components.networks import LinearHead, PromptFreeSam
 from components.networks.unet import GreyUNet
 from components.phantom.dataset import write_phantom_dataset
-from components.training.mean_teacher import MeanTeacherMixing
+from components.pretrained import pretrained_file
+from components.sam import SamEncoder
+from components.training.mean_teacher import MeanTeacherMixing, RunningMean
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,65 @@ def batch_of(labels: list[int]) -> dict[str, torch.Tensor]:
     return {"image": images, "label": label}
 
 
+def head_on_frozen_encoder() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2))
+    network[0].requires_grad_(False)
+    return network
+
+
+def test_mean_follows_the_trained_weights_and_shares_the_frozen_ones():
+    network = head_on_frozen_encoder()
+    running = RunningMean(network, momentum=0.75)
+    first = network[1].weight.detach().clone()
+    with torch.no_grad():
+        for step in (1, 2):
+            network[1].weight.fill_(step)
+            running(Engine(lambda *_: None))
+    network[2](torch.rand(2, 2, 4, 4))
+    running(Engine(lambda *_: None))
+    assert torch.allclose(running.mean[1].weight, 0.75 * (0.75 * (0.75 * first + 0.25) + 0.25 * 2) + 0.25 * 2)
+    assert running.mean[0].weight is network[0].weight
+    assert torch.equal(running.mean[2].running_mean, network[2].running_mean)
+    assert running.mean[2].running_mean is not network[2].running_mean
+    assert not running.mean.training
+    assert not any(parameter.requires_grad for parameter in running.mean.parameters())
+    assert network[1].weight.requires_grad
+
+
+def test_mean_is_updated_after_every_step_of_a_trainer():
+    network = head_on_frozen_encoder()
+    running = RunningMean(network)
+
+    def step(_, batch: float) -> None:
+        with torch.no_grad():
+            network[1].bias.fill_(batch)
+
+    trainer = Engine(step)
+    running.attach(trainer)
+    before = running.mean[1].bias.clone()
+    trainer.run([1.0, 2.0])
+    assert torch.allclose(running.mean[1].bias, 0.99 * (0.99 * before + 0.01) + 0.02)
+
+
+@pytest.mark.parametrize("momentum", [0, 1, 1.5])
+def test_impossible_momentum_is_refused(momentum):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        RunningMean(head_on_frozen_encoder(), momentum=momentum)
+
+
+def test_encoder_of_a_teacher_stays_the_one_that_its_fingerprint_names():
+    encoder = SamEncoder("phantom_unet", str(pretrained_file("phantom_unet.pth")), 32)
+    network = PromptFreeSam(encoder, LinearHead(out_channels=2))
+    running = RunningMean(network)
+    named = encoder.fingerprint.clone()
+    for _ in range(3):
+        running(Engine(lambda *_: None))
+        running.mean(torch.zeros(1, 3, 32, 32))
+    assert torch.equal(running.mean.state_dict()["encoder.fingerprint"], named)
+    assert torch.equal(network.state_dict()["encoder.fingerprint"], named)
+
+
 def test_the_teacher_labels_what_has_no_label_and_nothing_else():
     batch = batch_of([2, UNLABELLED, 1, UNLABELLED, UNLABELLED])
     before = {key: value.clone() for key, value in batch.items()}
@@ -129,13 +192,17 @@ def test_a_training_without_any_volume_is_refused():
         SliceDataset([], progress=False)
 
 
-def train(start: Path, folder: Path, phantoms: str, **overrides) -> Path:
-    configs = [str(REPOSITORY / f"bundles/unet_acdc/configs/{name}.json") for name in ("train", "tiny", "unlabelled")]
-    knobs = {"dataset_dir": phantoms, "start_checkpoint": str(start), "canvas_size": 32, "crop_size": 32, "epochs": 2}
-    knobs |= {"ckpt_dir": str(folder / "models"), "output_dir": str(folder / "eval"), "phantom_share": 0, "width": 2}
-    knobs |= {"is_silent": True, "val_interval": 1, "unlabelled_patients": 2, "test_time_views": 2}
+def run_overlay(bundle: str, folder: Path, phantoms: str, **overrides) -> Path:
+    configs = [str(REPOSITORY / f"bundles/{bundle}/configs/{name}.json") for name in ("train", "tiny", "unlabelled")]
+    knobs = {"dataset_dir": phantoms, "canvas_size": 32, "crop_size": 32, "epochs": 2, "phantom_share": 0}
+    knobs |= {"ckpt_dir": str(folder / "models"), "output_dir": str(folder / "eval"), "test_time_views": 2}
+    knobs |= {"is_silent": True, "val_interval": 1, "unlabelled_patients": 2}
     monai.bundle.run("training", config_file=configs, logging_file=False, **knobs | overrides)
     return folder / "models"
+
+
+def train(start: Path, folder: Path, phantoms: str, **overrides) -> Path:
+    return run_overlay("unet_acdc", folder, phantoms, start_checkpoint=str(start), width=2, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +251,16 @@ def test_teacher_is_resumed_with_the_network_and_missing_it_is_an_error(start, p
     with pytest.raises(RuntimeError) as caught:
         train(start, tmp_path / "run", phantoms, labelled_patients=1, resume=True, epochs=3)
     assert "of a run without teacher" in messages_of(caught.value)
+
+
+@pytest.mark.parametrize("trainable_encoder", [False, "neck"])
+def test_model_of_a_head_fits_its_encoder(trainable_encoder, phantoms, tmp_path):
+    knobs = {"labelled_patients": 0, "image_size": 32, "head_checkpoint": "$None", "test_time_views": 1}
+    models = run_overlay("linearhead_acdc", tmp_path, phantoms, trainable_encoder=trainable_encoder, **knobs)
+    encoder = SamEncoder("phantom_unet", str(pretrained_file("phantom_unet.pth")), 32, trainable_encoder)
+    network = PromptFreeSam(encoder, LinearHead(out_channels=4), head_checkpoint=str(models / "model.pt"))
+    saved = torch.load(models / "model.pt", weights_only=True)
+    assert all(torch.equal(value, saved[f"head.{key}"]) for key, value in network.head.state_dict().items())
 
 
 @pytest.mark.parametrize("head", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc"])

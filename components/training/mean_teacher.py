@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
 from monai.engines import default_prepare_batch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from components.data.slices import UNLABELLED
+
+
+class RunningMean:
+    """Ignite handler that keeps a copy of a network whose trained weights are their running mean over the steps.
+
+    Differs: ignite's `EMAHandler` averages frozen weights as well, by which rounding slowly changes them, so that an
+    encoder is no longer the one that its fingerprint names. Here they are those of the network itself.
+
+    Args:
+        network: the network in training; of a `DistributedDataParallel` the inner module.
+        momentum: what each step leaves of the mean: 0.99 is a mean of about the last hundred steps.
+
+    Attributes:
+        mean: the copy, in evaluation mode.
+
+    Raises:
+        ValueError: when `momentum` is not between 0 and 1.
+    """
+
+    def __init__(self, network: torch.nn.Module, momentum: float = 0.99) -> None:
+        if not 0 < momentum < 1:
+            raise ValueError(f"expected a momentum between 0 and 1, received {momentum}: give for example 0.99")
+        self.network = network.module if isinstance(network, DataParallel | DistributedDataParallel) else network
+        self.momentum = momentum
+        frozen = [parameter for parameter in self.network.parameters() if not parameter.requires_grad]
+        self.mean = copy.deepcopy(self.network, {id(parameter): parameter for parameter in frozen})
+        self.mean.requires_grad_(False).eval()
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler on a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    @torch.no_grad()
+    def __call__(self, _engine: Engine) -> None:
+        """Move the mean towards the network; running statistics, such as those of a batch norm, are taken over."""
+        for mean, module in zip(self.mean.modules(), self.network.modules(), strict=True):
+            trained = {name for name, value in module.named_parameters(recurse=False) if value.requires_grad}
+            for name in trained:
+                mean.get_parameter(name).lerp_(module.get_parameter(name), 1 - self.momentum)
+            for name, value in module.named_buffers(recurse=False) if trained else ():
+                mean.get_buffer(name).copy_(value)
 
 
 class MeanTeacherMixing:
@@ -25,8 +69,8 @@ class MeanTeacherMixing:
     The rectangles depend on the state of torch's global generator, which `components.training.EpochSeeds` sets.
 
     Args:
-        teacher: maps images BxCxHxW to logits BxKxHxW, such as the `ema_model` of `ignite.handlers.EMAHandler`; is left
-            in evaluation mode.
+        teacher: maps images BxCxHxW to logits BxKxHxW, such as the `mean` of a `RunningMean`; is left in evaluation
+            mode.
         prepare_batch: makes images BxCxHxW and labels Bx1xHxW of a batch, such as `PhantomMixing`. Unlabelled are those
             in whose label there is an `UNLABELLED` of `components.data.slices`.
     """
