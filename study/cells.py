@@ -224,8 +224,9 @@ def _encoder_knobs(method: Method, output_dir: Path, sam_dir: str | None) -> dic
     config = method.merged(*names)
     knobs: dict[str, Any] = {}
     if "cache_dir" in config:
-        frozen = not {**config, **method.knobs}.get("trainable_encoder")
-        knobs["cache_dir"] = str(output_dir / "embeddings") if frozen else None
+        of_method = {**config, **method.knobs}  # an overlay without cache shows no slice twice
+        is_cached = of_method["cache_dir"] is not None and not of_method.get("trainable_encoder")
+        knobs["cache_dir"] = str(output_dir / "embeddings") if is_cached else None
     if sam_dir is not None and "models_dir" in (config.get("sam_checkpoint") or {}):
         knobs["sam_checkpoint#models_dir"] = sam_dir
     return knobs

@@ -194,6 +194,7 @@ def test_a_cell_that_continues_another_starts_from_its_model_of_the_same_number_
     assert stages["unet_acdc"][0].knobs["start_checkpoint"] == start
     for training, evaluating in stages.values():
         assert training.configs == ("train", "tiny", "unlabelled")
+        assert training.knobs.get("cache_dir") is None  # of slices that are mixed anew in each step
         assert start not in evaluating.knobs.values()
 
 
