@@ -123,7 +123,7 @@ class _Estimate:
             return shown * speed.predict_s + self._newly_embedded(stage, "test", shown) * speed.encode_s
         if "steps_per_epoch" in parser.get():
             return config("epochs") * config("steps_per_epoch") * config("batch_size") * speed.train_s
-        unlabelled = _learns_from_unlabelled(stage)
+        unlabelled = stage.name == "training" and UNLABELLED in stage.configs
         if unlabelled or task.method.data_file:  # which repeat slices
             epochs, slices = self._size(name_without_split(task), config)
         else:
@@ -178,10 +178,6 @@ def _without_weights(stage: Stage) -> ConfigParser:
     if stage.name == "training":
         parser["train#dataset#progress"] = False
     return parser
-
-
-def _learns_from_unlabelled(stage: Stage) -> bool:
-    return stage.name == "training" and UNLABELLED in stage.configs
 
 
 def _depth(image: str, slice_axis: int | None) -> int:
