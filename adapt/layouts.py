@@ -1,4 +1,4 @@
-"""The layouts in which labelled images come: the Medical Segmentation Decathlon's, nnU-Net's, plain folders."""
+"""The layouts in which labelled images come: ACDC's, the Medical Segmentation Decathlon's, nnU-Net's, plain folders."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from monai.data import load_decathlon_datalist
 
-from components.data.acdc import SUBSETS
-from components.data.own_data import check_listed_once
+from components.data.acdc import CLASS_NAMES, INFO, read_acdc
+from components.data.cases import SUBSETS, check_listed_once
 from components.data.volume_metadata import case_name, is_picture, volume_suffix
 
 IMAGES = ("images", "imagesTr")
@@ -42,7 +42,8 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
 
     Args:
         folder: with a `dataset.json` that lists cases (Medical Segmentation Decathlon, Auto3DSeg) or does not
-            (nnU-Net), or with plain folders of images and labels whose names are equal.
+            (nnU-Net); with plain folders of images and labels whose names are equal; or with a folder for each
+            patient, whose `Info.cfg` names the frames of ED and ES (ACDC).
 
     Returns:
         its labelled cases, and what else it says.
@@ -59,6 +60,9 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
     described = _described(file) if file.is_file() else {}
     if described.get("training"):
         layout = Layout("Medical Segmentation Decathlon", _listed(file, described), *_classes(described))
+    elif any(root.glob(f"*/{INFO}")) or any(root.glob(f"training/*/{INFO}")):
+        classes = dict(enumerate(["background", *CLASS_NAMES]))
+        layout = Layout("ACDC", {"training": read_acdc(str(root))["training"]}, classes, "MR")
     elif described:
         layout = Layout("nnU-Net", {"training": _pairs(root, by_channel=True)}, *_classes(described))
     else:

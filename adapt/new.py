@@ -1,23 +1,33 @@
-"""A bundle for a user's own data, made from the template."""
+"""A bundle for a user's own data, and the bundles for ACDC, made from the template."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
+import tempfile
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from adapt.layouts import read_layout
 from adapt.survey import survey
+from adapt.template import SHIPPED_ENCODER, Instance, knobs_page, networks
+from components.data.acdc import CLASS_NAMES
+from components.sam.encoder import SamEncoder
 
-TEMPLATE = Path(__file__).parent / "template"
+REPOSITORY = Path(__file__).parents[1]
+DATA_FILE = "configs/data.json"  # which only bundles for one's own data have
+DEFAULT_NETWORK = "unet"
 
 
 def new_bundle(
-    name: str, data: str | os.PathLike[str], output_dir: str | os.PathLike[str] = "bundles"
+    name: str,
+    data: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str] = "bundles",
+    *,
+    network: str = DEFAULT_NETWORK,
+    model_type: str = SHIPPED_ENCODER,
+    sam_checkpoint: str | None = None,
 ) -> tuple[Path, list[str]]:
     """Write a bundle that trains, evaluates and infers on the labelled images of a folder.
 
@@ -25,34 +35,60 @@ def new_bundle(
         name: of the bundle and of its folder; letters, digits and underscores.
         data: the folder, see `adapt.layouts.read_layout`.
         output_dir: where the bundle's folder is made.
+        network: `autosam`, `cnnhead`, `linearhead` or `unet`.
+        model_type: of the encoder under a head.
+        sam_checkpoint: file of that encoder; None for the place of the published one in the bundle's `models`.
 
     Returns:
         the bundle's folder, and sentences on what was seen and chosen.
 
     Raises:
-        ValueError: for another name, or data that cannot be used.
+        ValueError: for another name, network or encoder, a file that does not fit it, or data that cannot be used.
         FileExistsError: when the bundle is there already.
-        FileNotFoundError: when the data are not there.
+        FileNotFoundError: when the data or the encoder's file are not there.
     """
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"expected a name of letters, digits and underscores, received {name!r}")
     bundle = Path(output_dir) / name
     if bundle.exists():
         raise FileExistsError(f"{bundle} is there already: remove it, or give another name")
+    if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
+        raise FileNotFoundError(f"there is no SAM checkpoint {sam_checkpoint}: give --sam_checkpoint FILE")
+    encoder: dict[str, Any] = {
+        "model_type": model_type,
+        "sam_checkpoint": None if sam_checkpoint is None else os.path.abspath(sam_checkpoint),  # noqa: PTH100
+    }
+    Instance(network, cases="own", hearts=False, **encoder)  # checks them before the data are read
+    if sam_checkpoint is not None:
+        SamEncoder(model_type, sam_checkpoint)
     folder = Path(os.path.abspath(data))  # noqa: PTH100  # links are followed, and stay as they are named
     description, said = survey(read_layout(folder), folder)
-    shutil.copytree(TEMPLATE, bundle, ignore=shutil.ignore_patterns("__pycache__"))
-    lines = [f"    {json.dumps(key)}: {_value(value)}" for key, value in description.items()]
-    (bundle / "configs/data.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    metadata_file = bundle / "configs/metadata.json"
-    metadata = _metadata(json.loads(metadata_file.read_text()), name, description)
-    metadata_file.write_text(json.dumps(metadata, indent=4) + "\n")
-    readme = bundle / "docs/README.md"
-    summary = "\n".join(f"- {sentence}" for sentence in said)
-    channels = metadata["network_data_format"]["inputs"]["image"]["num_channels"]
-    text = Template(readme.read_text()).safe_substitute(name=name, summary=summary, channels=channels)
-    readme.write_text(text)
+    hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
+    if hearts:
+        said.append("RV, Myo and LV: training starts from what phantoms of hearts taught, and mixes them in")
+    instance = Instance(network, cases="own", hearts=hearts, **encoder, texts=_texts(name, description, said))
+    bundle.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=f".{name}_") as partial:
+        whole = Path(partial) / name
+        instance.write(whole)
+        lines = [f"    {json.dumps(key)}: {_value(value)}" for key, value in description.items()]
+        (whole / DATA_FILE).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        whole.rename(bundle)
     return bundle, said
+
+
+def acdc_bundles() -> dict[Path, str]:
+    """Return the text of every file of the bundles for ACDC, and of the page of knobs, by path."""
+    instances = {f"{network}_acdc": Instance(network, cases="acdc", hearts=True) for network in networks()}
+    files = {
+        REPOSITORY / "bundles" / bundle / name: text
+        for bundle, instance in instances.items()
+        for name, text in instance.files().items()
+    }
+    page = REPOSITORY / "docs/knobs.md"
+    configs = {bundle: REPOSITORY / "bundles" / bundle / "configs" for bundle in (*instances, "sambox_acdc")}
+    known = {path: text for path, text in files.items() if path.suffix == ".json"}
+    return files | {page: knobs_page(page.read_text(), configs, known)}
 
 
 def _value(value: Any) -> str:
@@ -62,33 +98,27 @@ def _value(value: Any) -> str:
     return json.dumps(value)
 
 
-def _metadata(metadata: dict[str, Any], name: str, description: dict[str, Any]) -> dict[str, Any]:
-    """Return a bundle's metadata with what its data are."""
-    classes = description["class_names"]
+def _texts(name: str, description: dict[str, Any], said: list[str]) -> dict[str, Any]:
+    """Return the parts of documents and metadata that say what the data are."""
+    classes = ["background", *description["class_names"]]
     kind = "2D pictures" if description["pictures"] else "3D volumes"
-    label_map = ", ".join(f"{index} {each}" for index, each in enumerate(["background", *classes]))
-    metadata |= {
-        "name": name,
-        "task": f"Segmentation of {', '.join(classes)} in {kind}",
+    grey = "grey values" if description["channels"] == 1 else "colours"
+    channels = ["red", "green", "blue"] if description["pictures"] else ["slice before", "slice", "slice after"]
+    return {
+        "title": name,
+        "summary": [f"- {sentence}" for sentence in said],
+        "version": "0.1.0",
+        "changelog": {"0.1.0": "made by adapt"},
+        "classes_about": f"{', '.join(classes[1:])} in {kind}",
         "authors": "the user of python -m adapt new",
         "copyright": "the user's; the template: Apache License 2.0",
         "data_source": "the user's own, see configs/data.json",
         "data_type": "Pillow" if description["pictures"] else "nibabel",
-        "image_classes": f"{kind}, {'grey values' if description['channels'] == 1 else 'colours'} of any range",
-        "label_classes": f"label map: {label_map}",
-        "pred_classes": f"label map: {label_map}",
-    }
-    formats = metadata["network_data_format"]
-    channels = {1: ["grey"], 3: ["red", "green", "blue"]}[description["channels"]]
-    if not description["pictures"]:
-        channels = ["slice before", "slice", "slice after"]
-    formats["inputs"]["image"] |= {
+        "image_classes": f"{kind}, {grey} of any range",
+        "label_map": ", ".join(f"{index} {each}" for index, each in enumerate(classes)),
         "modality": description["modality"] or "n/a",
-        "num_channels": len(channels),
         "channel_def": {str(index): each for index, each in enumerate(channels)},
+        "out_channels": str(len(classes)),
+        "num_classes": len(classes),
+        "class_def": {str(index): each for index, each in enumerate(classes)},
     }
-    formats["outputs"]["pred"]["num_channels"] = len(classes) + 1
-    formats["outputs"]["pred"]["channel_def"] = {
-        str(index): each for index, each in enumerate(["background", *classes])
-    }
-    return metadata

@@ -13,7 +13,8 @@ from monai.transforms import LoadImage
 from tqdm import tqdm
 
 from adapt.layouts import Item, Layout
-from components.data.acdc import SUBSETS
+from components.data.acdc import CLASS_NAMES
+from components.data.cases import SUBSETS
 from components.data.geometry import find_slice_axis, on_grid_of
 from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
@@ -146,6 +147,10 @@ def _classes(
                 f"the label of {path} has the value {unknown[0]}: expected those of dataset.json, {label_values}; "
                 "name it there"
             )
+    if sorted(map(str.lower, names)) == sorted(map(str.lower, CLASS_NAMES)):  # hearts, in the order of their phantoms
+        by_name = dict(zip(map(str.lower, names), label_values[1:], strict=True))
+        label_values = [0, *(by_name[name.lower()] for name in CLASS_NAMES)]
+        names = list(CLASS_NAMES)
     if len(label_values) == 1:
         raise ValueError("all labels are 0: expected a whole number from 1 on where a class is")
     if label_values != list(range(len(label_values))):

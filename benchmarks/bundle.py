@@ -7,21 +7,22 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
+from adapt.template import networks
 from benchmarks.settings import Settings
-from bundles.derive import own_tiny_knobs, read_entries
 from components.phantom.dataset import write_phantom_dataset
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 CONFIGS = Path(__file__).parents[1] / "bundles" / "autosam_acdc" / "configs"
+PAPER = [str(CONFIGS / name) for name in ("train.json", "sam.json")]
 
 
 def _heads() -> dict[str, dict[str, Any]]:
-    """List every head with its default knobs, and with those of the tiny overlay where they are others."""
+    """List every head with the knobs of the paper's recipe, and with the default ones where they are others."""
     heads = {}
-    for entry in read_entries()["heads"].values():
-        defaults = entry.get("knobs", {})
-        for knobs in (defaults, defaults | own_tiny_knobs(entry)):
+    for entry in (entry for entry in networks().values() if "head" in entry):
+        defaults = entry.get("head_knobs", {})
+        for knobs in (defaults | entry.get("paper_head", {}), defaults):
             name = ", ".join([entry["head"]["_target_"].split(".")[-1], *(f"{k} {v}" for k, v in knobs.items())])
             heads[name] = {key: knobs.get(str(value).removeprefix("@"), value) for key, value in entry["head"].items()}
     return heads
@@ -37,15 +38,16 @@ def write_patients(folder: str, settings: Settings) -> str:
 
 
 def training_knobs(*names: str) -> dict[str, int]:
-    """Read top-level numbers from `train.json`."""
-    config = ConfigParser.load_config_file(str(CONFIGS / "train.json"))
-    return {name: config[name] for name in names}
+    """Read top-level numbers of the paper's recipe."""
+    parser = ConfigParser()
+    parser.read_config(PAPER)
+    return {name: parser.get_parsed_content(name) for name in names}
 
 
 def training(
     settings: Settings, encoder: nn.Module, *, head: str, precision: str, dataset_dir: str, views: int
 ) -> ConfigParser:
-    """Parse `train.json` with a given encoder and head, for one epoch at a time and without handlers.
+    """Parse the paper's recipe with a given encoder and head, for one epoch at a time and without handlers.
 
     Args:
         settings: sizes of the run.
@@ -58,7 +60,7 @@ def training(
     Returns:
         the parser, which instantiates `train#trainer`, `network`, `loss`, `optimizer` and the rest on request.
     """
-    parser = _parser("train.json", settings, encoder, head=head, precision=precision)
+    parser = _parser(PAPER, settings, encoder, head=head, precision=precision)
     parser.update({"dataset_dir": dataset_dir, "label_unit": "frames", "views": views, "epochs": 1})
     parser["train"]["trainer"] |= {"train_handlers": None, "key_train_metric": None}
     parser["train"]["dataset"]["progress"] = False
@@ -68,14 +70,15 @@ def training(
 
 def inference(settings: Settings, encoder: nn.Module, *, head: str, precision: str) -> ConfigParser:
     """Parse `inference.json` with a given encoder and head; see `training`."""
-    parser = _parser("inference.json", settings, encoder, head=head, precision=precision)
+    parser = _parser([str(CONFIGS / "inference.json")], settings, encoder, head=head, precision=precision)
+    parser["as_trained"] = {"crop_size": settings.canvas_size, "test_time_views": 1}
     parser.parse()
     return parser
 
 
-def _parser(file: str, settings: Settings, encoder: nn.Module, *, head: str, precision: str) -> ConfigParser:
+def _parser(files: list[str], settings: Settings, encoder: nn.Module, *, head: str, precision: str) -> ConfigParser:
     parser = ConfigParser()
-    parser.read_config(str(CONFIGS / file))
+    parser.read_config(files)
     parser["network_def"] |= {"encoder": encoder, "head": HEADS[head], "precision": precision}
     parser.update({"canvas_size": settings.canvas_size, "sam_checkpoint": None, "device": settings.device})
     parser.update(training_knobs("out_channels"))  # which inference would take from a trained model

@@ -4,14 +4,14 @@
 |---|---|
 | `base` | files written whole or not at all, weights, number formats |
 | `embeddings` | embeddings of images, kept in memory and on disk |
+| `pretrained` | the weights that come with the package |
 | `sam` | Segment Anything: checkpoints, image encoder, decoder |
 | `networks` | networks from images to logits: heads on SAM's encoder, and baselines |
 | `phantom` | synthetic patients and slices |
-| `pretrained` | the weights that come with the package |
 | `data` | from files to slices |
 | `training` | checkpoints, epochs, phantoms in batches, records of a run |
 | `evaluation` | from a trained network to predictions, scores and pictures |
-| `pretraining` | training of the tiny encoder on phantoms |
+| `pretraining` | training of what comes with the package |
 
 Each one's `__init__.py` lists what configs may name from it, such as `components.networks.CNNHead`; code imports from
 the modules. A sub-package imports from those above it in this table only.

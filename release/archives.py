@@ -12,7 +12,7 @@ from components.base.atomic_write import write_atomically
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can hold
 _MODE = 0o644
-_FILE_LIMIT = 25 * 10**6  # bytes, of the zoo for each file
+FILE_LIMIT = 25 * 10**6  # bytes, of the zoo for each file
 
 
 def write_archive(root: Path, path: Path) -> Path:
@@ -35,9 +35,9 @@ def write_archive(root: Path, path: Path) -> Path:
             raise ValueError(
                 f"{name} is a symbolic link: expected a file of its own, as archives are unpacked anywhere"
             )
-        if file.stat().st_size > _FILE_LIMIT:
+        if file.stat().st_size > FILE_LIMIT:
             raise ValueError(
-                f"{name} has {file.stat().st_size / 1e6:.1f} MB: expected at most {_FILE_LIMIT / 1e6:.0f} MB, "
+                f"{name} has {file.stat().st_size / 1e6:.1f} MB: expected at most {FILE_LIMIT / 1e6:.0f} MB, "
                 "the model zoo's limit; larger ones belong into large_files.yml"
             )
     path.parent.mkdir(parents=True, exist_ok=True)

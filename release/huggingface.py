@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.pretrained import pretrained_file
-from release.bundles import HEADS, MODEL, pins_of
+from release.bundles import MODEL, pins_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -70,11 +70,10 @@ def _results(root: Path) -> list[EvalResult]:
     """Return the scores on record of a bundle's head, none unless it is the one that comes with the package."""
     from huggingface_hub import EvalResult
 
-    head = HEADS.get(root.name)
-    if head is None or (root / MODEL).read_bytes() != Path(pretrained_file(head)).read_bytes():
-        return []
     record = json.loads(Path(pretrained_file("phantom_unet.pth")).with_name("record.json").read_text())
-    dice: dict[str, Any] = record["dice"][Path(head).stem.removesuffix("_head")]
+    by_file = {pretrained_file(f"{head}_head.pt"): scores for head, scores in record["dice"].items()}
+    model = (root / MODEL).read_bytes() if (root / MODEL).is_file() else b""
+    dice: dict[str, Any] = next((scores for file, scores in by_file.items() if Path(file).read_bytes() == model), {})
     return [
         EvalResult(
             task_type="image-segmentation",

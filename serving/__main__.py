@@ -17,7 +17,7 @@ from pathlib import Path
 
 import fire
 
-from release.bundles import COMPLETE
+from release.bundles import PACKED
 from serving.app import assemble_app
 
 _FILTER = "MONAI_LABEL_DICOMWEB_SEARCH_FILTER"
@@ -30,7 +30,7 @@ logger = logging.getLogger("serving")
 def serve(
     studies: str,
     app_dir: str = "monailabel_app",
-    bundle: str = ",".join(COMPLETE),
+    bundle: str = ",".join(PACKED),
     modality: str = "MR",
     host: str = "127.0.0.1",
     port: int = 8000,

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from bundles.derive import edited
+from adapt.new import DATA_FILE
 from components.networks.trained_with import as_trained
-from release.bundles import COMPLETE, DATA_FILE, MODEL, assemble, assemble_own, own_bundle
+from release.bundles import (
+    ENCODER_KNOB,
+    MODEL,
+    PACKED,
+    assemble,
+    own_bundle,
+    set_encoder,
+    set_values,
+    weights_of,
+)
 
 logger = logging.getLogger("serving")
 
@@ -20,10 +29,20 @@ logger = logging.getLogger("serving")
 # folder on its path imports sitecustomize.
 _FILES = {"main.py": "label_app.py", "sitecustomize.py": "torchvision_operators.py"}
 _OTHER_TASKS = ("deepedit", "deepgrow", "detection", "classification")  # as MONAI Label takes a bundle by its name
-_CHOSEN = ("width", "canvas_size", "crop_size", "slice_axis", "normalisation", "largest_component", "slice_smoothing")
+_CHOSEN = (  # by its labelled cases, or on the command line of its training
+    "width",
+    "depth",
+    "image_size",
+    "canvas_size",
+    "crop_size",
+    "slice_axis",
+    "normalisation",
+    "largest_component",
+    "slice_smoothing",
+)
 
 
-def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tuple[Path, list[str]]:
+def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, list[str]]:
     """Make the app's folder and put bundles into it, each complete with weights.
 
     A bundle that is there already is left as it is, with all that it has learned.
@@ -42,9 +61,9 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tup
     """
     own = {folder.name: folder for bundle in bundles if (folder := own_bundle(bundle))}
     names = [folder.name if (folder := own_bundle(bundle)) else bundle for bundle in bundles]
-    if unknown := set(names) - COMPLETE.keys() - own.keys():
+    if unknown := set(names) - set(PACKED) - own.keys():
         raise ValueError(
-            f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(COMPLETE)}, or folders of "
+            f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(PACKED)}, or folders of "
             "bundles that `python -m adapt new` has made"
         )
     if len(set(names)) < len(names):
@@ -67,22 +86,27 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = tuple(COMPLETE)) -> tup
             continue
         partial = app_dir / "model" / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
-        root = assemble_own(own[name], partial) if name in own else assemble(name, partial)
+        root = assemble(str(own.get(name, name)), partial)
         if name in own:
-            _as_monai_label_expects(root)
+            _as_monai_label_expects(root, own[name])
         root.rename(model)
         partial.rmdir()
     return app_dir, names
 
 
-def _as_monai_label_expects(root: Path) -> None:
-    """Make a bundle for one's own data train on from its model, and exchange the indices of its classes as labels."""
+def _as_monai_label_expects(root: Path, source: Path) -> None:
+    """Make a bundle for one's own data train on from its model, and exchange the indices of its classes as labels.
+
+    Args:
+        root: the bundle's folder in the app.
+        source: its own folder, from which an encoder is read that is no part of the package.
+    """
     trained = as_trained(str(root / MODEL), {}, {})
-    start = {"start_checkpoint": f"$@bundle_root + '/{MODEL}'"}
-    _edit(root / "configs/train.json", replace=start | {name: trained[name] for name in _CHOSEN})
-    _edit(root / DATA_FILE, replace={"label_values": list(range(trained["out_channels"]))})
-    _edit(root / "configs/inference.json", add={"run": {"displayable_configs": {"result_dtype": "uint8"}}})
-
-
-def _edit(file: Path, **edits: Any) -> None:
-    file.write_text(edited(file.read_text(), **edits))
+    train = root / "configs/train.json"
+    knobs = {name: trained[name] for name in _CHOSEN if name in trained and name in json.loads(train.read_text())}
+    encoder = weights_of(source).get(ENCODER_KNOB)
+    if encoder and weights_of(root)[ENCODER_KNOB] != encoder:  # not that of the package
+        set_encoder(root, str(encoder))
+    set_values(train, {"start_checkpoint": f"$@bundle_root + '/{MODEL}'", **knobs})
+    set_values(root / DATA_FILE, {"label_values": list(range(trained["out_channels"]))})
+    set_values(root / "configs/inference.json", {"displayable_configs": {"result_dtype": "uint8"}})

@@ -23,7 +23,6 @@ from components.phantom.degraded import SPACING_MM, degraded_phantom
 logger = logging.getLogger("study")
 
 BUNDLES = ("linearhead_acdc", "unet_acdc")  # one with the encoder, one without
-CONFIGS = ("inference.json", "tiny.json")
 _FOLDER = Path(__file__).parents[1] / "bundles"
 _SEED = 1
 _DECIMALS = 3
@@ -41,8 +40,8 @@ def calibrate(
 ) -> None:
     """Fit the lines of `components/evaluation/predicted_dice.json` to segmentations of degraded phantoms.
 
-    Every bundle segments the same volumes with `tiny.json`; one line is fitted to the volumes of all bundles, and one
-    to their slices, by Theil and Sen's estimator, which a few odd ones do not move.
+    Every bundle segments the same volumes as it comes; one line is fitted to the volumes of all bundles, and one to
+    their slices, by Theil and Sen's estimator, which a few odd ones do not move.
 
     Args:
         output_dir: folder of the volumes, of the label maps, and of `phantoms.csv` with every volume and slice.
@@ -88,9 +87,10 @@ def _segmented(bundle: str, cases: Iterable[Case], output: Path) -> pd.DataFrame
     """Segment volumes with a bundle, and return what is expected and what is true of each and of its slices."""
     truths = dict(cases)
     config = ConfigParser()
-    config.read_config([str(_FOLDER / bundle / "configs" / name) for name in CONFIGS])
+    config.read_config(str(_FOLDER / bundle / "configs/inference.json"))
     config["bundle_root"] = str(_FOLDER / bundle)
     config["output_dir"] = str(output)
+    config["ckpt_path"] = "@start_checkpoint"  # whatever has been trained in the bundle's folder
     config["dataset"]["data"] = [{"image": str(image)} for image in truths]
     evaluator: Any = config.get_parsed_content("evaluator")
     rows: list[dict[str, Any]] = []

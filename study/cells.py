@@ -22,8 +22,8 @@ from typing import IO, Any
 from monai.bundle import ConfigParser
 
 from components.base.atomic_write import write_atomically
-from components.data.acdc import Case
-from study.grid import Cell, Method, Preparation
+from components.data.cases import Case
+from study.grid import LABELLED_CASES, START_CHECKPOINT, Cell, Method, Preparation
 
 logger = logging.getLogger("study")
 
@@ -94,16 +94,14 @@ def list_stages(
     knobs |= _encoder_knobs(method, output_dir, sam_dir)
     if not method.trains:
         return [Stage("evaluating", method, ("evaluate", *method.overlays), {**knobs, **method.knobs})]
-    start = str(output_dir / cell.starts_from / "models/model.pt") if cell.starts_from else None
+    start = {START_CHECKPOINT: str(output_dir / cell.starts_from / "models/model.pt")} if cell.starts_from else {}
     knobs |= {"ckpt_dir": str(folder / "models"), **method.knobs}
     evaluate = ("train", "evaluate", *method.overlays)
-    if not cell.trains:
-        knobs["ckpt_path"] = start or f"$@{method.start_knob}"  # instead of the trained model
-        return [Stage("evaluating", method, evaluate, knobs)]
-    knobs[f"labelled_{method.counts}"] = cell.labelled_patients
-    training = knobs | {"resume": True} | ({method.start_knob: start} if start else {})
+    if not cell.trains:  # then what training would start from is taken for the trained model
+        return [Stage("evaluating", method, evaluate, knobs | start)]
+    knobs[LABELLED_CASES] = cell.labelled_cases
     return [
-        Stage("training", method, ("train", *method.overlays), training),
+        Stage("training", method, ("train", *method.overlays), knobs | {"resume": True} | start),
         Stage("evaluating", method, evaluate, knobs),
     ]
 
@@ -219,15 +217,15 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _encoder_knobs(method: Method, output_dir: Path, sam_dir: str | None) -> dict[str, Any]:
-    """Return the knobs for the weights and the embedding cache of a bundle with SAM's encoder."""
+    """Return the knobs for the weights and the embedding cache of a bundle with an encoder."""
     names = ("train" if method.trains else "evaluate", *method.overlays)
-    config = method.merged(*names)
+    config = {**method.merged(*names), **method.knobs}
     knobs: dict[str, Any] = {}
-    if "cache_dir" in config:
-        of_method = {**config, **method.knobs}  # an overlay without cache shows no slice twice
-        is_cached = of_method["cache_dir"] is not None and not of_method.get("trainable_encoder")
+    if "cache_dir" in config:  # an overlay without cache shows no slice twice
+        is_cached = config["cache_dir"] is not None and not config.get("trainable_encoder")
         knobs["cache_dir"] = str(output_dir / "embeddings") if is_cached else None
-    if sam_dir is not None and "models_dir" in (config.get("sam_checkpoint") or {}):
+    checkpoint = config.get("sam_checkpoint")  # else the path of a file, or None for random weights
+    if sam_dir is not None and isinstance(checkpoint, dict) and "models_dir" in checkpoint:
         knobs["sam_checkpoint#models_dir"] = sam_dir
     return knobs
 

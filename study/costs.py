@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,20 +19,28 @@ from components.data.transforms import LoadVolumed
 from components.data.volume_metadata import is_picture
 from study.cells import Stage, has_failed, is_finished, list_cases_to_score, list_stages, read_record
 from study.execution import Task
-from study.grid import UNLABELLED
+from study.grid import LABELLED_CASES, UNLABELLED
 
 _STARTUP_S = 10.0  # to start Python, import MONAI and load volumes
-_WEIGHTS = ("sam_checkpoint", "head_checkpoint", "start_checkpoint")  # speed does not depend on the weights
+_WEIGHTS = ("sam_checkpoint", "start_checkpoint")  # speed does not depend on the weights
 _POOL_SIZE = 512  # number of phantoms that PhantomMixing draws from
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per slice: a training step, a prediction and, with a frozen encoder, an embedding."""
+    """Seconds per slice: a training step, a prediction and, with a frozen encoder, an embedding.
+
+    Args:
+        train_s: of a training step.
+        predict_s: of a prediction.
+        encode_s: of an embedding; 0 without a frozen encoder.
+        encoder: what the frozen encoder is called, with the size of its images.
+    """
 
     train_s: float
     predict_s: float
-    encode_s: float
+    encode_s: float = 0.0
+    encoder: str = ""
 
 
 def name_without_split(task: Task) -> str:
@@ -120,21 +127,22 @@ class _Estimate:
         axis, views = knob("slice_axis", None), knob("test_time_views", 1)
         if stage.name == "evaluating":
             shown = self._slices(list_cases_to_score(parser), axis) * views
-            return shown * speed.predict_s + self._newly_embedded(stage, "test", shown) * speed.encode_s
+            return shown * speed.predict_s + self._newly_embedded(stage, speed, "test", shown) * speed.encode_s
         if "steps_per_epoch" in parser.get():
             return config("epochs") * config("steps_per_epoch") * config("batch_size") * speed.train_s
         unlabelled = stage.name == "training" and UNLABELLED in stage.configs
-        if unlabelled or task.method.data_file:  # which repeat slices
-            epochs, slices = self._size(name_without_split(task), config)
-        else:
-            epochs, slices = config("epochs"), self._slices(config("train#dataset#data"), axis)
+        epochs, slices = self._size(
+            name_without_split(task), config, repeats=unlabelled or task.method.data_file is not None
+        )
+        slices = slices or self._slices(config("train#dataset#data"), axis)
+        parser["epochs"] = epochs  # so that nothing below reads the volumes again
         share = knob("phantom_share", 0)
         phantoms = slices * share / (1 - share)
         seconds = epochs * (slices + phantoms) * speed.train_s
         if stage.name == "pretraining":
             return 2 * seconds  # two views of each slice
         validated = self._slices(config("validate#dataset#data"), axis) * views
-        if stage.knobs[f"labelled_{task.method.counts}"] == 0:  # then nothing is validated
+        if stage.knobs[LABELLED_CASES] == 0:  # then nothing is validated
             validated = 0
         seconds += -(-epochs // config("val_interval")) * validated * speed.predict_s
         taught = epochs * self._slices(config("train#dataset#unlabelled"), axis) if unlabelled else 0
@@ -143,19 +151,24 @@ class _Estimate:
             return seconds
         drawn = epochs * phantoms if config("views") == 0 else min(_POOL_SIZE, epochs * phantoms)  # then none is cached
         shown = slices * min(config("views") or epochs, epochs) + drawn + taught
-        embedded = self._newly_embedded(stage, "training", shown) + self._newly_embedded(stage, "validation", validated)
-        return seconds + embedded * speed.encode_s
+        seconds += self._newly_embedded(stage, speed, "training", shown) * speed.encode_s
+        return seconds + self._newly_embedded(stage, speed, "validation", validated) * speed.encode_s
 
-    def _size(self, name: str, config: Callable[[str], Any]) -> tuple[int, int]:
-        """Return the epochs of a training and the slices of one, of which the volumes are read: once for all splits."""
+    def _size(self, name: str, config: Callable[[str], Any], *, repeats: bool) -> tuple[int, int]:
+        """Return the epochs of a training and, if it repeats slices, the number in one of them, else 0.
+
+        Both may need its volumes, which are read once for all splits.
+        """
         if name not in self._sizes:
-            self._sizes[name] = config("epochs"), len(config("train#dataset"))
+            self._sizes[name] = config("epochs"), len(config("train#dataset")) if repeats else 0
         return self._sizes[name]
 
-    def _newly_embedded(self, stage: Stage, subset: str, slices: float) -> float:
-        """Return the number of slices that no earlier task has embedded, and count them as embedded."""
-        encoder = json.dumps([stage.knobs.get(key) for key in ("model_type", "sam_checkpoint", "image_size")])
-        key = (f"{stage.configs[-1]}{encoder}", stage.knobs.get("split_seed"), subset)
+    def _newly_embedded(self, stage: Stage, speed: Speed, subset: str, slices: float) -> float:
+        """Return the number of slices that no earlier task has embedded, and count those of a cache as embedded."""
+        if stage.knobs.get("cache_dir") is None:
+            return slices
+        encoder = f"{speed.encoder}, {stage.knobs.get('sam_checkpoint', '')}"  # the latter is None for random weights
+        key = (encoder, stage.knobs.get("split_seed"), subset)
         before = self._embedded.get(key, 0)
         self._embedded[key] = max(before, int(slices))
         return max(0.0, slices - before)
@@ -171,7 +184,7 @@ def _without_weights(stage: Stage) -> ConfigParser:
     """Read the configs of a stage, without what only its results depend on."""
     parser = stage.parser()
     parser["bundle_root"] = str(stage.method.folder)
-    weights = _WEIGHTS if stage.name != "evaluating" else _WEIGHTS[:2]  # the last may say what it was trained with
+    weights = _WEIGHTS if stage.name != "evaluating" else _WEIGHTS[:1]  # the other says what it was trained with
     parser.update({name: None for name in (*weights, "cache_dir") if name in parser.get()})
     if "trained_with" in parser.get():
         parser.update({"trained_with#views_shown": None})  # which a start, left out here, may have been shown
@@ -201,14 +214,15 @@ def measure_speed(parser: ConfigParser) -> Speed:
     frozen = hasattr(network, "encoder") and not any(p.requires_grad for p in network.encoder.parameters())
     if not frozen:
         patches = images[..., :shown, :shown]
-        return Speed(_timed(network.train(), patches, learn=True), _timed(network.eval(), images), encode_s=0.0)
+        return Speed(_timed(network.train(), patches, learn=True), _timed(network.eval(), images))
     with autocast_to(network.precision, device.type):
         encode_s = _timed(network.encoder, images)
+        encoder = f"{network.encoder.model_type} at {network.encoder.image_size}"
         if not hasattr(network, "head"):  # the time of SAM's own decoder is negligible
-            return Speed(train_s=0.0, predict_s=0.0, encode_s=encode_s)
+            return Speed(0.0, 0.0, encode_s, encoder)
         with torch.no_grad():
             embeddings = network.encoder(images).float()
-        return Speed(_timed(network.head, embeddings, learn=True), _timed(network.head, embeddings), encode_s)
+        return Speed(_timed(network.head, embeddings, learn=True), _timed(network.head, embeddings), encode_s, encoder)
 
 
 def _timed(module: torch.nn.Module, batch: torch.Tensor, *, learn: bool = False) -> float:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.data.acdc import SUBSETS, patient_of
-from components.data.own_data import groups_of_cases, read_data
+from components.data.acdc import patient_of
+from components.data.cases import SUBSETS, groups_of_cases
+from components.data.own_data import read_data
 
+OWN_COUNTS = "cases"  # what labelled ones of a user's own data are called
 _MUST_AGREE = ("dataset_dir", "class_names", "label_values", *SUBSETS)  # between bundles of one study
 
 
@@ -18,7 +20,7 @@ class StudyData:
 
     Args:
         title: of the report.
-        counts: what the number of labelled ones counts, `patients` or `cases`; a case is a `group` of images, if
+        counts: what its labelled cases are called, `patients` or `cases`; a case is a `group` of images, if
             `data.json` has such.
         item: one image, `volume` or `picture`.
         element: of an image, `voxel` or `pixel`.
@@ -39,9 +41,14 @@ class StudyData:
         return self.groups is not None
 
     @property
-    def knob(self) -> str:
-        """The knob of the bundles, and the key of the grid, with the number of labelled ones."""
+    def column(self) -> str:
+        """The column of `scores.csv` with the number of labelled cases."""
         return f"labelled_{self.counts}"
+
+    @property
+    def seen(self) -> str:
+        """What a network sees of these images, in the plural."""
+        return "slices" if self.item == "volume" else "pictures"
 
     @property
     def labelled(self) -> str:
@@ -65,11 +72,11 @@ def own_study_data(file: Path) -> StudyData:
     Raises:
         ValueError: when it lacks something, or two cases have the same name.
     """
-    name = file.parents[1].name
-    groups = groups_of_cases(file)
-    if read_data(file)["pictures"]:
-        return StudyData(f"Study of {name}", "cases", "picture", "pixel", "pixels", groups)
-    return StudyData(f"Study of {name}", "cases", groups=groups)
+    title, data = f"Study of {file.parents[1].name}", read_data(file)
+    groups = groups_of_cases(data)
+    if data["pictures"]:
+        return StudyData(title, OWN_COUNTS, "picture", "pixel", "pixels", groups)
+    return StudyData(title, OWN_COUNTS, groups=groups)
 
 
 def differences(file: Path, other: Path) -> list[str]:

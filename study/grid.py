@@ -1,4 +1,4 @@
-"""The grid of a study, read from JSON: methods, numbers of labelled patients, splits and ablations."""
+"""The grid of a study, read from JSON: methods, numbers of labelled cases, splits and ablations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from study.data import ACDC, StudyData, differences, own_study_data
+from study.data import ACDC, OWN_COUNTS, StudyData, differences, own_study_data
 from study.published import TABLE_1
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 UNLABELLED = "unlabelled"  # the overlay of all bundles that trains on cases without labels too
-_LABELLED = {"labelled_patients", "labelled_cases"}  # one of both, as the bundles' knob
-_GRID_KEYS = {"_desc_", "methods", "splits", "dataset", "ablations", *_LABELLED}
-_METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "start", "continues", "paper", *_LABELLED}
+_CHOSEN_BY_LABELS = "labelled"  # in the configs of bundles whose labelled cases choose the preprocessing
+LABELLED_CASES, START_CHECKPOINT = "labelled_cases", "start_checkpoint"  # knobs of all bundles that train
+_GRID_KEYS = {"_desc_", "methods", "splits", "dataset", "ablations", LABELLED_CASES}
+_METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "start", "continues", "paper", LABELLED_CASES}
 _START_KEYS = {"overlays", "knobs", "once"}
-_ABLATION_KEYS = {"title", "methods", "values", *_LABELLED}
+_ABLATION_KEYS = {"title", "methods", "values", LABELLED_CASES}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Method:
 
     @property
     def trains_without_labels(self) -> bool:
-        """Whether it is trained with 0 labelled patients too, on unlabelled ones, rather than evaluated as it is."""
+        """Whether it is trained with 0 labelled cases too, on unlabelled ones, rather than evaluated as it is."""
         return UNLABELLED in self.overlays
 
     @property
@@ -85,13 +86,14 @@ class Method:
 
     @property
     def counts(self) -> str:
-        """What its knob `labelled_...` counts: `cases` of a user's own data, else `patients`."""
-        return "cases" if self.data_file else ACDC.counts
+        """What its labelled cases are called: `cases` of a user's own data, else `patients`."""
+        return OWN_COUNTS if self.data_file else ACDC.counts
 
     @property
-    def start_knob(self) -> str:
-        """The knob of a bundle that trains with the file from which its training starts."""
-        return "head_checkpoint" if "head_checkpoint" in self.merged("train") else "start_checkpoint"
+    def segments_as_it_comes(self) -> bool:
+        """Whether its trainings start from weights that segment these data, as those do that inference takes."""
+        parser = ConfigParser({**self.merged("train", "inference", *self.overlays), **self.knobs})
+        return parser.get_parsed_content(START_CHECKPOINT, default=None) is not None
 
     def merged(self, *names: str) -> dict[str, Any]:
         """Return the top-level keys of some of the bundle's configs, the later ones' values counting."""
@@ -117,18 +119,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation; with 0 labelled patients, only an evaluation, unless it can train without.
+    """One training and its evaluation; with 0 labelled cases, only an evaluation, unless it can train without.
 
     Args:
         method: the method, including the knobs of the variant.
-        labelled_patients: number of patients, or of cases of a user's own data, to train on, None for all; 0 to train
-            on unlabelled ones alone, or to evaluate the weights that training would start from.
+        labelled_cases: number of cases to train on, at ACDC patients with both frames, None for all; 0 to train on
+            unlabelled ones alone, or to evaluate the weights that training would start from.
         split: seed of the split by patient, or `ssl4mis`.
         variant: the ablation's value, None for the method without changes.
     """
 
     method: Method
-    labelled_patients: int | None
+    labelled_cases: int | None
     split: int | str
     variant: Variant | None = None
 
@@ -141,13 +143,13 @@ class Cell:
     @property
     def _of_method(self) -> str:
         """The cell's folder, relative to that of its method."""
-        count = "all" if self.labelled_patients is None else self.labelled_patients
+        count = "all" if self.labelled_cases is None else self.labelled_cases
         return f"{self.method.counts}_{count}/split_{self.split}"
 
     @property
     def trains(self) -> bool:
         """Whether it is a training and its evaluation, not an evaluation alone."""
-        return self.method.trains and (self.labelled_patients != 0 or self.method.trains_without_labels)
+        return self.method.trains and (self.labelled_cases != 0 or self.method.trains_without_labels)
 
     @property
     def starts_from(self) -> str | None:
@@ -155,7 +157,7 @@ class Cell:
 
         That is its preparation, or the cell that it continues.
         """
-        if self.method.continues and self.labelled_patients != 0:
+        if self.method.continues and self.labelled_cases != 0:
             return f"{self.method.continues}/{self._of_method}"
         return self.preparation.name if self.preparation else None
 
@@ -227,12 +229,11 @@ def read_grid(path: str | Path) -> Grid:
 
     Args:
         path: a JSON file with `methods` (each has a `title`, a `bundle`, and optionally `overlays`, `knobs`,
-            `labelled_patients`, `start`, `continues` and `paper`), `labelled_patients` (a list, null for all patients;
-            the default for methods) and `splits`; optionally `ablations` (each has a `title`, `methods`, `values` with
-            the knobs of each value, and optionally `labelled_patients`) and a `dataset` of phantoms. A value without
-            knobs is the method without changes. A `bundle` with a slash is a path, relative to this file's folder; any
-            other is a folder below `bundles`. Where the bundles are those of `python -m adapt new`, the number is
-            called `labelled_cases`, as their knob is.
+            `labelled_cases`, `start`, `continues` and `paper`), `labelled_cases` (a list, null for all; the default for
+            methods) and `splits`; optionally `ablations` (each has a `title`, `methods`, `values` with the knobs of
+            each value, and optionally `labelled_cases`) and a `dataset` of phantoms. A value without knobs is the
+            method without changes. A `bundle` with a slash is a path, relative to this file's folder; any other is a
+            folder below `bundles`.
 
     Returns:
         the study.
@@ -240,32 +241,29 @@ def read_grid(path: str | Path) -> Grid:
     Raises:
         ValueError: when a key is unknown or missing; a bundle, an overlay, an ablation's method, the method that one
             continues or a row of the paper does not exist; two methods have the same title, or different data; labelled
-            patients are set for a bundle that does not train; or nothing is there to evaluate with 0 labelled patients.
+            cases are set for a bundle that does not train; or nothing is there to evaluate with 0 labelled cases.
     """
     grid = json.loads(Path(path).read_text())
-    _check_keys(grid, f"{path}", required={"methods", "splits"}, known=_GRID_KEYS)
+    _check_keys(grid, f"{path}", required={"methods", "splits", LABELLED_CASES}, known=_GRID_KEYS)
     methods = {
         key: _read_method(key, settings, f"{path}", Path(path).resolve().parent)
         for key, settings in grid["methods"].items()
     }
     data = _study_data(list(methods.values()), f"{path}")
-    ablations = grid.get("ablations", {})
-    for settings in (grid, *grid["methods"].values(), *ablations.values()):
-        if wrong := _LABELLED.intersection(settings) - {data.knob}:
-            raise ValueError(f"{path}: unknown {', '.join(wrong)}; expected {data.knob}, which its bundles have")
-    _check_keys(grid, f"{path}", required={data.knob}, known=_GRID_KEYS)
     if data.is_own and "dataset" in grid:
         raise ValueError(
             f"{path}: unknown dataset; expected no phantoms, which are hearts, in a study of one's own data"
         )
-    counts = {key: _counts(settings, grid, data) for key, settings in grid["methods"].items()}
+    ablations = grid.get("ablations", {})
+    counts = {key: settings.get(LABELLED_CASES, grid[LABELLED_CASES]) for key, settings in grid["methods"].items()}
     _check_methods(methods, counts, f"{path}")
     cells: dict[str, Cell] = {}
     for split in grid["splits"]:
         of_split = [Cell(method, count, split) for key, method in methods.items() for count in counts[key]]
         for key, settings in ablations.items():
             _check_ablation(settings, f"ablation {key} of {path}", methods)
-            of_split += _ablation_cells(key, settings, methods, _counts(settings, grid, data), split)
+            numbers = settings.get(LABELLED_CASES, grid[LABELLED_CASES])
+            of_split += _ablation_cells(key, settings, methods, numbers, split)
         cells |= {cell.name: cell for cell in of_split}
     _check_continued(cells, f"{path}")
     return Grid(
@@ -341,7 +339,7 @@ def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int 
             )
         if not method.trains and counts[key] != [0]:
             raise ValueError(
-                f"method {key} of {path}: {method.bundle} does not train, so expected labelled_patients to be [0], "
+                f"method {key} of {path}: {method.bundle} does not train, so expected {LABELLED_CASES} to be [0], "
                 f"received {counts[key]}"
             )
         if method.continues is not None and method.continues not in list(methods)[: list(methods).index(key)]:
@@ -353,16 +351,13 @@ def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int 
 
 
 def _check_start_without_labels(method: Method, where: str) -> None:
-    """Raise where a method cannot do with 0 labelled patients or cases."""
-    if method.trains_without_labels and method.data_file:
-        raise ValueError(f"{where} trains on one's own data, which needs a labelled case: leave out labelled_cases 0")
-    # A bundle of one's own data may start from weights that know nothing of these data: only a grid can name others.
-    of_bundle = {} if method.data_file else method.merged("train", *method.overlays)
-    settings = {**of_bundle, **method.knobs}
-    if method.start is None and settings.get(method.start_knob) is None:
+    """Raise where a method cannot do with 0 labelled cases."""
+    if method.trains_without_labels and _CHOSEN_BY_LABELS in method.merged("train", *method.overlays):
+        raise ValueError(f"{where} trains on one's own data, which needs a labelled case: leave out {LABELLED_CASES} 0")
+    if method.start is None and not method.segments_as_it_comes:
         raise ValueError(
-            f"{where} has 0 in labelled_{method.counts}, but nothing that its training starts from: set "
-            f"{method.start_knob} in its knobs or by an overlay, or leave out 0"
+            f"{where} has 0 in {LABELLED_CASES}, but nothing that its training starts from: set {START_CHECKPOINT} in "
+            "its knobs or by an overlay, or leave out 0"
         )
 
 
@@ -372,12 +367,8 @@ def _check_continued(cells: Mapping[str, Cell], path: str) -> None:
         if cell.method.continues and cell.starts_from not in (None, *cells):
             raise ValueError(
                 f"{path}: {cell.name} starts from {cell.starts_from}, which is no cell of the study: give method "
-                f"{cell.method.continues} the same labelled_{cell.method.counts}"
+                f"{cell.method.continues} the same {LABELLED_CASES}"
             )
-
-
-def _counts(settings: Mapping[str, Any], grid: Mapping[str, Any], data: StudyData) -> list[int | None]:
-    return settings.get(data.knob, grid[data.knob])
 
 
 def _ablation_cells(

@@ -59,19 +59,26 @@ def seeded(seed):
 
 
 def assert_readme_explains_knobs(bundle: Path, *configs: str, except_for: tuple[str, ...] = ()) -> None:
-    """A bundle's README has a row for every top-level knob of its configs, with the default of the first to have it."""
+    """A bundle's README has a row for every top-level knob of its configs, with the default of the first to have it.
+
+    A default that the configs compute is given in words.
+    """
     readme = (bundle / "docs/README.md").read_text()
     knobs: dict = {}
     for name in reversed(configs):
         knobs |= json.loads((bundle / f"configs/{name}.json").read_text())
-    explained = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|none) \|", readme, flags=re.MULTILINE))
+    explained = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", readme, flags=re.MULTILINE))
     for name, default in explained.items():
         value = knobs[name]
-        if not isinstance(value, dict) and not str(value).startswith("$"):
-            assert default == (value if isinstance(value, str) else json.dumps(value)), name
+        if isinstance(value, int | float) or (value and isinstance(value, str) and not value.startswith("$")):
+            assert default == f"`{value if isinstance(value, str) else json.dumps(value)}`", name
+        else:
+            assert default, name
+            assert not default.startswith(("`$", "`{")), name
     plain = {key for key, value in knobs.items() if isinstance(value, int | float | str) and not key.startswith("_")}
     hidden = {"bundle_root", "device", "network", "run", "out_channels", "canvas_size", "is_silent", *except_for}
-    assert plain - hidden <= explained.keys()
+    hidden |= {"channels", "pictures"}  # the data's own, like class_names
+    assert plain - hidden - explained.keys() == set()
 
 
 def run_monai_bundle(*arguments: str, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
@@ -107,7 +114,7 @@ def labels_of(method, labelled_patients, split, value=""):
     from study.report.scores import cell_labels
 
     variant = Variant("depth", value) if value else None
-    return cell_labels(Cell(method, labelled_patients, split, variant), training_patients=0)
+    return cell_labels(Cell(method, labelled_patients, split, variant), training_cases=0)
 
 
 def mark_finished(folder: Path) -> None:

@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from components.data.acdc import list_cases, list_patients, split_patients
+from components.data.acdc import CLASS_NAMES, list_patients, read_acdc
+from components.data.cases import groups_of_cases, list_cases, split_patients
+from components.data.own_data import FIELDS
 
 
 def write_patient(folder: Path, name: str, ed: int = 1, es: int = 12) -> Path:
@@ -79,46 +81,122 @@ def test_the_split_of_ssl4mis_is_its_lists_of_acdcs_100_patients():
 
 def test_the_split_of_ssl4mis_is_refused_for_other_patients_and_so_are_other_words(release):
     with pytest.raises(ValueError, match=r"patient001 to patient100.*missing or extra\s+are \d+, such as patient0"):
-        list_cases(str(release), "training", split_seed="ssl4mis")
+        list_cases(read_acdc(str(release)), "training", split_seed="ssl4mis")
     with pytest.raises(ValueError, match="an integer or 'ssl4mis', received 'ssl4mia'"):
-        list_cases(str(release), "training", split_seed="ssl4mia")
+        list_cases(read_acdc(str(release)), "training", split_seed="ssl4mia")
 
 
 def test_subsets_share_no_patient(release):
-    subsets = [set(patients_of(list_cases(str(release), subset))) for subset in ("training", "validation", "test")]
+    subsets = [
+        set(patients_of(list_cases(read_acdc(str(release)), subset))) for subset in ("training", "validation", "test")
+    ]
     assert [len(subset) for subset in subsets] == [14, 3, 3]
     assert len(set.union(*subsets)) == 20
 
 
-def test_labelled_patients_bring_both_frames_and_smaller_choices_are_part_of_larger(release):
-    one = list_cases(str(release), "training", labelled_patients=1)
-    five = list_cases(str(release), "training", labelled_patients=5)
+def test_labelled_cases_bring_both_frames_and_smaller_choices_are_part_of_larger(release):
+    one = list_cases(read_acdc(str(release)), "training", labelled_cases=1)
+    five = list_cases(read_acdc(str(release)), "training", labelled_cases=5)
     assert len(one) == 2
     assert len(set(patients_of(one))) == 1
     assert len(five) == 10
     assert five[:2] == one
-    assert len(list_cases(str(release), "training")) == 28
+    assert len(list_cases(read_acdc(str(release)), "training")) == 28
+
+
+def test_release_is_described_as_data_of_ones_own(release):
+    data = read_acdc(str(release))
+    assert set(FIELDS) <= data.keys()
+    assert len(data["training"]) == 40
+    assert data["training"][0].keys() == {"image", "label", "group"}
+    assert data["validation"] == data["test"] == data["unlabelled"] == []
+    assert groups_of_cases(data)["patient003_frame12"] == "patient003"
+    assert len(read_acdc(str(release), include_testing=True)["training"]) == 42
+
+
+def groups_of_frames(*sizes: int) -> dict:
+    """Describe data of which each group has so many images, `a0`, `a1`, ... of the first."""
+    cases = [
+        {"image": f"{group}{frame}", "label": "x", "group": group}
+        for group, size in zip("abc", sizes, strict=False)
+        for frame in range(size)
+    ]
+    other = {"image": "v", "label": "x"}
+    return {
+        "dataset_dir": "data",
+        "pictures": False,
+        "training": cases,
+        "validation": [other],
+        "test": [],
+        "unlabelled": [],
+    }
+
+
+def frames(data: dict, count: int | None = None, unit: str = "frames") -> list[str]:
+    return [case["image"] for case in list_cases(data, "training", labelled_cases=count, label_unit=unit)]
+
+
+def test_frames_of_groups_of_any_size_take_turns():
+    data = groups_of_frames(3, 1, 2)
+    order = list(dict.fromkeys(name[0] for name in frames(data)))
+    size = {"a": 3, "b": 1, "c": 2}
+    expected = [
+        f"{group}{(index + turn) % size[group]}"
+        for turn in range(3)
+        for index, group in enumerate(order)
+        if turn < size[group]
+    ]
+    assert frames(data, 6) == expected
+    assert sorted(expected) == ["a0", "a1", "a2", "b0", "c0", "c1"]
+    assert [frames(data, count) for count in range(7)] == [expected[:count] for count in range(7)]
+    with pytest.raises(ValueError, match="labelled_cases must be between 0 and 6, the frames of the training"):
+        frames(data, 7)
+    assert [len(frames(data, count, "cases")) for count in (0, 3)] == [0, 6]
+
+
+def test_the_split_of_ssl4mis_is_refused_for_data_with_a_list_of_their_own():
+    with pytest.raises(ValueError, match="expected split_seed to be an integer, since the data list who"):
+        list_cases(groups_of_frames(1, 1), "training", split_seed="ssl4mis")
+
+
+@pytest.mark.parametrize("subset", ["training", "validation"])
+def test_a_case_without_a_label_is_named(subset):
+    data = groups_of_frames(1)
+    del data[subset][0]["label"]
+    with pytest.raises(ValueError, match=rf"[av]0? has no label in the list `{subset}`: expected one, or the image"):
+        list_cases(data, subset)
+
+
+def test_the_log_names_the_first_images_and_counts_the_others(caplog):
+    with caplog.at_level("INFO"):
+        frames(groups_of_frames(2))
+        frames(groups_of_frames(25) | {"pictures": True})
+    assert "training: 2 volumes: a0, a1\n" in caplog.text
+    assert "training: 25 pictures: a0, a1," in caplog.text
+    assert "a19 and 5 more" in caplog.text
 
 
 def test_frames_as_label_unit_come_from_as_many_patients(release):
-    frames = list_cases(str(release), "training", labelled_patients=5, label_unit="frames")
+    frames = list_cases(read_acdc(str(release)), "training", labelled_cases=5, label_unit="frames")
     assert len(frames) == len(set(patients_of(frames))) == 5
-    assert len(list_cases(str(release), "training", labelled_patients=28, label_unit="frames")) == 28
+    assert len(list_cases(read_acdc(str(release)), "training", labelled_cases=28, label_unit="frames")) == 28
 
 
 def test_none_may_be_labelled_where_a_training_goes_by_unlabelled_patients(release):
-    assert list_cases(str(release), "training", labelled_patients=0) == []
+    assert list_cases(read_acdc(str(release)), "training", labelled_cases=0) == []
 
 
 @pytest.mark.parametrize("count", [15, -1])
-def test_impossible_number_of_labelled_patients_is_refused(release, count):
-    with pytest.raises(ValueError, match=f"between 0 and 14, the patients of the training subset, received {count}"):
-        list_cases(str(release), "training", labelled_patients=count)
+def test_impossible_number_of_labelled_cases_is_refused(release, count):
+    with pytest.raises(ValueError, match=f"between 0 and 14, the cases of the training subset, received {count}"):
+        list_cases(read_acdc(str(release)), "training", labelled_cases=count)
 
 
 def test_missing_dataset_dir_says_what_to_give():
-    with pytest.raises(ValueError, match=r"dataset_dir is not set.*--dataset_dir PATH"):
-        list_patients("")
+    for listing in (list_patients, lambda folder: list_cases(read_acdc(folder), "training")):
+        with pytest.raises(ValueError, match=r"dataset_dir is not set.*--dataset_dir PATH"):
+            listing("")
+    assert read_acdc("")["class_names"] == list(CLASS_NAMES)
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         list_patients("nowhere")
 
@@ -133,7 +211,7 @@ def test_patient_without_ground_truth_is_named(release):
     missing = release / "training" / "patient007" / "patient007_frame12_gt.nii.gz"
     missing.unlink()
     with pytest.raises(FileNotFoundError, match=r"patient007 has no label of its ES frame: expected .*frame12_gt"):
-        list_cases(str(release), "training", labelled_patients=1)
+        list_cases(read_acdc(str(release)), "training", labelled_cases=1)
 
 
 def test_patient_without_info_or_phase_is_named(tmp_path):
@@ -148,16 +226,16 @@ def test_patient_without_info_or_phase_is_named(tmp_path):
 
 def test_too_few_patients_leave_no_test_subset_but_may_leave_no_validation(tmp_path):
     write_patient(tmp_path, "patient001")
-    assert list_cases(str(tmp_path), "validation") == []
-    with pytest.raises(ValueError, match="no patient is left for the test subset"):
-        list_cases(str(tmp_path), "test")
+    assert list_cases(read_acdc(str(tmp_path)), "validation") == []
+    with pytest.raises(ValueError, match=r"no labelled cases to test on in .*at least 4 cases or patients.*received 1"):
+        list_cases(read_acdc(str(tmp_path)), "test")
 
 
 def test_unknown_subset_and_unit_are_refused(release):
     with pytest.raises(ValueError, match="unknown subset 'train'"):
-        list_cases(str(release), "train")
+        list_cases(read_acdc(str(release)), "train")
     with pytest.raises(ValueError, match="unknown label_unit 'volumes'"):
-        list_cases(str(release), "training", labelled_patients=1, label_unit="volumes")
+        list_cases(read_acdc(str(release)), "training", labelled_cases=1, label_unit="volumes")
 
 
 def test_real_release_lists_two_frames_a_patient(acdc_dir):

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, messages_of
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ReferenceResolver
 
 from components.networks.heads import ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.phantom.dataset import write_phantom_dataset
 from components.sam.encoder import SamEncoder
+from components.training.command_line import read_command_line
 
 CONFIGS = REPOSITORY / "bundles" / "autosam_acdc" / "configs"
 TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}
+REAL_SLICES_ALONE = {"phantom_share": 0, "test_time_views": 1}
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def phantoms(tmp_path) -> Path:
 def message_of(run_id: str, name: str, folder: Path, **overrides) -> str:
     """Run a workflow that must fail and return the whole chain of its errors' messages."""
     output = {"output_dir": str(folder / "eval")}
-    output |= {"ckpt_dir": str(folder / "models"), "cache_dir": "$None", "epochs": 1} if name == "train" else {}
+    if name == "train":
+        output |= {"ckpt_dir": str(folder / "models"), "cache_dir": "$None", "epochs": 1, **REAL_SLICES_ALONE}
     with pytest.raises(Exception) as caught:  # MONAI wraps a component's error in one of its own
         monai.bundle.run(run_id, config_file=str(CONFIGS / f"{name}.json"), **{**TINY, **output, **overrides})
     return messages_of(caught.value)
@@ -171,16 +174,28 @@ def test_cache_folder_that_is_a_file(phantoms):
     assert "give --cache_dir another folder, or '$None' for none" in message
 
 
-def test_switch_given_as_a_word_is_not_taken_for_true(phantoms):
+def test_word_that_is_no_truth_value_is_not_taken_for_true(phantoms):
     assert "trainable must be True, False or 'neck', received 'false'" in train(phantoms, trainable_encoder="false")
-    assert "resume must be True or False" in train(phantoms, resume="false")
+    command = ["monai", "run", "--config_file", str(CONFIGS / "train.json")]
+    for option in ("resume", "debug", "include_testing", "largest_component"):
+        with pytest.raises(ValueError, match=f"expected True or False, received `--{option} no`"):
+            read_command_line({ReferenceResolver._vars: {}}, argv=[*command, f"--{option}", "no"])
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("false", False), ("TRUE", True)])
+def test_truth_value_in_other_letters_is_what_it_says(typed, meant):
+    variables: dict = {}
+    options = ["--resume", typed, "--trainable_encoder", typed]
+    command = ["monai", "run", "--config_file", str(CONFIGS / "train.json"), *options]
+    read_command_line({ReferenceResolver._vars: variables}, argv=command)
+    assert variables == {"resume": meant, "trainable_encoder": meant}
 
 
 def test_error_is_the_last_line_of_the_command_and_its_exit_status_is_one():
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "train.json")]
     for arguments, message in (
         ([], "give --dataset_dir PATH"),
-        (["--labeled_patients", "5"], "Did you mean '--labelled_patients'?"),
+        (["--labeled_cases", "5"], "Did you mean '--labelled_cases'?"),
     ):
         result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert result.returncode == 1

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -21,12 +22,11 @@ from monai.metrics import SurfaceDistanceMetric
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bundles.derive import read_entries
+from adapt.template import networks
 from components.phantom.dataset import write_phantom_dataset
 
-ENTRIES = read_entries()
-HEADS = tuple(ENTRIES["heads"])
-BUNDLES = (*HEADS, *ENTRIES["baselines"])
+HEADS = tuple(f"{name}_acdc" for name, network in networks().items() if network["kind"] == "encoder")
+BUNDLES = tuple(f"{name}_acdc" for name in networks())
 DEAR = ("autosam_acdc", "cnnhead_acdc")  # heads of millions of weights, on fine tokens
 
 
@@ -35,6 +35,7 @@ def dear_ones_slow(bundles):
 
 
 TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}
+REAL_SLICES_ALONE = {"phantom_share": 0, "test_time_views": 1}
 CLASSES = ("RV", "Myo", "LV")
 
 
@@ -50,11 +51,11 @@ def config(bundle: str, *names: str) -> list[str]:
 
 def knobs(bundle: str, **others) -> dict:
     """Overrides for a quick run of any bundle; one that trains keeps its embeddings beside its checkpoints."""
+    training = REAL_SLICES_ALONE if "ckpt_dir" in others else {}
     if bundle == "unet_acdc":
-        return {"width": 2, **others}
-    depth = {"depth": 2} if bundle == "cnnhead_acdc" else {}
+        return {"width": 2, "start_checkpoint": "$None", **training, **others}
     cache = {"cache_dir": str(others["ckpt_dir"]) + "_embeddings"} if "ckpt_dir" in others else {}
-    return {**TINY, **depth, **cache, **others}
+    return {**TINY, **training, **cache, **others}
 
 
 def run(bundle: str, run_id: str, *names: str, cwd: Path | None = None, **overrides) -> subprocess.CompletedProcess:
@@ -78,9 +79,10 @@ def trained(request, phantoms, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
-    sams = ("large_files.yml", "configs/tiny.json") if bundle in HEADS else ()
+    of_head = ("large_files.yml", "configs/sam.json", "configs/neck.json")
+    of_unet = ("configs/from_scratch.json", "configs/phantoms.json", "configs/pretrain.json")
     for name in (
-        *sams,
+        *(of_head if bundle in HEADS else of_unet),
         "LICENSE",
         "docs/README.md",
         "docs/data_license.txt",
@@ -90,6 +92,11 @@ def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
         "configs/inference.json",
         "configs/inference_ts.json",
         "configs/inference_trt.json",
+        "configs/inference_onnx.json",
+        "configs/inference_deploy.json",
+        "configs/function.json",
+        "configs/unlabelled.json",
+        "configs/demo.json",
         "configs/multi_gpu_train.json",
         "configs/multi_gpu_evaluate.json",
         "configs/logging.conf",
@@ -108,21 +115,49 @@ def test_metadata_follows_the_schema(bundle, metadata_schema, tmp_path):
     verify_metadata(meta_file=config(bundle, "metadata")[0], filepath=local)
 
 
-@pytest.mark.parametrize(
-    ("names", "workflow_type"),
-    [(("train",), "train"), (("train", "evaluate"), "train"), (("inference",), "infer")],
-    ids=["train", "evaluate", "infer"],
-)
-@pytest.mark.parametrize("bundle", BUNDLES)
-def test_workflow_has_every_property(bundle, names, workflow_type, phantoms, tmp_path):
+OVERLAID = [("train", "unlabelled"), ("train", "demo"), ("inference", "function")]
+OVERLAID += [("train", "multi_gpu_train"), ("train", "evaluate", "multi_gpu_evaluate")]
+OF_HEADS = [("train", "neck"), ("train", "unlabelled", "neck")]
+OF_HEADS += [("train", "sam"), ("train", "evaluate", "sam"), ("inference", "sam")]
+OF_UNET = [("train", "from_scratch"), ("train", "phantoms"), ("train", "pretrain")]
+WORKFLOWS = [(bundle, names) for bundle in BUNDLES for names in (("train",), ("train", "evaluate"), ("inference",))]
+WORKFLOWS += [(bundle, names) for bundle in ("linearhead_acdc", "unet_acdc") for names in OVERLAID]
+WORKFLOWS += [(bundle, names) for bundle in HEADS for names in OF_HEADS] + [("unet_acdc", names) for names in OF_UNET]
+
+
+@pytest.mark.parametrize(("bundle", "names"), WORKFLOWS, ids=str)
+def test_workflow_has_every_property(bundle, names, phantoms, tmp_path, request, monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     overrides = knobs(bundle, dataset_dir=phantoms, output_dir=str(tmp_path), ckpt_dir=str(tmp_path))
-    overrides["labelled_patients"] = 1
-    if workflow_type == "infer":
+    overrides["labelled_cases"] = 1
+    if "sam" in names:
+        overrides |= {"model_type": "vit_b", "sam_checkpoint": request.getfixturevalue("sam_checkpoint")}
+    if "demo" in names:
+        overrides |= {"demo_dir": str(tmp_path), "dataset_dir#patients": 4}
+        del overrides["dataset_dir"]
+    if set(names) & {"neck", "unlabelled"}:
+        overrides.pop("cache_dir", None)
+    if names[0] == "inference":
         overrides.pop("cache_dir", None)
         overrides["ckpt_path"] = str(Path(overrides.pop("ckpt_dir")) / "model.pt")
-    workflow = ConfigWorkflow(config(bundle, *names), workflow_type=workflow_type, logging_file=False, **overrides)
+    workflow = ConfigWorkflow(
+        config(bundle, *names),
+        workflow_type="infer" if names[0] == "inference" else "train",
+        logging_file=False,
+        **overrides,
+    )
     workflow.initialize()
     assert workflow.check_properties() == []
+    if "finalize" in workflow.parser:
+        workflow.finalize()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -145,11 +180,11 @@ def test_exported_torchscript_equals_the_trained_network_and_segments_alone(trai
         ckpt_file=str(folder / "models" / "model.pt"),
         meta_file=config(bundle, "metadata")[0],
         config_file=inference,
-        **knobs(bundle),
+        **knobs(bundle, bundle_root=str(folder)),
     )
     parser = ConfigParser()
     parser.read_config(inference)
-    parser.update(knobs(bundle, precision="fp32"))  # as exported
+    parser.update(knobs(bundle, bundle_root=str(folder), precision="fp32"))  # as exported
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(folder / "models" / "model.pt", weights_only=True))
     images = torch.rand(2, 3, 256, 256) * 255
@@ -197,7 +232,7 @@ def looked_up_and_encoded(output: str) -> tuple[int, int]:
 def test_each_image_is_encoded_once_for_all_epochs_validations_and_heads(phantoms, tmp_path):
     # Of four patients of four slices a frame two are trained on, 16 slices in two views, and one validates, 8 slices.
     shared = {"dataset_dir": phantoms, "output_dir": tmp_path / "eval", "cache_dir": tmp_path / "embeddings"}
-    training = {"labelled_patients": "$None", "views": 2, "epochs": 3, "val_interval": 1}
+    training = {"labelled_cases": "$None", "views": 2, "epochs": 3, "val_interval": 1}
     for bundle in ("autosam_acdc", "linearhead_acdc"):
         overrides = knobs(bundle, **shared, **training, ckpt_dir=tmp_path / bundle)
         counts = looked_up_and_encoded(succeeds(run(bundle, "training", "train", **overrides)))
@@ -240,7 +275,7 @@ def test_resumed_training_goes_on_after_the_last_epoch(trained, phantoms, tmp_pa
 
 @pytest.mark.parametrize("bundle", ["linearhead_acdc", "unet_acdc"])
 def test_killed_training_ends_as_an_unbroken_one(bundle, phantoms, tmp_path):
-    mixed = {"phantom_share": 0.5, "crop_size": 64, "train#phantoms#pool_size": 10}
+    mixed = {"phantom_share": 0.5, "crop_size": 64, "train#prepare_batch#pool_size": 10}
     folders = {"dataset_dir": phantoms, "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
     training = knobs(bundle, **folders, **mixed, epochs=3, val_interval=1, views=0, cache_dir="$None")
     if bundle == "unet_acdc":
@@ -328,7 +363,7 @@ def test_default_run_from_the_repositorys_root_trains_too(phantoms, tmp_path):
     ]
     command += ["--bundle_root", "bundles/linearhead_acdc", "--dataset_dir", phantoms, "--ckpt_dir", str(tmp_path)]
     command += ["--output_dir", str(tmp_path), "--epochs", "1", "--model_type", "vit_tiny", "--image_size", "64"]
-    command += ["--cache_dir", str(tmp_path / "embeddings")]
+    command += ["--cache_dir", str(tmp_path / "embeddings"), "--phantom_share", "0", "--test_time_views", "1"]
     result = subprocess.run(
         [*command, "--sam_checkpoint", "$None"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -357,7 +392,8 @@ def test_head_and_data_of_ones_own_need_an_overlay_only(phantoms, tmp_path, monk
     (tmp_path / "mine.json").write_text(json.dumps(overlay))
     files = [*config("autosam_acdc", "train"), str(tmp_path / "mine.json")]
     folders = {"dataset_dir": phantoms, "ckpt_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
-    monai.bundle.run("training", config_file=files, **TINY, **folders, cache_dir="$None", epochs=1)
+    knobs = TINY | REAL_SLICES_ALONE | folders
+    monai.bundle.run("training", config_file=files, **knobs, cache_dir="$None", epochs=1)
     state = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert state["head.0.weight"].shape == (256, 5, 4, 4)
 
@@ -379,8 +415,8 @@ def test_real_volumes_are_segmented_on_their_own_grid(trained, acdc_dir, tmp_pat
 
 @pytest.mark.slow
 def test_demo_learns_to_segment_patients_it_has_not_seen(tmp_path):
-    succeeds(run("autosam_acdc", "training", "train", "tiny", "demo", demo_dir=tmp_path))
-    succeeds(run("autosam_acdc", "evaluating", "train", "evaluate", "tiny", "demo", demo_dir=tmp_path))
+    succeeds(run("autosam_acdc", "training", "train", "demo", demo_dir=tmp_path))
+    succeeds(run("autosam_acdc", "evaluating", "train", "evaluate", "demo", demo_dir=tmp_path))
     with (tmp_path / "eval" / "summary.csv").open() as file:
         scores = {row["class"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
     assert scores["mean"] > 0.7, scores
@@ -390,7 +426,7 @@ def start_training(folder: Path, phantoms: str, embeddings: Path) -> subprocess.
     overrides = {"dataset_dir": phantoms, "cache_dir": embeddings, "ckpt_dir": folder, "output_dir": folder}
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", *config("linearhead_acdc", "train")]
     overrides |= {"image_size": 256, "epochs": 20, "views": 20, "val_interval": 1, "precision": "fp32"}
-    for name, value in {**TINY, **overrides}.items():
+    for name, value in {**TINY, **REAL_SLICES_ALONE, **overrides}.items():
         command += [f"--{name}", str(value)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=REPOSITORY / "bundles" / "linearhead_acdc", **quiet)
@@ -442,6 +478,6 @@ def check_embeddings(dataset_dir: str, folder: Path, *, n_expected: int) -> None
 @pytest.mark.slow
 def test_vit_b_at_full_size_trains_on_the_cpu(phantoms, sam_checkpoint, tmp_path):
     overrides = {"dataset_dir": phantoms, "sam_checkpoint": sam_checkpoint, "ckpt_dir": tmp_path, "views": 1}
-    overrides["cache_dir"] = tmp_path / "embeddings"
-    succeeds(run("linearhead_acdc", "training", "train", **overrides, output_dir=tmp_path, epochs=1, val_interval=1))
+    overrides |= {"cache_dir": tmp_path / "embeddings", "output_dir": tmp_path, "epochs": 1, "val_interval": 1}
+    succeeds(run("linearhead_acdc", "training", "train", "sam", **overrides))
     assert (tmp_path / "model.pt").stat().st_size < 400_000

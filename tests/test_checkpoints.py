@@ -545,12 +545,6 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("resume", ["false", "true", 0])
-def test_resume_that_is_no_bool_is_an_error(tmp_path, resume):
-    with pytest.raises(TypeError, match="--resume True"):
-        build(tmp_path, resume=resume)
-
-
 def test_schedule_that_follows_a_metric_is_an_error(tmp_path):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
     with pytest.raises(TypeError, match="ReduceLROnPlateau"):

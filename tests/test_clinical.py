@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from conftest import labels_of, mark_finished
 
-from components.data.acdc import list_cases
+from components.data.acdc import read_acdc
+from components.data.cases import list_cases
 from components.data.volume_metadata import case_name
 from study.grid import BUNDLES, Cell, Method
 from study.report.clinical import agreement, agreement_table, measure, patient_pairs, read_measurements, read_volumes_ml
-from study.report.scores import count_training_patients
+from study.report.scores import count_training_cases
 
 NAN = float("nan")
 CNN = Method("cnn", "CNN head", "cnnhead_acdc")
@@ -99,11 +100,11 @@ def test_every_test_patient_is_measured_on_truth_and_prediction(tmp_path):
     data = write_patients(tmp_path / "data", count=10)
     cell = Cell(CNN, None, 0)
     folder = finish(cell, tmp_path / "study")
-    cases = list_cases(data, "test", split_seed=0)
+    cases = list_cases(read_acdc(data), "test", split_seed=0)
     for case in cases:
         ed = f"_frame{ED_FRAME}" in case["image"]
         write_labels(folder / f"{case_name(case['image'])}_pred.nii.gz", rv=0, myo=60, lv=100 if ed else 70)
-    table = read_measurements([cell], tmp_path / "study", dataset_dir=data, training_patients=6)
+    table = read_measurements([cell], tmp_path / "study", dataset_dir=data, training_cases=6)
     patients = {case_name(case["image"])[:10] for case in cases}
     assert len(patients) == 2
     assert set(table["patient"]) == patients
@@ -129,15 +130,15 @@ def test_patients_of_the_testing_folder_are_measured_if_they_take_part(tmp_path,
     (tmp_path / CNN.bundle / "configs/everyone.json").write_text(json.dumps(everyone))
     monkeypatch.setattr("study.grid.BUNDLES", tmp_path)
     cell = Cell(replace(CNN, **{"knob": {"knobs": everyone}, "overlay": {"overlays": ("everyone",)}}[by]), None, 0)
-    cases = list_cases(data, "test", split_seed=0, include_testing=True)
+    cases = list_cases(read_acdc(data, include_testing=True), "test", split_seed=0)
     patients = {case_name(case["image"])[:10] for case in cases}
     assert any(patient > "patient100" for patient in patients)
     folder = finish(cell, tmp_path / "study")
     for case in cases:
         write_labels(folder / f"{case_name(case['image'])}_pred.nii.gz", rv=10, myo=60, lv=100)
-    table = read_measurements([cell], tmp_path / "study", dataset_dir=data, training_patients=14)
+    table = read_measurements([cell], tmp_path / "study", dataset_dir=data, training_cases=14)
     assert set(table["patient"]) == patients
-    assert count_training_patients(cell, data) == 14
+    assert count_training_cases([cell], data) == 14
 
 
 def test_bias_and_limits_of_agreement():

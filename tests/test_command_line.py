@@ -21,15 +21,17 @@ def configs(tmp_path):
     (tmp_path / "train.json").write_text(
         json.dumps(
             {
-                "labelled_patients": 1,
+                "labelled_cases": 1,
                 "output_dir": "eval",
                 "debug": False,
-                "train": {"trainer": {"max_epochs": 3, "ckpt_dir": "@output_dir"}},
-                "run": [READ, "$print('ran with', @labelled_patients, @output_dir, @train#trainer#ckpt_dir + '/x')"],
+                "resume": True,
+                "trainable_encoder": False,
+                "train": {"trainer": {"max_epochs": 3, "ckpt_dir": "@output_dir", "amp": False, "flags": [False]}},
+                "run": [READ, "$print('ran with', @labelled_cases, @output_dir, @train#trainer#ckpt_dir + '/x')"],
             }
         )
     )
-    (tmp_path / "overlay.json").write_text(json.dumps({"port": 1, "train#trainer#max_epochs": 4}))
+    (tmp_path / "overlay.json").write_text(json.dumps({"port": 1, "train#trainer#max_epochs": 4, "resume": "auto"}))
     return tmp_path
 
 
@@ -48,35 +50,35 @@ def run_bundle(*arguments):
 
 
 def test_command_line_with_a_misspelt_knob_fails_and_names_the_nearest(configs):
-    done = run_bundle("--config_file", configs / "train.json", "--labeled_patients", 5)
+    done = run_bundle("--config_file", configs / "train.json", "--labeled_cases", 5)
     assert done.returncode == 1
     last_line = done.stderr.splitlines()[-1]
-    assert last_line.startswith("error: expected options that the configs define, got '--labeled_patients'")
-    assert "Did you mean '--labelled_patients'?" in last_line
+    assert last_line.startswith("error: expected options that the configs define, got '--labeled_cases'")
+    assert "Did you mean '--labelled_cases'?" in last_line
     assert "Traceback" not in done.stderr
     assert "ran with" not in done.stdout
 
 
 def test_command_line_with_known_knobs_runs(configs):
     files = f"['{configs / 'train.json'}','{configs / 'overlay.json'}']"
-    knobs = ["--labelled-patients", 5, "--port", -1, "--train#trainer#seed", 2, "--run_id", "run"]
+    knobs = ["--labelled-cases", 5, "--port", -1, "--train#trainer#seed", 2, "--run_id", "run"]
     done = run_bundle(f"--config_file={files}", *knobs, "--output-dir", "a#b/@c $d/1e5")
     assert done.returncode == 0, done.stderr
     assert "ran with 5 a#b/@c $d/1e5 a#b/@c $d/1e5/x\n" in done.stdout
 
 
 def test_overrides_made_in_code_are_never_judged(configs, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["monai/bundle/__main__.py", "run", "--labeled_patients", "5"])
-    monai.bundle.run(config_file=str(configs / "train.json"), labeled_patients=5)
+    monkeypatch.setattr(sys, "argv", ["monai/bundle/__main__.py", "run", "--labeled_cases", "5"])
+    monai.bundle.run(config_file=str(configs / "train.json"), labeled_cases=5)
 
 
 def test_every_form_of_a_known_option_passes(configs):
     train = configs / "train.json"
-    judge("run", "--config_file", train, "--labelled_patients", "-1")
-    judge("run", f"--config_file={train}", "--labelled_patients=--5")
-    judge("run", "training", "--config_file", train, "--labelled-patients=5", "--", "--trace")
+    judge("run", "--config_file", train, "--labelled_cases", "-1")
+    judge("run", f"--config_file={train}", "--labelled_cases=--5")
+    judge("run", "training", "--config_file", train, "--labelled-cases=5", "--", "--trace")
     judge("run", "--config_file", train, "--train::trainer::new_argument", "5", "--+train#trainer", "{}")
-    judge("run", "run", "initialize", "finalize", "metadata.json", train, "--labelled_patients", "2")
+    judge("run", "run", "initialize", "finalize", "metadata.json", train, "--labelled_cases", "2")
     judge("run-workflow", "--workflow_name", "ConfigWorkflow", "--workflow_type=train", "--config_file", train)
 
 
@@ -106,7 +108,7 @@ def test_args_file_gives_configs_and_its_own_keys(configs, suffix):
         pytest.importorskip("yaml")
     args_file = configs / f"args.{suffix}"  # JSON is YAML too
     args_file.write_text(json.dumps({"config_file": str(configs / "train.json"), "new_key": 1, "train#trainer#x": 1}))
-    judge("run", "--args_file", args_file, "--labelled_patients", "2", "--new_key", "2")
+    judge("run", "--args_file", args_file, "--labelled_cases", "2", "--new_key", "2")
     with pytest.raises(ValueError, match=r"'--new_kex'.*Did you mean '--new_key'\?"):
         judge("run", "--args_file", args_file, "--new_kex", "2")
 
@@ -114,12 +116,15 @@ def test_args_file_gives_configs_and_its_own_keys(configs, suffix):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labeled_patients", "5"], "got '--labeled_patients': no config has the key 'labeled_patients'"),
-        (["--labeled-patients=5"], r"got '--labeled-patients=5' \(read as 'labeled_patients' by python-fire\)"),
-        (["-labeled_patients", "5"], "got '-labeled_patients'"),
+        (["--labeled_cases", "5"], "got '--labeled_cases': no config has the key 'labeled_cases'"),
+        (["--labeled-cases=5"], r"got '--labeled-cases=5' \(read as 'labeled_cases' by python-fire\)"),
+        (["-labeled_cases", "5"], "got '-labeled_cases'"),
         (["--trian#trainer#max_epochs", "5"], "no config has the key 'trian'. Did you mean '--train'"),
-        (["--max_epochs", "5"], "The keys are: debug, labelled_patients, output_dir, run, train"),
-        (["--labelled_patients", "5", "--quick"], "got '--quick'"),
+        (
+            ["--max_epochs", "5"],
+            "The keys are: debug, labelled_cases, output_dir, resume, run, train, trainable_encoder",
+        ),
+        (["--labelled_cases", "5", "--quick"], "got '--quick'"),
         (["--normal"], r"got '--normal' \(read as 'rmal' by python-fire\)"),
         (["--config_fil", "x"], "Did you mean '--config_file'"),
     ],
@@ -160,13 +165,13 @@ def test_options_are_the_names_that_python_fire_reads(tmp_path, line, keys, capf
 
 def test_arguments_file_by_position_is_read(configs):
     (configs / "args.json").write_text(json.dumps({"config_file": str(configs / "train.json")}))
-    judge("run_workflow", "ConfigWorkflow", configs / "args.json", "--labelled_patients", "2")
-    with pytest.raises(ValueError, match="'--labeled_patients'"):
-        judge("run_workflow", "ConfigWorkflow", configs / "args.json", "--labeled_patients", "2")
+    judge("run_workflow", "ConfigWorkflow", configs / "args.json", "--labelled_cases", "2")
+    with pytest.raises(ValueError, match="'--labeled_cases'"):
+        judge("run_workflow", "ConfigWorkflow", configs / "args.json", "--labeled_cases", "2")
 
 
-def paths_read(configs, *arguments):
-    """The values that the paths of a command line get in the config."""
+def values_read(configs, *arguments):
+    """The values that options of a command line get in the config other than by python-fire."""
     names = {"__local_refs": {}, "torch": None}
     read_command_line(names, argv=["", "run", "--config_file", str(configs / "train.json"), *map(str, arguments)])
     return names["__local_refs"]
@@ -182,9 +187,9 @@ br[1]/{v}*.nii.gz|Herz Übung/心臓 1.nii.gz|a#b/p%1.nii.gz|./$x|1_000|a\\b|~x/
 def test_path_keeps_the_text_that_was_typed(configs, text, monkeypatch):
     monkeypatch.chdir(configs)
     (configs / "~x/y").mkdir(parents=True)
-    assert paths_read(configs, "--output_dir", text) == {"output_dir": text}
-    assert paths_read(configs, f"--output-dir={text}", "--labelled_patients", 5) == {"output_dir": text}
-    assert paths_read(configs, "--output_dir", "x", "--output_dir", text) == {"output_dir": text}
+    assert values_read(configs, "--output_dir", text) == {"output_dir": text}
+    assert values_read(configs, f"--output-dir={text}", "--labelled_cases", 5) == {"output_dir": text}
+    assert values_read(configs, "--output_dir", "x", "--output_dir", text) == {"output_dir": text}
 
 
 @pytest.mark.parametrize(
@@ -200,16 +205,16 @@ def test_path_keeps_the_text_that_was_typed(configs, text, monkeypatch):
     ],
 )
 def test_path_that_configs_evaluate_is_left_to_them(configs, text):
-    assert paths_read(configs, "--output_dir", text) == {}
+    assert values_read(configs, "--output_dir", text) == {}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--output_dir", "None"], r"ignores `--output_dir None`: write `--output_dir '\$None'`"),
-        (["--labelled_patients", "None"], r"write `--labelled_patients '\$None'` for no value"),
+        (["--labelled_cases", "None"], r"write `--labelled_cases '\$None'` for no value"),
         (["--output_dir"], "expected a path after `--output_dir`, got nothing"),
-        (["--output_dir", "--labelled_patients", 5], "expected a path after `--output_dir`"),
+        (["--output_dir", "--labelled_cases", 5], "expected a path after `--output_dir`"),
         (["--nooutput_dir"], "expected a path after `--output_dir`"),
         (["--output_dir="], "is a variable of the shell unset"),
         (["--output_dir=~/runs"], r"the shell left `~` as it is .* write `--output_dir ~/runs`"),
@@ -227,14 +232,79 @@ def test_path_that_cannot_be_kept_is_refused(configs, arguments, message, monkey
     monkeypatch.chdir(configs)
     (configs / "$torch").mkdir()
     with pytest.raises(ValueError, match=message):
-        paths_read(configs, *arguments)
+        values_read(configs, *arguments)
 
 
 def test_nested_path_that_needs_no_keeping_passes(configs):
-    assert paths_read(configs, "--train#trainer#ckpt_dir", "/a/b") == {}
+    assert values_read(configs, "--train#trainer#ckpt_dir", "/a/b") == {}
 
 
-@pytest.mark.parametrize("debug", ["true", 1, None])
-def test_debug_that_is_no_bool_is_an_error(debug):
-    with pytest.raises(TypeError, match="write `--debug True`"):
-        read_command_line({}, debug)
+@pytest.mark.parametrize(("text", "truth"), [("true", True), ("TRUE", True), ("false", False), ("fALSE", False)])
+def test_truth_value_may_be_written_in_any_case(configs, text, truth):
+    for name in ("resume", "trainable_encoder", "labelled_cases"):
+        assert values_read(configs, f"--{name}", text) == {name: truth}
+        assert values_read(configs, f"--{name.replace('_', '-')}={text}") == {name: truth}
+
+
+def test_path_named_true_stays_a_path(configs):
+    assert values_read(configs, "--output_dir", "true") == {"output_dir": "true"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--resume", "True"],
+        ["--resume=False"],
+        ["--resume"],
+        ["--noresume"],
+        ["--resume", "$1 > 2"],
+        ["--resume=@debug"],
+    ],
+)
+def test_truth_value_that_python_fire_or_the_configs_read_is_left_to_them(configs, arguments):
+    assert values_read(configs, *arguments) == {}
+
+
+def test_encoder_may_be_trained_in_part(configs):
+    assert values_read(configs, "--trainable_encoder", "neck") == {}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("resume", "yes"), ("resume", "1"), ("resume", "[True]"), ("debug", "tru"), ("train#trainer#amp", "no")],
+)
+def test_what_is_no_truth_value_is_refused(configs, option, value):
+    message = f"`--{option} .*`: write `--{option} True` or `--{option} False`"
+    with pytest.raises(ValueError, match=message):
+        values_read(configs, f"--{option}", value)
+
+
+def test_the_last_file_says_whether_a_knob_is_true_or_false(configs):
+    overlay = ["run", "--config_file", f"['{configs / 'train.json'}','{configs / 'overlay.json'}']", "--resume", "yes"]
+    read_command_line({"__local_refs": {}}, argv=["", *overlay])  # `auto` in the overlay
+    (configs / "overlay.json").write_text(json.dumps({"resume": False}))
+    with pytest.raises(ValueError, match="write `--resume True`"):
+        read_command_line({"__local_refs": {}}, argv=["", *overlay])
+
+
+@pytest.mark.parametrize("option", ["train#trainer#amp", "train::trainer::amp", "train#trainer#flags#0", "train#new"])
+def test_truth_value_within_another_key_is_written_as_python_does(configs, option):
+    assert values_read(configs, f"--{option}", "True") == {}
+    with pytest.raises(ValueError, match=f"takes `--{option} true` for text: write `--{option} True`"):
+        values_read(configs, f"--{option}", "true")
+
+
+def test_truth_values_reach_what_the_configs_name(configs):
+    config = json.loads((configs / "train.json").read_text())
+    config["made"] = {"_target_": "builtins.dict", "resume": "@resume"}
+    (configs / "train.json").write_text(json.dumps(config | {"run": [READ, "$print('given', @made, not @resume)"]}))
+    done = run_bundle("--config_file", configs / "train.json", "--resume", "false")
+    assert done.returncode == 0, done.stderr
+    assert "given {'resume': False} True\n" in done.stdout
+
+
+@pytest.mark.parametrize(("debug", "has_traceback"), [("true", True), ("True", True), ("false", False)])
+def test_debug_shows_the_traceback_however_it_is_written(configs, debug, has_traceback):
+    done = run_bundle("--config_file", configs / "train.json", "--labeled_cases", 5, "--debug", debug)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == has_traceback

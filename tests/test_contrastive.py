@@ -52,7 +52,7 @@ def test_pretraining_needs_no_label_and_training_starts_from_it(tmp_path):
     knobs = {"dataset_dir": data, "output_dir": str(tmp_path / "eval"), "width": "2", "crop_size": "64", "epochs": "1"}
 
     def run(run_id: str, overlays: tuple[str, ...], **others: str) -> str:
-        files = str([f"configs/{name}.json" for name in ("train", "small", *overlays)])
+        files = str([f"configs/{name}.json" for name in ("train", *overlays)])
         options = [text for name, value in (knobs | others).items() for text in (f"--{name}", value)]
         arguments = ("run", run_id, "--config_file", files, *options)
         return succeeds(run_monai_bundle(*arguments, cwd=REPOSITORY / "bundles/unet_acdc"))
@@ -66,6 +66,6 @@ def test_pretraining_needs_no_label_and_training_starts_from_it(tmp_path):
         path.write_bytes(content)
     start = str(tmp_path / "pretrained/model.pt")
     assert f"the network starts from {start}" in run(
-        "training", (), ckpt_dir=str(tmp_path / "models"), start_checkpoint=start
+        "training", (), ckpt_dir=str(tmp_path / "models"), start_checkpoint=start, phantom_share="0"
     )
     assert (tmp_path / "models/model.pt").is_file()

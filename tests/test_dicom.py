@@ -350,7 +350,7 @@ def test_a_bundle_measures_a_study_like_its_nifti_file(tmp_path):
     for name in ("cine.nii.gz", "study"):
         monai.bundle.run(
             "measuring",
-            config_file=[str(configs / f"{config}.json") for config in ("inference", "tiny", "function")],
+            config_file=[str(configs / f"{config}.json") for config in ("inference", "function")],
             logging_file=False,
             dataset_dir=str(tmp_path / name),
             output_dir=str(tmp_path / "out" / name[:4]),

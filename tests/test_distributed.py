@@ -16,9 +16,9 @@ SMALL = {
     "image_size": "64",
     "epochs": "2",
     "val_interval": "1",
-    "labelled_patients": "2",
+    "labelled_cases": "2",
     "learning_rate": "0.005",
-    "head_checkpoint": "$None",
+    "start_checkpoint": "$None",
     "sam_checkpoint": "$None",
     "test_time_views": "2",
 }
@@ -41,7 +41,7 @@ def phantoms(tmp_path_factory) -> str:
 def trained(phantoms, tmp_path_factory) -> dict[int, tuple[Path, str]]:
     """The folder and the words of a training, by number of processes."""
     runs = {}
-    for processes, overlays in {1: ("tiny",), 2: ("tiny", "multi_gpu_train")}.items():
+    for processes, overlays in {1: (), 2: ("multi_gpu_train",)}.items():
         folder = tmp_path_factory.mktemp(f"of_{processes}")
         said = run(
             "training",
@@ -52,7 +52,7 @@ def trained(phantoms, tmp_path_factory) -> dict[int, tuple[Path, str]]:
             ckpt_dir=folder / "models",
             output_dir=folder / "eval",
             cache_dir=folder / "embeddings",
-            **{"train#phantoms#pool_size": 8},
+            **{"train#prepare_batch#pool_size": 8},
         )
         runs[processes] = folder, said
     return runs
@@ -100,7 +100,7 @@ def test_processes_fill_one_cache_with_what_one_would(trained):
 
 def test_evaluation_by_several_processes_gives_the_same_files(trained, phantoms, tmp_path):
     folder, _ = trained[1]
-    for processes, overlays in {1: ("tiny",), 3: ("tiny", "multi_gpu_evaluate")}.items():
+    for processes, overlays in {1: (), 3: ("multi_gpu_evaluate",)}.items():
         knobs = {"dataset_dir": phantoms, "ckpt_dir": folder / "models", "cache_dir": tmp_path / f"cache_{processes}"}
         output = tmp_path / str(processes)
         run("evaluating", "train", "evaluate", *overlays, processes=processes, output_dir=output, **knobs)

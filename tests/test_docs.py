@@ -1,4 +1,7 @@
-"""The documentation: its commands, options, configs, code, links and pictures, checked without running any of it."""
+"""The documentation: its commands, options, configs, code, links and pictures, checked without running them.
+
+Only `python -m adapt new` is run, on data of the tests, as later commands of a page are typed in the bundle it makes.
+"""
 
 import configparser
 import csv
@@ -15,13 +18,18 @@ from pathlib import Path
 
 import fire
 import monai.bundle
+import numpy as np
 import pytest
 from conftest import REPOSITORY, succeeds
+from PIL import Image
 from test_architecture import COMPONENTS, SUB_PACKAGES, imported_sub_packages
 from torch.distributed.run import get_args_parser
 
 from adapt.__main__ import parse_arguments as adapt_arguments
+from adapt.new import new_bundle
+from adapt.template import SHIPPED_ENCODER, networks
 from benchmarks.__main__ import parse_arguments
+from components.phantom.dataset import write_phantom_dataset
 from components.training.command_line import refuse_unknown_knobs
 from release.__main__ import build
 from serving.__main__ import serve
@@ -36,7 +44,6 @@ PAGES = [
     *sorted(REPOSITORY.glob("docs/*.md")),
     *sorted(REPOSITORY.glob("bundles/*/docs/README.md")),
 ]
-ADAPT_TEMPLATE = REPOSITORY / "adapt/template"
 LANGUAGES = {"bash", "json", "python", "text"}
 FIRE_COMMANDS = {
     ("release",): build,
@@ -72,43 +79,85 @@ def commands_of(block):
             yield words
 
 
-def check_command(words, folder):
-    """Check a command that is typed in a folder, and return the folder where the next one is typed."""
-    match words:
-        case ["cd", target]:
-            folder = (folder / target).resolve()
-            if folder.parent == REPOSITORY / "bundles" and not folder.exists():  # one that `adapt new` has made
-                folder = ADAPT_TEMPLATE
-            assert folder.is_dir(), folder
-        case [".", script]:
-            assert script.endswith("/bin/activate")
-        case ["pip", "install", *arguments]:
-            check_installation(arguments, folder)
-        case ["python", "-m", "monai.bundle", command, *arguments]:
-            check_bundle_command(command, arguments, folder)
-        case ["torchrun", *arguments]:
-            options = get_args_parser().parse_args(arguments)
-            assert options.module
-            check_command(["python", "-m", options.training_script, *options.training_script_args], folder)
-        case ["python", "-m", "benchmarks", *arguments]:
-            assert folder == REPOSITORY
-            parse_arguments(arguments)
-        case ["python", "-m", "adapt", *arguments]:
-            assert folder == REPOSITORY
-            adapt_arguments(arguments)
-        case ["python", "-m", "study", name, *arguments]:
-            check_fire_command(("study", name), arguments, folder)
-        case ["python", "-m", "release" | "serving" as package, *arguments]:
-            check_fire_command((package,), arguments, folder)
-        case ["python", "-m", "pytest", *arguments]:
-            assert all(argument in ("-m", "slow") or (folder / argument).exists() for argument in arguments)
-        case ["python", script]:
-            assert (folder / script).is_file()
-        case ["python", "-m", "venv", _] | ["mlflow", "ui", *_] | ["git" | "tensorboard", *_]:
-            pass
-        case _:
-            pytest.fail(f"no check for the command: {shlex.join(words)}")
-    return folder
+@pytest.fixture(scope="module")
+def adapt_new(tmp_path_factory):
+    """A function that makes a bundle as `python -m adapt new` does, of pictures or of hearts; each of them once."""
+    pictures, hearts = (tmp_path_factory.mktemp(name) for name in ("pictures", "hearts"))
+    for role, value in (("images", 200), ("labels", 1)):
+        (pictures / role).mkdir()
+        for name in ("a", "b"):
+            pixels = np.zeros([32, 32], dtype=np.uint8)
+            pixels[8:20, 8:20] = value
+            Image.fromarray(pixels).save(pictures / role / f"{name}.png")
+    write_phantom_dataset(str(hearts), patients=2, size_hw_d=(64, 64, 3))
+
+    @functools.cache
+    def make(network, model_type=SHIPPED_ENCODER, *, of_hearts=False):
+        data, folder = hearts if of_hearts else pictures, tmp_path_factory.mktemp("bundles")
+        return new_bundle("own", data, folder, network=network, model_type=model_type)[0]
+
+    return make
+
+
+class Shell:
+    """Commands as they are typed one after another, each of which is checked.
+
+    Args:
+        folder: where the first one is typed.
+        adapt_new: makes the bundles of `python -m adapt new`.
+        monkeypatch: of pytest, to be in the folder where a command is typed.
+    """
+
+    def __init__(self, folder, adapt_new, monkeypatch):
+        self.folder = folder
+        self.adapt_new = adapt_new
+        self.monkeypatch = monkeypatch
+        self.made = {}
+
+    def check(self, words):
+        self.monkeypatch.chdir(self.folder)
+        match words:
+            case ["cd", target]:
+                folder = (self.folder / target).resolve()
+                is_made = folder.parent == REPOSITORY / "bundles" and folder.name in self.made
+                self.folder = self.made[folder.name] if is_made else folder
+                assert self.folder.is_dir(), folder
+            case [".", script]:
+                assert script.endswith("/bin/activate")
+            case ["pip", "install", *arguments]:
+                check_installation(arguments, self.folder)
+            case ["python", "-m", "monai.bundle", command, *arguments]:
+                check_bundle_command(command, arguments, self.folder)
+            case ["torchrun", *arguments]:
+                options = get_args_parser().parse_args(arguments)
+                assert options.module
+                self.check(["python", "-m", options.training_script, *options.training_script_args])
+            case ["python", "-m", "benchmarks", *arguments]:
+                assert self.folder == REPOSITORY
+                parse_arguments(arguments)
+            case ["python", "-m", "adapt", *arguments]:
+                assert self.folder == REPOSITORY
+                options = adapt_arguments(arguments)
+                if options.command == "new":
+                    self.made[options.name] = self.adapt_new(options.network, options.model_type)
+            case ["python", "-m", "study", name, *arguments]:
+                check_fire_command(("study", name), arguments, self.folder)
+            case ["python", "-m", "release" | "serving" as package, *arguments]:
+                check_fire_command((package,), arguments, self.folder)
+            case ["python", "-m", "pytest", *arguments]:
+                assert all(argument in ("-m", "slow") or (self.folder / argument).exists() for argument in arguments)
+            case ["python", "-m", "venv", _] | ["mlflow", "ui", *_] | ["git" | "tensorboard", *_]:
+                pass
+            case _:
+                pytest.fail(f"no check for the command: {shlex.join(words)}")
+
+    def check_blocks(self, page):
+        """Check the commands of a page, each block typed in the folder of the first."""
+        start = self.folder
+        for block in blocks_of(page, "bash"):
+            self.folder = start
+            for words in commands_of(block):
+                self.check(words)
 
 
 def check_installation(arguments, folder):
@@ -145,9 +194,7 @@ def check_fire_command(name, arguments, folder):
 
 def check_bundle_command(command, arguments, folder):
     """Check that a bundle's folder has all that a command of MONAI's names."""
-    assert folder == ADAPT_TEMPLATE or folder.parent == REPOSITORY / "bundles", (
-        "a command for a bundle, outside of its folder"
-    )
+    assert (folder / "configs/metadata.json").is_file(), "a command for a bundle, outside of its folder"
     values = bound_by_fire(getattr(monai.bundle, command), arguments)
     files = values.get("config_file") or []
     files = [files] if isinstance(files, str) else files
@@ -163,13 +210,23 @@ def check_bundle_command(command, arguments, folder):
 
 
 @each_page
-def test_every_command_is_one_that_its_tool_accepts(page, monkeypatch):
+def test_every_command_is_one_that_its_tool_accepts(page, adapt_new, monkeypatch):
     start = page.parents[1] if page.name == "README.md" and page != README else REPOSITORY
-    for block in blocks_of(page, "bash"):
-        folder = start
-        for words in commands_of(block):
-            monkeypatch.chdir(folder)
-            folder = check_command(words, folder)
+    Shell(start, adapt_new, monkeypatch).check_blocks(page)
+
+
+@pytest.mark.parametrize("of_hearts", [False, True], ids=["pictures", "hearts"])
+@pytest.mark.parametrize(
+    ("network", "model_type"), [*((name, SHIPPED_ENCODER) for name in networks()), ("cnnhead", "vit_b")]
+)
+def test_the_commands_of_a_bundle_for_own_data_are_accepted_in_it(
+    network, model_type, of_hearts, adapt_new, monkeypatch
+):
+    bundle = adapt_new(network, model_type, of_hearts=of_hearts)
+    page = bundle / "docs/README.md"
+    assert len(blocks_of(page, "bash")) == 1
+    assert "{{" not in page.read_text()
+    Shell(bundle, adapt_new, monkeypatch).check_blocks(page)
 
 
 @pytest.mark.parametrize(
@@ -187,26 +244,28 @@ def test_every_command_is_one_that_its_tool_accepts(page, monkeypatch):
         "cd ../.. && python -m benchmarks --output DIR --rounds no",
         "cd ../.. && pip install -c constraints.txt -e '.[missing]'",
         "cd ../.. && pip install -c missing.txt -e .",
+        "cd ../.. && python -m adapt new NAME --data DIR --network missing",
+        "cd ../.. && python -m adapt new X --data DIR && cd bundles/X && python -m monai.bundle download_large_files",
         "cd missing",
         "curl https://example.org",
     ],
 )
-def test_a_wrong_command_is_found(line, monkeypatch):
-    folder = REPOSITORY / "bundles/autosam_acdc"
+def test_a_wrong_command_is_found(line, adapt_new, monkeypatch):
+    shell = Shell(REPOSITORY / "bundles/autosam_acdc", adapt_new, monkeypatch)
     with pytest.raises((AssertionError, ValueError, TypeError, SystemExit, pytest.fail.Exception)):
         for words in commands_of(line):
-            monkeypatch.chdir(folder)
-            folder = check_command(words, folder)
+            shell.check(words)
 
 
 @each_page
-def test_every_option_that_the_text_names_exists(page, tmp_path):
+def test_every_option_that_the_text_names_exists(page, adapt_new, tmp_path):
     spans = re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text()))
     named = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)}
-    others = {name for function in FIRE_COMMANDS.values() for name in inspect.signature(function).parameters}
-    others |= {"data"}  # of `python -m adapt new`
+    functions = [new_bundle, *FIRE_COMMANDS.values()]
+    others = {name for function in functions for name in inspect.signature(function).parameters}
     others |= {"nthreads", "resources"}  # of Dask's workers
-    configs = [json.loads(path.read_text()) for path in REPOSITORY.glob("*/*/configs/*.json")]
+    bundles = [*REPOSITORY.glob("bundles/*"), *map(adapt_new, networks())]
+    configs = [json.loads(path.read_text()) for bundle in bundles for path in bundle.glob("configs/*.json")]
     (tmp_path / "all.json").write_text(json.dumps({key.split("#")[0]: None for config in configs for key in config}))
     options = [f"--{name}=1" for name in sorted(named - others)]
     files = ["--config_file", str(tmp_path / "all.json"), "--tracking", "mlflow"]  # whatever value the text gives them

@@ -1,5 +1,6 @@
 """The figures of a study, and the embeddings that one of them shows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -7,20 +8,23 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import labels_of, mark_finished
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from components.data.acdc import list_cases
+from components.data.acdc import read_acdc
+from components.data.cases import list_cases
 from components.data.volume_metadata import case_name
 from components.evaluation.overlays import CLASS_COLOURS
+from components.networks.trained_with import encode_record
 from components.phantom.dataset import write_phantom_dataset
 from components.phantom.slices import phantom_slices
 from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
 from study.grid import Cell, Method, Variant
 from study.report.contours import draw_contours
-from study.report.embeddings import PHANTOMS, draw_embeddings, embed_slices, embedding_method
+from study.report.embeddings import PHANTOMS, draw_embeddings, embed_slices, embedding_cell
 from study.report.figures import draw_bland_altman, draw_dice_by_patients, save_figure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +79,7 @@ def finish(cell, output_dir, dataset_dir, *, dice=(0.9, 0.8, 0.7, 0.6), pred=Non
 
 
 def cases_of(dataset_dir, split):
-    return [case_name(case["image"]) for case in list_cases(dataset_dir, "test", split_seed=split)]
+    return [case_name(case["image"]) for case in list_cases(read_acdc(dataset_dir), "test", split_seed=split)]
 
 
 def rows_of_panels(figure):
@@ -98,7 +102,7 @@ def test_contours_show_worst_median_and_best_case_over_all_methods(patients, tmp
     ]
     # Averaged over both methods the cases have 80, 30, 20 and 70 %; the lower of the two middle ones is the median.
     best, median, worst, _ = cases_of(patients, 0)
-    rows = rows_of_panels(draw_contours(cells, tmp_path, dataset_dir=patients, labelled_patients=1))
+    rows = rows_of_panels(draw_contours(cells, tmp_path, dataset_dir=patients, labelled_cases=1))
     assert [row[0].get_ylabel().splitlines()[:2] for row in rows] == [
         ["worst", worst],
         ["median", median],
@@ -110,7 +114,7 @@ def test_contours_show_worst_median_and_best_case_over_all_methods(patients, tmp
 
 def test_contours_are_of_the_fullest_slice_and_cropped_alike(patients, tmp_path):
     cells = [finish(Cell(CNN, 1, 0), tmp_path, patients), finish(Cell(BOX, 0, 0), tmp_path, patients)]
-    figure = draw_contours(cells, tmp_path, dataset_dir=patients, labelled_patients=1)
+    figure = draw_contours(cells, tmp_path, dataset_dir=patients, labelled_cases=1)
     for row in rows_of_panels(figure):
         assert row[0].get_ylabel().endswith("slice 3 of 3")
         for axes in row:
@@ -132,18 +136,18 @@ def test_contours_are_of_the_split_with_the_most_methods_and_of_one_number_of_pa
     for cell in [Cell(CNN, 0, 1), Cell(CNN, 1, 1), Cell(BOX, 0, 1), Cell(CNN, 5, 1, Variant("depth", "2"))]:
         cells.append(finish(cell, tmp_path, patients))
     cells += [finish(Cell(CNN, 1, 0), tmp_path, patients), finish(Cell(CNN, 5, 2), tmp_path, patients)]
-    figure = draw_contours(cells, tmp_path, dataset_dir=patients, labelled_patients=1)
+    figure = draw_contours(cells, tmp_path, dataset_dir=patients, labelled_cases=1)
     rows = rows_of_panels(figure)
     assert [axes.get_title() for axes in rows[0]] == ["truth", "CNN head", "SAM (box)"]
     assert {row[0].get_ylabel().splitlines()[1] for row in rows} <= set(cases_of(patients, 1))
-    five = rows_of_panels(draw_contours(cells, tmp_path, dataset_dir=patients, labelled_patients=5))
+    five = rows_of_panels(draw_contours(cells, tmp_path, dataset_dir=patients, labelled_cases=5))
     assert [axes.get_title() for axes in five[0]] == ["truth", "SAM (box)"]
 
 
 def test_many_methods_are_wrapped_with_the_truth_in_every_row(patients, tmp_path):
     methods = [Method(f"m{number}", f"method {number}", "cnnhead_acdc") for number in range(7)]
     cells = [finish(Cell(method, 1, 0), tmp_path, patients) for method in methods]
-    rows = rows_of_panels(draw_contours(cells, tmp_path, dataset_dir=patients, labelled_patients=1))
+    rows = rows_of_panels(draw_contours(cells, tmp_path, dataset_dir=patients, labelled_cases=1))
     assert [len(row) for row in rows] == [5, 5, 5, 4, 4, 4]
     titles = [axes.get_title() for row in (rows[0], rows[3]) for axes in row]
     assert titles == ["truth", *(m.title for m in methods[:4]), "truth", *(m.title for m in methods[4:])]
@@ -152,11 +156,11 @@ def test_many_methods_are_wrapped_with_the_truth_in_every_row(patients, tmp_path
 def test_a_prediction_on_another_grid_is_an_error(patients, tmp_path):
     cell = finish(Cell(CNN, 1, 0), tmp_path, patients, pred=block(20, side=6)[:-1])
     with pytest.raises(ValueError, match="on its grid"):
-        draw_contours([cell], tmp_path, dataset_dir=patients, labelled_patients=1)
+        draw_contours([cell], tmp_path, dataset_dir=patients, labelled_cases=1)
 
 
 def test_nothing_finished_draws_nothing(patients, tmp_path):
-    assert draw_contours([Cell(CNN, 1, 0)], tmp_path, dataset_dir=patients, labelled_patients=1) is None
+    assert draw_contours([Cell(CNN, 1, 0)], tmp_path, dataset_dir=patients, labelled_cases=1) is None
 
 
 def scores(method, *percent, labelled_patients=1, split=0, value=""):
@@ -305,15 +309,15 @@ def test_drawing_leaves_pyplot_alone(tmp_path):
 
 
 SMALL = {"canvas_size": 64, "crop_size": 64, "image_size": 64}
-LINEAR = Method("linear", "tiny encoder + linear head", "linearhead_acdc", overlays=("tiny",), knobs=SMALL)
+LINEAR = Method("linear", "tiny encoder + linear head", "linearhead_acdc", knobs=SMALL)
 
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embeddings")
     data = write_phantom_dataset(str(folder / "phantoms"), patients=4, size_hw_d=(64, 48, 3))
-    vectors, groups = embed_slices(LINEAR, dataset_dir=data, split=0, cache_dir=str(folder / "cache"))
-    return data, folder / "cache", vectors, groups
+    vectors, groups = embed_slices(Cell(LINEAR, 0, 0), folder / "study", dataset_dir=data)
+    return data, folder / "study/embeddings", vectors, groups
 
 
 def test_every_slice_of_the_test_volumes_and_60_phantoms_are_embedded(embedded):
@@ -333,13 +337,27 @@ def test_embeddings_are_the_encoders_averaged_over_space(embedded):
     assert embedded[2][6:8] == pytest.approx(expected.numpy(), abs=2e-3 * float(expected.abs().max()))
 
 
-def test_the_first_method_with_a_frozen_encoder_is_embedded():
+def test_the_first_cell_with_a_frozen_encoder_is_embedded():
     unet = Method("unet", "UNet", "unet_acdc")
-    along = Method("along", "trained along", "linearhead_acdc", ("tiny",), {"trainable_encoder": True})
+    along = Method("along", "trained along", "linearhead_acdc", knobs={"trainable_encoder": True})
     cells = [Cell(method, 1, 0) for method in (unet, along)]
-    assert embedding_method([*cells, Cell(BOX, 0, 0)]) is None
+    assert embedding_cell([*cells, Cell(BOX, 0, 0)]) is None
     varied = Cell(CNN, 1, 0, Variant("depth", "2"))
-    assert embedding_method([*cells, varied, Cell(LINEAR, 1, 0), Cell(CNN, 1, 0)]) == LINEAR
+    assert embedding_cell([*cells, varied, Cell(LINEAR, 1, 0), Cell(CNN, 1, 0)]) == Cell(LINEAR, 1, 0)
+
+
+def test_slices_are_embedded_as_the_trained_model_says(embedded, tmp_path):
+    record = {"canvas_size": 64, "crop_size": 64, "image_size": 64}
+    cell = Cell(replace(LINEAR, knobs={}), 1, 0)
+    model = tmp_path / cell.name / "models/model.pt"
+    model.parent.mkdir(parents=True)
+    torch.save({"trained_with": encode_record(record)}, model)
+    vectors, _ = embed_slices(cell, tmp_path, dataset_dir=embedded[0])
+    assert vectors == pytest.approx(embedded[2], abs=1e-6)
+
+
+def test_too_few_embeddings_are_not_drawn():
+    assert draw_embeddings(np.zeros((6, 256), np.float32), ["case"] * 6) is None
 
 
 def test_two_clusters_stay_apart_in_the_drawing():

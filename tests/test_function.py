@@ -257,7 +257,7 @@ def test_every_bundle_measures_a_cine_by_one_command(bundle, tmp_path):
     configs = REPOSITORY / "bundles" / bundle / "configs"
     monai.bundle.run(
         "measuring",
-        config_file=[str(configs / f"{name}.json") for name in ("inference", "tiny", "function")],
+        config_file=[str(configs / f"{name}.json") for name in ("inference", "function")],
         logging_file=False,
         dataset_dir=str(tmp_path / "cine.nii.gz"),
         output_dir=str(tmp_path / "out"),

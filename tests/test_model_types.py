@@ -5,7 +5,9 @@ import torch
 
 from components.networks.heads import LinearHead
 from components.networks.prompt_free_sam import PromptFreeSam
+from components.pretrained import pretrained_file
 from components.sam.checkpoint import CHECKPOINT_PARTS, read_sam_checkpoint
+from components.sam.defaults import default_checkpoint, default_image_size
 from components.sam.encoder import BUILDERS, SamEncoder
 
 MODEL_TYPES = [name for name in BUILDERS if name not in ("vit_b", "vit_l", "vit_h")]  # these have vit_tiny's code
@@ -33,6 +35,21 @@ def changed_encoder(model_type: str, image_size: int = 64) -> SamEncoder:
         for parameter in encoder.parameters():
             parameter.add_(0.02 * torch.sin(torch.arange(parameter.numel()).view_as(parameter)))
     return encoder
+
+
+def test_default_checkpoint_is_the_published_one_or_comes_with_the_package():
+    assert default_checkpoint("a/models", "vit_b") == "a/models/sam_vit_b_01ec64.pth"
+    assert default_checkpoint("a/models", "phantom_unet") == pretrained_file("phantom_unet.pth")
+    with pytest.raises(ValueError, match=r"no published SAM checkpoint has model_type 'vit_tiny'.*--sam_checkpoint"):
+        default_checkpoint("a/models", "vit_tiny")
+
+
+@pytest.mark.parametrize(
+    ("crop_size", "image_size"), [(176, 176), (170, 176), (256, 256), (128, 128), (96, 192), (64, 192), (48, 192)]
+)
+def test_default_image_size_is_a_multiple_of_the_crop_near_that_of_the_phantoms(crop_size, image_size):
+    assert default_image_size("phantom_unet", crop_size) == image_size
+    assert default_image_size("vit_b", crop_size) == default_image_size("vit_t", crop_size) == 1024
 
 
 @pytest.mark.parametrize("image_size", [64, 80])

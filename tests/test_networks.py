@@ -24,7 +24,7 @@ def build(
     other_encoder: bool = False,
     image_size: int = 64,
     head: nn.Module | None = None,
-    head_checkpoint: str | None = None,
+    start_checkpoint: str | None = None,
 ) -> PromptFreeSam:
     encoder = SamEncoder("vit_tiny", image_size=image_size, trainable=trainable)
     if other_encoder:
@@ -33,7 +33,7 @@ def build(
         state["image_encoder.neck.0.weight"] = state["image_encoder.neck.0.weight"] + 0.1
         encoder.load_state_dict(state)
     head = LinearHead(4) if head is None else head
-    return PromptFreeSam(encoder, head, precision="fp32", head_checkpoint=head_checkpoint)
+    return PromptFreeSam(encoder, head, precision="fp32", start_checkpoint=start_checkpoint)
 
 
 def head_differs(first: nn.Module, second: nn.Module) -> bool:
@@ -255,58 +255,58 @@ def test_distributed_data_parallel_saves_and_checks_the_same(tmp_path):
 
 
 @pytest.fixture
-def head_checkpoint(tmp_path) -> str:
+def start_checkpoint(tmp_path) -> str:
     """The `model.pt` of another run."""
     torch.save(build().state_dict(), tmp_path / "model.pt")
     return str(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_network_starts_from_a_head_checkpoint_and_says_so(head_checkpoint, trainable, caplog):
-    state = torch.load(head_checkpoint, weights_only=True)
+def test_network_starts_from_a_start_checkpoint_and_says_so(start_checkpoint, trainable, caplog):
+    state = torch.load(start_checkpoint, weights_only=True)
     with caplog.at_level(logging.INFO):
-        network = build(trainable, head_checkpoint=head_checkpoint)
-    assert f"the network starts from {head_checkpoint}" in caplog.text
+        network = build(trainable, start_checkpoint=start_checkpoint)
+    assert f"the network starts from {start_checkpoint}" in caplog.text
     assert all(torch.equal(value, state[f"head.{key}"]) for key, value in network.head.state_dict().items())
     assert not head_differs(network.encoder, build().encoder)
 
 
-def test_head_checkpoint_in_half_precision_fills_fp32_weights(head_checkpoint):
-    state = torch.load(head_checkpoint, weights_only=True)
+def test_start_checkpoint_in_half_precision_fills_fp32_weights(start_checkpoint):
+    state = torch.load(start_checkpoint, weights_only=True)
     halves = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    torch.save(halves, head_checkpoint)
-    network = build(head_checkpoint=head_checkpoint)
+    torch.save(halves, start_checkpoint)
+    network = build(start_checkpoint=start_checkpoint)
     assert all(torch.equal(value, halves[f"head.{key}"].float()) for key, value in network.head.state_dict().items())
     assert {value.dtype for value in network.head.state_dict().values()} == {torch.float32}
 
 
-def test_whatever_is_loaded_later_wins_over_the_head_checkpoint(head_checkpoint):
-    network, later = build(head_checkpoint=head_checkpoint), build()
+def test_whatever_is_loaded_later_wins_over_the_start_checkpoint(start_checkpoint):
+    network, later = build(start_checkpoint=start_checkpoint), build()
     network.load_state_dict(later.state_dict())
     assert not head_differs(network.head, later.head)
 
 
-def test_head_checkpoint_that_is_missing_or_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no head checkpoint at .*none\.pt: give --head_checkpoint"):
-        build(head_checkpoint=str(tmp_path / "none.pt"))
+def test_start_checkpoint_that_is_missing_or_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no start checkpoint at .*none\.pt: give --start_checkpoint"):
+        build(start_checkpoint=str(tmp_path / "none.pt"))
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"broken\.pt is not a readable checkpoint"):
-        build(head_checkpoint=str(tmp_path / "broken.pt"))
+        build(start_checkpoint=str(tmp_path / "broken.pt"))
     torch.save({"model": {}, "epoch": 3}, tmp_path / "checkpoint_epoch=3.pt")
-    with pytest.raises(ValueError, match=r"epoch=3\.pt is not a head checkpoint: expected a flat state dict"):
-        build(head_checkpoint=str(tmp_path / "checkpoint_epoch=3.pt"))
+    with pytest.raises(ValueError, match=r"epoch=3\.pt is not a start checkpoint: expected a flat state dict"):
+        build(start_checkpoint=str(tmp_path / "checkpoint_epoch=3.pt"))
 
 
 @pytest.mark.parametrize("head", [CNNHead(4, depth=2), LinearHead(3)], ids=["other head", "other classes"])
-def test_head_checkpoint_of_another_head_is_refused(head_checkpoint, head):
-    with pytest.raises(ValueError, match=r"(?s)model\.pt does not fit this network: give --head_checkpoint.*head\."):
-        build(head=head, head_checkpoint=head_checkpoint)
+def test_start_checkpoint_of_another_head_is_refused(start_checkpoint, head):
+    with pytest.raises(ValueError, match=r"(?s)model\.pt does not fit this network: give --start_checkpoint.*head\."):
+        build(head=head, start_checkpoint=start_checkpoint)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_head_checkpoint_of_another_encoder_is_refused(head_checkpoint, trainable):
+def test_start_checkpoint_of_another_encoder_is_refused(start_checkpoint, trainable):
     with pytest.raises(ValueError, match=r"does not fit this network.*fingerprint \w+ is not \w+"):
-        build(trainable, other_encoder=True, head_checkpoint=head_checkpoint)
+        build(trainable, other_encoder=True, start_checkpoint=start_checkpoint)
 
 
 def test_copied_network_keeps_its_identity_checks():

@@ -11,7 +11,7 @@ from components.networks.onnx_network import OnnxNetwork
 from components.phantom.dataset import write_phantom_dataset
 from components.pretrained import pretrained_file
 
-TINY = "['configs/inference.json','configs/tiny.json']"
+CONFIG = "configs/inference.json"
 
 
 @pytest.mark.parametrize(
@@ -26,10 +26,10 @@ def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, wei
     volume = next(Path(data).rglob("*frame01.nii.gz"))
     file = ("--meta_file", "configs/metadata.json", "--net_id", "network_def", "--ckpt_file", pretrained_file(weights))
     shape = ("--input_shape", "[2,3,176,176]", "--converter_kwargs", str(DYNAMIC_BATCH))
-    run("onnx_export", "--config_file", TINY, *file, "--filepath", str(tmp_path / "model.onnx"), *shape)
+    run("onnx_export", "--config_file", CONFIG, *file, "--filepath", str(tmp_path / "model.onnx"), *shape)
     inferring = ("run", "inferring", "--dataset_dir", str(volume))
-    run(*inferring, "--config_file", TINY, "--precision", "fp32", "--output_dir", str(tmp_path / "eager"))
-    overlaid = TINY.replace("]", ",'configs/inference_onnx.json']")
+    run(*inferring, "--config_file", CONFIG, "--precision", "fp32", "--output_dir", str(tmp_path / "eager"))
+    overlaid = f"['{CONFIG}','configs/inference_onnx.json']"
     onnx = ("--onnx_path", str(tmp_path / "model.onnx"), "--output_dir", str(tmp_path / "onnx"))
     run(*inferring, "--config_file", overlaid, *onnx)
 

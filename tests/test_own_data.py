@@ -1,10 +1,7 @@
 """One's own data: what a folder of labelled images becomes, and what is refused."""
 
-import ast
 import csv
 import json
-import re
-import shlex
 import shutil
 import struct
 import zipfile
@@ -19,9 +16,7 @@ import torch
 from conftest import REPOSITORY, run_monai_bundle, succeeds
 from monai.bundle import (
     ConfigParser,
-    ckpt_export,
     create_workflow,
-    onnx_export,
     verify_metadata,
     verify_net_in_out,
 )
@@ -29,12 +24,11 @@ from monai.transforms import RandGaussianNoised
 from PIL import Image
 
 from adapt.new import new_bundle
-from components.data.own_data import LabelledCases, own_cases, own_unlabelled
+from components.data.cases import list_cases, list_unlabelled
+from components.data.own_data import LabelledCases, read_data
 from components.data.pictures import PictureReader
 from components.data.slices import SliceDataset
 from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
-from components.networks.onnx_network import OnnxNetwork
-from components.pretrained import pretrained_file
 from release.__main__ import build
 from serving.app import assemble_app
 
@@ -59,16 +53,16 @@ def organ(number: int, side: int = 20, depth: int = 3) -> tuple[np.ndarray, np.n
     return (noise.rand(*label.shape) * 20 + 60 * label).astype(np.float32), label
 
 
-def decathlon(root: Path, cases: int = 8, **described) -> Path:
+def decathlon(root: Path, cases: int = 8, *, real: bool = HIPPOCAMPUS.is_dir(), **described) -> Path:
     """A folder in the layout of the Medical Segmentation Decathlon: a few real cases where they are at hand."""
-    real = json.loads((HIPPOCAMPUS / "dataset.json").read_text())["training"] if HIPPOCAMPUS.is_dir() else []
+    listed = json.loads((HIPPOCAMPUS / "dataset.json").read_text())["training"] if real else []
     items = []
     for number in range(cases):
         item = {"image": f"./imagesTr/case_{number}.nii.gz", "label": f"./labelsTr/case_{number}.nii.gz"}
         for role, array in zip(("image", "label"), organ(number), strict=True):
             (root / item[role]).parent.mkdir(parents=True, exist_ok=True)
             if real:
-                shutil.copy(HIPPOCAMPUS / real[number][role], root / item[role])
+                shutil.copy(HIPPOCAMPUS / listed[number][role], root / item[role])
             else:
                 write_volume(root / item[role], array)
         items.append(item)
@@ -142,7 +136,7 @@ def test_a_folder_becomes_a_bundle_that_trains_evaluates_and_infers(tmp_path, ki
     succeeds(run_monai_bundle("run", "training", *run, cwd=bundle))
     succeeds(run_monai_bundle("run", "evaluating", "--config_file", BOTH, cwd=bundle))
     cases = {row["case"] for row in scores(bundle / "eval")}
-    tested = own_cases(bundle / "configs/data.json", "test", dataset_dir=str(data))
+    tested = list_cases(read_data(bundle / "configs/data.json", str(data)), "test")
     assert cases == {Path(case["image"]).name.split(".")[0] for case in tested}
     inferred = succeeds(run_monai_bundle("run", "inferring", "--config_file", "configs/inference.json", cwd=bundle))
     assert "taken for granted" not in inferred
@@ -193,70 +187,23 @@ def test_a_trained_bundle_becomes_an_archive_that_segments_elsewhere(tmp_path, m
     assert (root / "models/model.pt").read_bytes() == (bundle / "models/model.pt").read_bytes()
     assert (root / "components/data/own_data.py").is_file()
     assert described(root) == described(bundle) | {"dataset_dir": ""}
-    with pytest.raises(ValueError, match=r"dataset_dir is not set: expected the folder of the files in .*data\.json"):
-        own_cases(root / "configs/data.json", "training", dataset_dir="")
+    with pytest.raises(
+        ValueError, match=r"dataset_dir is not set: expected the folder of the data.*give --dataset_dir PATH"
+    ):
+        list_cases(read_data(root / "configs/data.json", ""), "training")
     image = data / described(bundle)["training"][0]["image"]
     infer = ("run", "inferring", "--config_file", "configs/inference.json", "--dataset_dir", str(image))
     succeeds(run_monai_bundle(*infer, cwd=root))
     assert nib.load(root / "eval/case_0_pred.nii.gz").shape == nib.load(image).shape
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
-def test_pictures_start_from_objects_of_any_kind_in_an_archive_too_and_volumes_do_not(tmp_path, mode, channels):
-    bundle = trained(new_bundle("cells", plain(tmp_path / "data", mode=mode, side=20), tmp_path)[0])
-    build(str(tmp_path / "dist"), bundle=str(bundle))
-    with zipfile.ZipFile(tmp_path / "dist/cells_v0.1.0.zip") as file:
-        file.extractall(tmp_path / "elsewhere")
-    known = torch.load(pretrained_file("shape_unet.pt"), weights_only=True)["unet.conv_0.conv_1.conv.weight"].float()
-    for root in (bundle, tmp_path / "elsewhere/cells"):
-        parser = ConfigParser()
-        parser.read_config(root / "configs/train.json")
-        parser.update({"bundle_root": str(root), "labelled_cases": 1, "dataset_dir": str(tmp_path / "data")})
-        network = parser.get_parsed_content("network_def")
-        assert network.unet.conv_0.conv_0.conv.in_channels == channels
-        assert torch.equal(network.unet.conv_0.conv_1.conv.weight, known)
-        assert str(parser.get_parsed_content("start_checkpoint")).startswith(str(root)) == (root != bundle)
-
-    parser = ConfigParser()
-    parser.read_config(new_bundle("organ", decathlon(tmp_path / "volumes"), tmp_path)[0] / "configs/train.json")
-    parser.update({"bundle_root": str(tmp_path / "organ")})
-    assert parser.get_parsed_content("start_checkpoint") is None
-
-
-def test_what_is_not_trained_or_has_no_encoder_is_not_packed(tmp_path):
+def test_what_is_not_trained_or_is_to_have_another_encoder_is_not_packed(tmp_path):
     bundle, _ = new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"cells/models/model.pt: expected a trained bundle"):
+    with pytest.raises(FileNotFoundError, match=r"no model .*cells/models/model\.pt: run training in .*cells first"):
         build(str(tmp_path / "dist"), bundle=str(bundle))
-    with pytest.raises(ValueError, match="cells has no encoder, and its own model is packed"):
+    with pytest.raises(ValueError, match="expected no model_type; make another bundle with adapt new"):
         build(str(tmp_path / "dist"), bundle=str(bundle), model_type="vit_b")
     assert not (tmp_path / "dist").exists()
-
-
-def test_an_exported_network_equals_the_trained_one_and_says_what_it_was_trained_with(tmp_path):
-    bundle = trained(new_bundle("cells", plain(tmp_path / "data", mode="L", side=20), tmp_path)[0])
-    config, model, exported = (str(bundle / name) for name in ("configs/inference.json", "models/model.pt", "model.ts"))
-    root = {"bundle_root": str(bundle)}
-    metadata = str(bundle / "configs/metadata.json")
-    ckpt_export("network_def", exported, model, metadata, config, **root)
-    eager, scripted = ConfigParser(), ConfigParser()
-    eager.read_config(config)
-    eager.update(root | {"precision": "fp32", "network_def#start_checkpoint": model})
-    scripted.read_config([config, str(bundle / "configs/inference_ts.json")])
-    scripted.update(root | {"ts_path": exported, "ckpt_path": "no such file"})
-    readme = (bundle / "docs/README.md").read_text()
-    command = shlex.split(re.search(r"^python .* onnx_export .*$", readme, flags=re.MULTILINE)[0])
-    given = [command[command.index(option) + 1] for option in ("--input_shape", "--converter_kwargs")]
-    shape, options = map(ast.literal_eval, given)
-    onnx = str(bundle / "models/model.onnx")
-    onnx_export("network_def", onnx, model, metadata, config, input_shape=shape, converter_kwargs=options, **root)
-    images = torch.rand(2, 1, 64, 48) * 255
-    with torch.no_grad():
-        expected, *others = (parser.get_parsed_content("network").eval()(images) for parser in (eager, scripted))
-    for logits in (*others, OnnxNetwork(onnx)(images)):
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    of_both = [parser.get_parsed_content("as_trained") for parser in (eager, scripted)]
-    assert of_both[0] == of_both[1]
-    assert of_both[1]["crop_size"] == 64
 
 
 def test_monai_labels_app_trains_on_from_the_model_with_indices_as_labels(tmp_path, monkeypatch):
@@ -319,16 +266,16 @@ def test_without_a_test_list_of_its_own_a_validation_list_is_no_test(tmp_path):
     (folder / "dataset.json").write_text(json.dumps(listed))
     bundle, said = new_bundle("organ", folder, tmp_path)
     assert "there is no test list: training works, evaluation will refuse" in said
-    with pytest.raises(ValueError, match="there are no labelled cases to test on: expected a list `test`"):
-        own_cases(bundle / "configs/data.json", "test", dataset_dir=str(folder))
-    assert len(own_cases(bundle / "configs/data.json", "validation", dataset_dir=str(folder))) == 2
+    with pytest.raises(ValueError, match=r"no labelled cases to test on in .*: expected a list `test` with labels"):
+        list_cases(read_data(bundle / "configs/data.json", str(folder)), "test")
+    assert len(list_cases(read_data(bundle / "configs/data.json", str(folder)), "validation")) == 2
 
 
 def test_images_without_labels_in_the_test_list_are_not_scored(tmp_path):
     folder = decathlon(tmp_path / "data", test=["./imagesTs/case_9.nii.gz"])
     bundle, _ = new_bundle("organ", folder, tmp_path)
     assert described(bundle)["test"] == []
-    assert len(own_cases(bundle / "configs/data.json", "test", dataset_dir=str(folder))) == 1
+    assert len(list_cases(read_data(bundle / "configs/data.json", str(folder)), "test")) == 1
 
 
 def test_cases_of_a_group_stay_together_and_count_as_one(tmp_path):
@@ -339,19 +286,19 @@ def test_cases_of_a_group_stay_together_and_count_as_one(tmp_path):
     (folder / "dataset.json").write_text(json.dumps(listed))
     bundle, _ = new_bundle("organ", folder, tmp_path)
     file = bundle / "configs/data.json"
-    subsets = [own_cases(file, subset, dataset_dir=str(folder)) for subset in ("training", "validation", "test")]
+    subsets = [list_cases(read_data(file, str(folder)), subset) for subset in ("training", "validation", "test")]
     numbers = [{int(case["image"][-8]) // 2 for case in cases} for cases in subsets]
     assert [len(cases) for cases in subsets] == [4, 2, 2]
     assert not numbers[0] & numbers[1] | numbers[0] & numbers[2] | numbers[1] & numbers[2]
-    assert len(own_cases(file, "training", dataset_dir=str(folder), labelled_cases=1)) == 2
-    with pytest.raises(ValueError, match="labelled_cases must be between 1 and 2"):
-        own_cases(file, "training", dataset_dir=str(folder), labelled_cases=3)
+    assert len(list_cases(read_data(file, str(folder)), "training", labelled_cases=1)) == 2
+    with pytest.raises(ValueError, match="labelled_cases must be between 0 and 2"):
+        list_cases(read_data(file, str(folder)), "training", labelled_cases=3)
 
 
 def unlabelled_of(bundle: Path, folder: Path, labelled_cases: int, **options) -> list[str]:
     file = bundle / "configs/data.json"
-    labelled = own_cases(file, "training", dataset_dir=str(folder), labelled_cases=labelled_cases)
-    cases = own_unlabelled(file, dataset_dir=str(folder), labelled=labelled, **options)
+    labelled = list_cases(read_data(file, str(folder)), "training", labelled_cases=labelled_cases)
+    cases = list_unlabelled(read_data(file, str(folder)), labelled=labelled, **options)
     assert all(case.keys() == {"image"} for case in cases)
     return [Path(case["image"]).name for case in cases]
 
@@ -363,13 +310,13 @@ def test_cases_that_are_not_labelled_or_listed_as_unlabelled_can_be_learned_from
     data = described(bundle)
     assert data["unlabelled"] == [{"image": "more/case_9.nii.gz"}]
     names = unlabelled_of(bundle, folder, labelled_cases=2)
-    training = own_cases(bundle / "configs/data.json", "training", dataset_dir=str(folder))
+    training = list_cases(read_data(bundle / "configs/data.json", str(folder)), "training")
     assert names == [*(Path(case["image"]).name for case in training[2:]), "case_9.nii.gz"]
     assert unlabelled_of(bundle, folder, labelled_cases=6) == ["case_9.nii.gz"]
     with pytest.raises(ValueError, match=r"unlabelled_cases must be between 1 and 5, .* received 6"):
         unlabelled_of(bundle, folder, labelled_cases=2, cases=6)
     (folder / "more/case_9.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"case_9.nii.gz, which the list `unlabelled`"):
+    with pytest.raises(FileNotFoundError, match=r"there is no image .*case_9.nii.gz, which the data list"):
         unlabelled_of(bundle, folder, labelled_cases=6)
 
 
@@ -416,7 +363,7 @@ def test_pictures_of_any_kind_are_read(tmp_path, mode, channels):
     values = described(bundle)
     assert (values["channels"], values["pictures"], values["label_values"]) == (channels, True, [0, 255])
     assert "labels in the files: 0 -> 0, 255 -> 1" in said
-    case = own_cases(bundle / "configs/data.json", "training", dataset_dir=str(tmp_path / "data"))[0]
+    case = list_cases(read_data(bundle / "configs/data.json", str(tmp_path / "data")), "training")[0]
     loaded = LoadVolumed(["image", "label"], label_values=[0, 255], channels=channels)(case)
     assert loaded["image"].shape == (channels, 50, 40, 1)
     assert loaded["label"].unique().tolist() == [0, 1]
@@ -550,7 +497,7 @@ def test_a_training_case_that_is_written_into_the_test_list_is_refused(tmp_path)
         with pytest.raises(
             ValueError, match=r"case_0\.nii\.gz is in the lists `training` and `test`: expected it once"
         ):
-            own_cases(file, subset, dataset_dir=str(folder))
+            list_cases(read_data(file, str(folder)), subset)
 
 
 @pytest.mark.parametrize(
@@ -573,7 +520,7 @@ def test_files_beside_the_folder_are_found_however_it_is_named(tmp_path, monkeyp
     relist(folder, lambda cases: {"training": [case | {"image": f"../images/{case['image'][11:]}"} for case in cases]})
     monkeypatch.chdir(tmp_path)
     bundle, _ = new_bundle("organ", "data/lists", "bundles")
-    cases = own_cases(bundle / "configs/data.json", "training", dataset_dir=described(bundle)["dataset_dir"])
+    cases = list_cases(read_data(bundle / "configs/data.json", described(bundle)["dataset_dir"]), "training")
     assert all(Path(path).is_file() for case in cases for path in case.values())
 
 
@@ -621,7 +568,7 @@ def test_the_crop_holds_every_label_of_the_training(tmp_path):
     # columns 10..17 of 24: 6 from the middle of 12, half the canvas, and an eighth on either side
     assert labelled.crop_size(256) == 192
     assert labelled.largest_component
-    assert labelled.normalisation == ["percentiles", 0.5, 99.5]
+    assert labelled.normalisation == [0.5, 99.5]
 
 
 def test_ct_is_windowed_by_the_labelled_voxels(tmp_path):
@@ -636,7 +583,7 @@ def test_a_ct_is_known_by_its_values_and_its_window_holds_the_organ_not_the_bone
     values = described(bundle)
     assert values["modality"] == "CT"
     assert any("the values look like Hounsfield units" in sentence for sentence in said)
-    cases = own_cases(bundle / "configs/data.json", "training", dataset_dir=str(folder), labelled_cases=1)
+    cases = list_cases(read_data(bundle / "configs/data.json", str(folder)), "training", labelled_cases=1)
     options = {name: values[name] for name in ("class_names", "label_values", "channels", "slice_axis", "modality")}
     kind, low, high = LabelledCases(cases, **options).normalisation
     assert kind == "values"
@@ -647,6 +594,13 @@ def test_a_ct_is_known_by_its_values_and_its_window_holds_the_organ_not_the_bone
 def test_labelled_cases_without_a_class_are_refused(tmp_path):
     labelled = seen(tmp_path, class_names=["A", "B", "C"], label_values=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="C is in none of the 1 labelled cases"):
+        _ = labelled.canvas_size
+
+
+def test_no_labelled_case_shows_nothing(tmp_path):
+    labelled = seen(tmp_path)
+    labelled.cases = []
+    with pytest.raises(ValueError, match="received none: give --labelled_cases 1 or more"):
         _ = labelled.canvas_size
 
 

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.engines import default_prepare_batch
 from torch.overrides import TorchFunctionMode
 
+from components.data.slices import SliceDataset
 from components.phantom.slices import phantom_slices
+from components.training.epoch_handlers import EpochSeeds
+from components.training.mean_teacher import MeanTeacherMixing, RunningMean
 from components.training.phantom_mixing import PhantomMixing
 
 SIZE = 32
@@ -143,3 +147,28 @@ def test_phantoms_are_mixed_with_hearts_only():
         ValueError, match=r"phantoms are hearts with the classes RV, Myo, LV.* received left, right, back"
     ):
         PhantomMixing(0.5, class_names=["left", "right", "back"])
+
+
+@pytest.mark.parametrize("is_within_a_teacher", [False, True])
+def test_every_epoch_begins_with_its_own_phantoms_also_within_a_mean_teacher(is_within_a_teacher):
+    slices = SliceDataset([{key: value.mT for key, value in batch_of(1).items()}], progress=False)
+    batch = batch_of(4, dtype=torch.float32)
+    mix, resumed = PhantomMixing(0.5, pool_size=64), PhantomMixing(0.5, pool_size=64)
+    first = [phantoms_of(mix, batch)[0] for _ in range(3)]
+    mixing = MeanTeacherMixing(RunningMean(torch.nn.Linear(1, 1)), resumed) if is_within_a_teacher else resumed
+    trainer = Engine(lambda *_: None)
+    trainer.state.epoch = 2
+    slices._items = [(0, 0)] * 8  # an epoch of two batches
+    EpochSeeds(slices, seed=0, prepare_batch=mixing)(trainer)
+    assert torch.equal(phantoms_of(mixing, batch)[0], first[2])
+
+
+def test_a_trainer_that_mixes_no_phantoms_has_seeds_too():
+    slices = SliceDataset([batch_of(1)], progress=False)
+    seeds = EpochSeeds(slices, seed=0, prepare_batch=default_prepare_batch)
+    trainer = Engine(lambda *_: None)
+    trainer.state.epoch = 1
+    seeds(trainer)
+    drawn = torch.rand(2)
+    seeds(trainer)
+    assert torch.equal(torch.rand(2), drawn)

@@ -26,7 +26,7 @@ def record() -> dict:
 
 def network(name: str, image_size: int) -> PromptFreeSam:
     encoder = SamEncoder("phantom_unet", pretrained_file(ENCODER), image_size)
-    return PromptFreeSam(encoder, HEADS[name](), head_checkpoint=pretrained_file(f"{name}_head.pt")).eval()
+    return PromptFreeSam(encoder, HEADS[name](), start_checkpoint=pretrained_file(f"{name}_head.pt")).eval()
 
 
 def test_files_are_those_of_the_record_and_small_enough_to_ship(record):
@@ -76,7 +76,7 @@ def mean_dice(model: torch.nn.Module, drawn: dict) -> float:
 
 def test_a_head_refuses_another_encoder():
     with pytest.raises(ValueError, match="fingerprint"):
-        PromptFreeSam(SamEncoder("phantom_unet"), HEADS["linear"](), head_checkpoint=pretrained_file("linear_head.pt"))
+        PromptFreeSam(SamEncoder("phantom_unet"), HEADS["linear"](), start_checkpoint=pretrained_file("linear_head.pt"))
 
 
 def test_record_names_no_folder(record):

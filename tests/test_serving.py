@@ -11,19 +11,23 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from label_server import served
 from PIL import Image
 from test_own_data import decathlon, plain, trained
+from test_release import own_bundle
+from test_release import trained as trained_with
 
 from adapt.new import new_bundle
 from components.data.acdc import list_patients
 from components.phantom.dataset import write_phantom_dataset
-from release.bundles import COMPLETE
+from components.sam.encoder import SamEncoder
+from release.bundles import PACKED
 from serving.__main__ import serve
 from serving.app import assemble_app
 
 LABELS = {"rv": 1, "myo": 2, "lv": 3}
-SMALL = {"max_epochs": 1, "train#phantoms#pool_size": 4}
+SMALL = {"max_epochs": 1, "train#prepare_batch#pool_size": 4}
 
 
 @pytest.fixture
@@ -82,6 +86,26 @@ def test_app_is_assembled_once_and_keeps_what_bundles_learn(tmp_path, monkeypatc
     assert {path.name for path in (app / "model").iterdir()} == {"linearhead_acdc", "cnnhead_acdc"}
     assert "torchvision" in (app / "sitecustomize.py").read_text()
     assert "class App(MONAILabelApp)" in (app / "main.py").read_text()
+
+
+def served_config(app: Path, name: str) -> dict:
+    return json.loads((app / f"model/cells/configs/{name}.json").read_text())
+
+
+@pytest.mark.parametrize("encoder", [None, SamEncoder("phantom_unet")], ids=["shipped", "own"])
+def test_own_bundle_with_a_head_trains_on_as_it_was_trained(encoder, tmp_path, monkeypatch):
+    bundle = trained_with(own_bundle(tmp_path, encoder), image_size=64, canvas_size=48)
+    monkeypatch.setattr("serving.app.importlib.util.find_spec", lambda name: name)
+    app, names = assemble_app(tmp_path / "app", [str(bundle)])
+    assert names == ["cells"]
+    before, train = json.loads((bundle / "configs/train.json").read_text()), served_config(app, "train")
+    given = {"image_size": 64, "canvas_size": 48, "start_checkpoint": "$@bundle_root + '/models/model.pt'"}
+    assert {name: train[name] for name in given} == given
+    assert "width" not in train
+    assert served_config(app, "data")["label_values"] == [0, 1]
+    assert served_config(app, "inference")["displayable_configs"] == {"result_dtype": "uint8"}
+    assert train["sam_checkpoint"] == before["sam_checkpoint"] == served_config(app, "inference")["sam_checkpoint"]
+    assert isinstance(train["sam_checkpoint"], str) == (encoder is not None)  # a file of one's own stays where it is
 
 
 def test_mistyped_studies_are_refused_and_not_made(tmp_path, replaced_by):
@@ -154,12 +178,12 @@ def read(content: bytes, path: Path) -> nib.Nifti1Image:
 @pytest.mark.slow
 def test_server_offers_the_bundles_and_their_labels(server):
     info = json.loads(server[0].ask("GET", "/info/"))
-    assert info["models"].keys() == info["trainers"].keys() == COMPLETE.keys()
+    assert info["models"].keys() == info["trainers"].keys() == set(PACKED)
     assert all(model["labels"] == LABELS for model in info["models"].values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bundle", COMPLETE)
+@pytest.mark.parametrize("bundle", PACKED)
 def test_bundle_segments_learns_and_segments_anew(bundle, server, patients, tmp_path):
     client, app, studies = server
     image = Path(patients[0]["image"])
@@ -202,10 +226,11 @@ def test_training_in_the_background_finishes(server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["volumes", "pictures"])
-def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, label_python, tmp_path):
+@pytest.mark.parametrize(("kind", "network"), [("volumes", "unet"), ("pictures", "unet"), ("pictures", "linearhead")])
+def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, network, label_python, tmp_path):
     data = decathlon(tmp_path / "data") if kind == "volumes" else plain(tmp_path / "data", mode="L")
-    bundle = trained(new_bundle("organ", data, tmp_path)[0])
+    torch.manual_seed(0)
+    bundle = trained(new_bundle("organ", data, tmp_path, network=network)[0])
     cases = json.loads((bundle / "configs/data.json").read_text())["training"][:2]
     studies = tmp_path / "studies"
     studies.mkdir()
@@ -228,6 +253,7 @@ def test_a_bundle_for_ones_own_data_segments_learns_and_segments_anew(kind, labe
             return np.asarray(answer.dataobj)
 
         first = segmented()
+        assert first.any()
         for case in cases:
             label = data / case["label"]
             if kind == "pictures":  # MONAI Label's clients send the indices of the classes

@@ -112,7 +112,7 @@ def test_mr_series_in_orthanc_is_segmented_labelled_and_trained_on(orthanc, labe
         (stored,) = series_of(orthanc, "SEG")
         model = tmp_path / "app/model/linearhead_acdc/models/model.pt"
         before = model.read_bytes()
-        settings = {"max_epochs": 1, "val_split": 0.0, "train#phantoms#pool_size": 4}
+        settings = {"max_epochs": 1, "val_split": 0.0, "train#prepare_batch#pool_size": 4}
         assert client.post("/train/linearhead_acdc", settings, run_sync="true")["left_out"] == {}
         assert model.read_bytes() != before
         (submitted,) = (tmp_path / "cache").rglob(f"{stored}/*.dcm")  # which the training has fetched

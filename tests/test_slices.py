@@ -164,6 +164,16 @@ def test_trainer_turns_the_views_also_in_worker_processes_and_after_resuming(num
     assert torch.equal(seen[4], seen[2])
 
 
+def test_labelled_volume_without_a_label_is_named():
+    bare = {"image": FIRST["image"]}
+    with pytest.raises(
+        ValueError, match=r"^a\.nii has no label: expected a labelled volume, or one without a label among"
+    ):
+        SliceDataset([FIRST | {"image": "a.nii"}], lambda _: bare, progress=False)
+    SliceDataset([], unlabelled=[bare], progress=False)
+    SliceDataset([bare], keys=["image"], progress=False)
+
+
 @pytest.mark.parametrize("views", [-1, "16"])
 def test_impossible_number_of_views_is_refused(views):
     with pytest.raises(ValueError, match="--views 16"):

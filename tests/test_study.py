@@ -21,6 +21,7 @@ from test_own_data import decathlon
 import study
 from adapt.new import new_bundle
 from components.phantom.dataset import write_phantom_dataset
+from components.pretrained import pretrained_file
 from study import execution
 from study.__main__ import _waiting, run
 from study.cells import CellError, has_failed, is_finished, list_stages, run_cell
@@ -32,16 +33,15 @@ SMALL = {
     "test_time_views": 1,
     "epochs": 1,
     "views": 1,
-    "train#phantoms#pool_size": 4,
+    "train#prepare_batch#pool_size": 4,
 }
 METHODS = {
     "as_it_comes": {
         "title": "as it comes",
         "bundle": "linearhead_acdc",
-        "overlays": ["tiny"],
-        "labelled_patients": [0],
+        "labelled_cases": [0],
     },
-    "adapted": {"title": "adapted", "bundle": "linearhead_acdc", "overlays": ["tiny"]},
+    "adapted": {"title": "adapted", "bundle": "linearhead_acdc"},
 }
 LINEAR = Method("m", "m", "linearhead_acdc")
 STARTED = Method("s", "s", "unet_acdc", start=Start(("pretrain",)))
@@ -51,11 +51,11 @@ STARTED_AND_CONTINUED = {
     "start": {"overlays": ["pretrain"]},
     "continues": "adapted",
 }
-UNLABELLED = Method("u", "u", "linearhead_acdc", ("tiny", "unlabelled"), continues="m")
+UNLABELLED = Method("u", "u", "linearhead_acdc", ("unlabelled",), continues="m")
 
 
 def write_grid(path, **changes):
-    grid = {"methods": METHODS, "labelled_patients": [1, 2], "splits": [0, 3]} | changes
+    grid = {"methods": METHODS, "labelled_cases": [1, 2], "splits": [0, 3]} | changes
     path.write_text(json.dumps(grid))
     return path
 
@@ -83,8 +83,8 @@ def test_a_grid_lists_every_method_and_number_of_patients_by_split(tmp_path):
 
 def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path):
     values = {"4": {}, "5": {"depth": 5}}
-    ablations = {"depth": {"title": "Depth", "methods": ["adapted"], "labelled_patients": [2], "values": values}}
-    grid = read_grid(write_grid(tmp_path / "grid.json", splits=[0], labelled_patients=[1, None], ablations=ablations))
+    ablations = {"depth": {"title": "Depth", "methods": ["adapted"], "labelled_cases": [2], "values": values}}
+    grid = read_grid(write_grid(tmp_path / "grid.json", splits=[0], labelled_cases=[1, None], ablations=ablations))
     assert names_of(grid)[1:] == [
         "adapted/patients_1/split_0",
         "adapted/patients_all/split_0",
@@ -122,17 +122,25 @@ def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path
         (
             {"methods": METHODS | {"m": {"title": "m", "bundle": "linearhead_acdc", "continues": "as_it_comes"}}},
             "m/patients_1/split_0 starts from as_it_comes/patients_1/split_0, which is no cell of the study: give "
-            "method as_it_comes the same labelled_patients",
+            "method as_it_comes the same labelled_cases",
         ),
         (
             {"methods": METHODS | {"m": STARTED_AND_CONTINUED}},
             "method m of .* has both start and continues: expected one of them",
         ),
         (
-            {"methods": {"m": {"title": "m", "bundle": "unet_acdc", "labelled_patients": [0]}}},
-            "has 0 in labelled_patients, but nothing that its training starts from: set start_checkpoint",
+            {
+                "methods": {
+                    "m": {"title": "m", "bundle": "unet_acdc", "overlays": ["from_scratch"], "labelled_cases": [0]}
+                }
+            },
+            "has 0 in labelled_cases, but nothing that its training starts from: set start_checkpoint",
         ),
-        ({"labelled_cases": [1]}, "unknown labelled_cases; expected labelled_patients, which its bundles have"),
+        (
+            {"methods": {"m": {**METHODS["as_it_comes"], "knobs": {"model_type": "vit_b"}}}},
+            "has 0 in labelled_cases, but nothing that its training starts from",
+        ),
+        ({"labelled_patients": [1]}, "unknown labelled_patients; expected some of .*labelled_cases"),
     ],
 )
 def test_an_invalid_grid_is_refused(tmp_path, changes, message):
@@ -163,14 +171,14 @@ def test_stages_set_data_split_and_folders_of_a_cell(tmp_path):
         "cache_dir": str(tmp_path / "embeddings"),
         "sam_checkpoint#models_dir": "/weights",
         "ckpt_dir": str(folder / "models"),
-        "labelled_patients": 5,
+        "labelled_cases": 5,
         "resume": True,
     }
     assert training.arguments[:4] == ["run", "training", "--config_file", "['configs/train.json']"]
     assert evaluating.arguments[1] == "evaluating"
     assert "['configs/train.json','configs/evaluate.json']" in evaluating.arguments
     everyone = list_stages(Cell(LINEAR, None, 2), dataset_dir="/data", output_dir=tmp_path)[0]
-    assert everyone.arguments[everyone.arguments.index("--labelled_patients") + 1] == "$None"
+    assert everyone.arguments[everyone.arguments.index("--labelled_cases") + 1] == "$None"
 
 
 def test_a_cell_starts_from_its_preparation(tmp_path):
@@ -181,7 +189,7 @@ def test_a_cell_starts_from_its_preparation(tmp_path):
     assert training.knobs["start_checkpoint"] == pretraining.knobs["ckpt_dir"] + "/model.pt"
     assert "start_checkpoint" not in evaluating.knobs
     (as_it_comes,) = list_stages(Cell(STARTED, 0, 3), dataset_dir="/data", output_dir=tmp_path)
-    assert as_it_comes.knobs["ckpt_path"] == training.knobs["start_checkpoint"]
+    assert as_it_comes.parser().get_parsed_content("ckpt_path") == training.knobs["start_checkpoint"]
 
 
 def test_a_cell_that_continues_another_starts_from_its_model_of_the_same_number_and_split(tmp_path):
@@ -190,10 +198,9 @@ def test_a_cell_that_continues_another_starts_from_its_model_of_the_same_number_
         for bundle in ("linearhead_acdc", "unet_acdc")
     }
     start = str(tmp_path / "m/patients_5/split_3/models/model.pt")
-    assert stages["linearhead_acdc"][0].knobs["head_checkpoint"] == start
-    assert stages["unet_acdc"][0].knobs["start_checkpoint"] == start
     for training, evaluating in stages.values():
-        assert training.configs == ("train", "tiny", "unlabelled")
+        assert training.knobs["start_checkpoint"] == start
+        assert training.configs == ("train", "unlabelled")
         assert training.knobs.get("cache_dir") is None  # of slices that are mixed anew in each step
         assert start not in evaluating.knobs.values()
 
@@ -202,12 +209,12 @@ def test_without_any_labelled_patient_one_learns_from_unlabelled_ones_and_is_sco
     cell = Cell(UNLABELLED, 0, 3)
     training, evaluating = list_stages(cell, dataset_dir="/data", output_dir=tmp_path)
     for stage in (training, evaluating):
-        assert stage.knobs["labelled_patients"] == 0
+        assert stage.knobs["labelled_cases"] == 0
         assert stage.knobs["ckpt_dir"] == str(tmp_path / "u/patients_0/split_3/models")
-        assert {"head_checkpoint", "ckpt_path"}.isdisjoint(stage.knobs)  # the overlay tiny names its start
+        assert "start_checkpoint" not in stage.knobs  # the bundle names its start
     assert cell.starts_from is None
     (as_it_comes,) = list_stages(Cell(LINEAR, 0, 3), dataset_dir="/data", output_dir=tmp_path)
-    assert as_it_comes.knobs["ckpt_path"] == "$@head_checkpoint"
+    assert as_it_comes.parser().get_parsed_content("ckpt_path") == pretrained_file("linear_head.pt")
 
 
 def test_a_preparation_is_listed_once_before_the_cells_that_start_from_it():
@@ -277,13 +284,13 @@ def test_a_cell_whose_preparation_failed_is_not_run():
 
 
 def test_a_cell_that_continues_one_that_failed_is_not_run_nor_what_continues_it_in_turn(tmp_path):
-    again = Method("v", "v", "linearhead_acdc", ("tiny", "unlabelled"), continues="u")
+    again = Method("v", "v", "linearhead_acdc", ("unlabelled",), continues="u")
     cells = [Cell(method, count, 0) for method in (LINEAR, UNLABELLED, again) for count in (0, 1)]
 
     def fail(task, **_):
         if task.name == "m/patients_1/split_0":
             raise CellError("no data")
-        assert task.labelled_patients == 0, "ran without its start"
+        assert task.labelled_cases == 0, "ran without its start"
 
     errors = {task.name: error for task, error in run_locally(with_preparations(cells), fail, [{}])}
     assert [name for name, error in errors.items() if error is None] == [f"{m}/patients_0/split_0" for m in "muv"]
@@ -341,14 +348,14 @@ def test_two_local_workers_give_the_numbers_of_a_serial_run(tmp_path, phantoms):
         "unet": {
             "title": "unet",
             "bundle": "unet_acdc",
-            "knobs": {"width": 2, "crop_size": 64, "epochs": 1},
+            "knobs": {"width": 2, "crop_size": 64, "epochs": 1, "phantom_share": 0, "test_time_views": 1},
             "start": {
                 "overlays": ["phantoms"],
                 "knobs": {"width": 2, "crop_size": 64, "epochs": 1, "steps_per_epoch": 1},
             },
         },
     }
-    grid = write_grid(tmp_path / "grid.json", methods=methods, splits=[0], labelled_patients=[1])
+    grid = write_grid(tmp_path / "grid.json", methods=methods, splits=[0], labelled_cases=[1])
     for name, workers in (("serial", 1), ("parallel", 2)):
         run(str(grid), str(tmp_path / name), dataset_dir=phantoms, workers=workers, threads=1)
     tables = score_tables(tmp_path / "serial", grid)
@@ -456,9 +463,7 @@ def test_local_workers_have_a_gpu_each_and_share_the_cores(monkeypatch):
 
 def test_costs_come_from_finished_cells_and_else_from_a_step(phantoms, tmp_path):
     cells = [
-        Cell(Method("m", "m", "linearhead_acdc", ("tiny",), SMALL), count, split)
-        for split in (0, 1)
-        for count in (1, 2)
+        Cell(Method("m", "m", "linearhead_acdc", knobs=SMALL), count, split) for split in (0, 1) for count in (1, 2)
     ]
     write_record(tmp_path / cells[0].name, {"training": 600.0})
     write_record(tmp_path / cells[2].name, {"training": 9000.0}, commands=("training", "evaluating"), error="no")

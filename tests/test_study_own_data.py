@@ -13,14 +13,17 @@ import torch
 from conftest import mark_finished
 from PIL import Image
 from test_own_data import decathlon, plain, write_volume
+from test_own_data import organ as block
 
 from adapt.new import new_bundle
-from components.data.own_data import own_cases
+from components.data.cases import list_cases
+from components.data.own_data import read_data
 from components.data.transforms import LoadVolumed
 from components.data.volume_metadata import case_name
 from components.data.volumes import prediction_name
 from components.networks.unet import GreyUNet
 from components.phantom.dataset import write_phantom_dataset
+from components.pretrained import pretrained_file
 from study.__main__ import run
 from study.cells import is_finished, list_stages
 from study.costs import cost_table
@@ -67,8 +70,7 @@ def volumes(tmp_path) -> Path:
 
 
 def cases_of(folder: Path, subset: str, split: int = 0) -> list[dict[str, str]]:
-    data = folder / "organ/configs/data.json"
-    return own_cases(data, subset, dataset_dir=str(folder / "data"), split_seed=split)
+    return list_cases(read_data(folder / "organ/configs/data.json"), subset, split_seed=split)
 
 
 def test_a_bundle_is_named_by_a_path_from_the_grids_folder(volumes, monkeypatch):
@@ -81,12 +83,12 @@ def test_a_bundle_is_named_by_a_path_from_the_grids_folder(volumes, monkeypatch)
     assert grid.data.title == "Study of organ"
 
 
-def test_the_number_is_handed_over_by_the_bundles_own_knob_and_the_data_lie_where_it_says(volumes):
+def test_the_number_is_handed_over_by_the_bundles_knob_and_the_data_lie_where_it_says(volumes):
     cells = {cell.name: cell for cell in read_grid(write_grid(volumes)).cells}
     training, evaluating = list_stages(cells["more/cases_2/split_0"], dataset_dir="", output_dir=volumes)
     for stage in (training, evaluating):
         assert stage.knobs["labelled_cases"] == 2
-        assert {"labelled_patients", "dataset_dir"}.isdisjoint(stage.knobs)
+        assert "dataset_dir" not in stage.knobs
     assert training.knobs["start_checkpoint"] == str(volumes / "unet/cases_2/split_0/models/model.pt")
     moved, _ = list_stages(cells["unet/cases_1/split_0"], dataset_dir="/moved", output_dir=volumes)
     assert moved.knobs["dataset_dir"] == "/moved"
@@ -108,8 +110,6 @@ def method(bundle: str, **settings) -> dict:
             r"one data set for all methods, .* b \(.*other/configs/data.json\), which differ in dataset_dir.*: write a",
         ),
         ({"methods": {"a": method("./organs")}}, "needs .*organs/configs/evaluate.json, which does not exist"),
-        ({"labelled_patients": [1]}, "unknown labelled_patients; expected labelled_cases, which its bundles have"),
-        ({"methods": {"a": method("./organ", labelled_patients=[1])}}, "unknown labelled_patients; expected"),
         (
             {"labelled_cases": [0]},
             "has 0 in labelled_cases, but nothing that its training starts from: set start_check",
@@ -134,7 +134,22 @@ def test_bundles_of_the_same_data_can_be_compared_and_a_file_evaluated_without_t
     methods = {"a": method("./organ"), "b": method("./changed", knobs={"start_checkpoint": start}, labelled_cases=[0])}
     *_, cell = read_grid(write_grid(volumes, methods=methods)).cells
     (evaluating,) = list_stages(cell, dataset_dir="", output_dir=volumes)
-    assert evaluating.knobs["ckpt_path"] == "$@start_checkpoint"
+    assert evaluating.parser().get_parsed_content("ckpt_path") == start
+
+
+def test_hearts_of_ones_own_can_be_scored_with_the_weights_that_come_with_the_package(tmp_path):
+    labels = {"0": "background", "1": "RV", "2": "Myo", "3": "LV"}
+    data = decathlon(tmp_path / "data", real=False, labels=labels)
+    _, label = block(0)
+    label[5, 11] = 3
+    write_volume(data / "labelsTr/case_0.nii.gz", label)
+    new_bundle("organ", data, tmp_path)
+    methods = {"as_it_comes": method("./organ"), "more": method("./organ", title="more", overlays=["unlabelled"])}
+    grid = read_grid(write_grid(tmp_path, methods=methods, labelled_cases=[0]))
+    as_it_comes, more = (list_stages(cell, dataset_dir="", output_dir=tmp_path) for cell in grid.cells)
+    assert [stage.name for stage in as_it_comes] == ["evaluating"]
+    assert as_it_comes[0].parser().get_parsed_content("ckpt_path") == pretrained_file("unet.pt")
+    assert [stage.name for stage in more] == ["training", "evaluating"]
 
 
 def run_in_this_process(stage, _log, **_):
@@ -158,6 +173,22 @@ def test_a_study_of_ones_own_data_runs_up_to_its_report(tmp_path, monkeypatch):
     table = pd.read_csv(output / "table_1.csv")
     assert list(table["method"]) == ["UNet", "UNet, then unlabelled"]
     assert (output / "contours.png").is_file()
+
+
+def test_a_head_and_a_unet_are_compared_on_ones_own_data_and_the_heads_encoder_is_shown(volumes, monkeypatch):
+    monkeypatch.setattr("study.cells._run", run_in_this_process)
+    new_bundle("head", volumes / "data", volumes, network="linearhead")
+    of_head = {name: value for name, value in QUICK.items() if name != "width"}
+    methods = {"unet": method("./organ", knobs=QUICK), "head": method("./head", knobs=of_head)}
+    grid, output = write_grid(volumes, methods=methods, labelled_cases=[1]), volumes / "study"
+    costs = cost_table(read_grid(grid).cells, dataset_dir="", output_dir=output)
+    assert (costs["minutes left"] > 0).all()
+    run(str(grid), str(output))
+    assert set(pd.read_csv(output / "table_1.csv")["method"]) == {"./organ", "./head"}
+    assert (output / "embeddings.png").is_file()
+    page = re.sub(r"data:image/[^\"]*", "", (output / "report.html").read_text())
+    assert "slices of the test cases of split 0." in page
+    assert not re.search(r"patient|phantom", page)
 
 
 def finish(folder: Path, cell, dice: float) -> None:
@@ -212,7 +243,7 @@ def test_contours_lie_on_the_image_as_the_network_sees_it(organ):
     grid = read_grid(write_grid(organ, labelled_cases=[1]))
     for cell in grid.cells:
         finish(organ, cell, 0.5)
-    figure = draw_contours(grid.cells, organ / "study", dataset_dir="", labelled_patients=1)
+    figure = draw_contours(grid.cells, organ / "study", dataset_dir="", labelled_cases=1)
     rows = [axes for axes in figure.axes if axes.get_ylabel()]
     assert len(rows) == 2 - (len(cases_of(organ, "test")) == 1)
     pictures = (organ / "data/images").is_dir()
@@ -249,7 +280,7 @@ def test_cases_of_one_group_are_one_in_the_tests_of_significance(volumes):
     assert pair["n_patients"] == len(data["training"]) / 2
     data["training"].append(data["training"][0] | {"image": "elsewhere/case_0.nii.gz"})
     (volumes / "organ/configs/data.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"two cases with the name case_0, .* rename one"):
+    with pytest.raises(ValueError, match=r"two cases have the name case_0, .* rename one"):
         read_grid(write_grid(volumes))
 
 
@@ -263,11 +294,11 @@ def test_with_unlabelled_patients_alone_the_trained_network_is_scored(tmp_path, 
     knobs |= {"width": 2, "val_interval": 1, "test_time_views": 2}
     of_both = {"bundle": "unet_acdc", "knobs": knobs}
     methods = {
-        "unet": of_both | {"title": "UNet", "overlays": ["tiny"]},
-        "more": of_both | {"title": "then unlabelled", "overlays": ["tiny", "unlabelled"], "continues": "unet"},
+        "unet": of_both | {"title": "UNet"},
+        "more": of_both | {"title": "then unlabelled", "overlays": ["unlabelled"], "continues": "unet"},
     }
     grid = tmp_path / "grid.json"
-    grid.write_text(json.dumps({"methods": methods, "labelled_patients": [0, 1], "splits": [0]}))
+    grid.write_text(json.dumps({"methods": methods, "labelled_cases": [0, 1], "splits": [0]}))
     run(str(grid), str(tmp_path / "study"), dataset_dir=data)
     assert not (tmp_path / "study/unet/patients_0/split_0/models").exists()
     assert (tmp_path / "study/more/patients_0/split_0/models/model.pt").is_file()

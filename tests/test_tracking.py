@@ -16,9 +16,11 @@ KNOBS = {
     "sam_checkpoint": "$None",
     "cache_dir": "$None",
     "image_size": "64",
-    "labelled_patients": "2",
+    "labelled_cases": "2",
     "epochs": "2",
     "val_interval": "1",
+    "phantom_share": "0",
+    "test_time_views": "1",
     "tracking": "mlflow",
 }
 DICE = {"val_mean_dice", *(f"val_mean_dice_{name}" for name in ("RV", "Myo", "LV"))}
@@ -64,8 +66,8 @@ def test_each_workflow_is_a_run_of_its_own_and_finished(runs):
 
 def test_both_runs_have_the_knobs_as_given(runs, folder):
     for run in runs:
-        given = {name: run.data.params[name] for name in ("epochs", "image_size", "labelled_patients", "ckpt_dir")}
-        assert given == {"epochs": "2", "image_size": "64", "labelled_patients": "2", "ckpt_dir": f"{folder}/models"}
+        given = {name: run.data.params[name] for name in ("epochs", "image_size", "labelled_cases", "ckpt_dir")}
+        assert given == {"epochs": "2", "image_size": "64", "labelled_cases": "2", "ckpt_dir": f"{folder}/models"}
 
 
 def test_training_has_losses_and_dice_by_class_of_every_validation(client, runs):

@@ -9,7 +9,7 @@ from monai.bundle import ConfigParser
 from monai.fl.client.monai_algo import compute_weight_diff
 from monai.networks.utils import copy_model_state
 
-from components.networks import as_trained
+from components.networks import as_trained, find_model
 from components.networks.heads import CNNHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.networks.trained_with import decode_record, encode_record
@@ -147,6 +147,17 @@ def test_a_fresh_network_is_not_validated_in_views_that_it_is_never_shown():
     assert "test_time_views of at most 1" in refusal(parsed("train", "tiny", **fresh), "network_def")
     shown = parsed("train", "tiny", **fresh | {"phantom_share": 0.5}).get_parsed_content("network_def")
     assert record_of(shown)["views_shown"] == 8
+
+
+def test_the_model_is_that_of_a_training_or_else_what_comes_with_the_package_and_the_run_says_which(tmp_path, caplog):
+    trained = str(tmp_path / "model.pt")
+    with caplog.at_level(logging.INFO):
+        assert find_model(trained) == trained
+        assert find_model(trained, "shipped.pt") == "shipped.pt"
+        assert f"the model is shipped.pt, since no training has written {trained}" in caplog.text
+        (tmp_path / "model.pt").touch()
+        assert find_model(trained, "shipped.pt") == trained
+    assert caplog.messages[-1] == f"the model is {trained}, the model of a training"
 
 
 def test_averaging_keeps_equal_records_and_refuses_different_ones():

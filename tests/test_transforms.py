@@ -8,7 +8,15 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Resized
 
-from components.data.transforms import LoadVolumed, PadInPlaneToSquared, RoundIntensityd
+from components.data.preprocessing import scaled_grey_values, square_canvas
+from components.data.transforms import (
+    CentralCropd,
+    LoadVolumed,
+    NeighbourSlicesd,
+    PadInPlaneToSquared,
+    RoundIntensityd,
+    SlicesLastd,
+)
 
 SHAPE = (6, 10, 3)
 
@@ -143,3 +151,69 @@ def test_values_are_clipped_and_rounded():
     rounded = RoundIntensityd("image")({"image": torch.tensor([-3.0, 0.4, 0.6, 254.6, 300.0]), "other": 1})
     assert rounded["image"].tolist() == [0, 0, 1, 255, 255]
     assert rounded["other"] == 1
+
+
+def spelled_out_canvas(keys, *, neighbours: bool) -> Compose:
+    """The steps of `square_canvas(keys, canvas_size=48, crop_size=32, slice_axis=0)`, one by one."""
+    modes = ["trilinear", "nearest-exact"][: len(keys)]
+    steps = [SlicesLastd(keys, slice_axis=0), PadInPlaneToSquared(keys)]
+    steps += [Resized(keys, spatial_size=[48, 48, -1], mode=modes, anti_aliasing=[True, False][: len(keys)])]
+    steps += [CentralCropd(keys, [32, 32, -1]), RoundIntensityd("image")]
+    return Compose(steps[:1] + [NeighbourSlicesd("image")] * neighbours + steps[1:])
+
+
+@pytest.fixture
+def odd_case(tmp_path) -> dict[str, str]:
+    """A volume whose slices follow each other along its first axis, larger than the canvas, in two directions."""
+    image = np.random.RandomState(0).randint(0, 255, (4, 61, 83)).astype(np.int16)
+    affine = np.diag([10, -1.5, 1.5, 1])
+    paths = {}
+    for role, array in (("image", image), ("label", (image // 64).astype(np.uint8))):
+        paths[role] = str(tmp_path / f"{role}.nii.gz")
+        nib.save(nib.Nifti1Image(array, affine), paths[role])
+    return paths
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("keys", [("image", "label"), ("image",)])
+def test_square_canvas_is_the_list_of_its_steps_and_inverted_like_it(odd_case, keys, neighbours):
+    loaded = LoadVolumed(["image", "label"])(odd_case)
+    canvas = square_canvas(keys, canvas_size=48, crop_size=32, slice_axis=0, neighbours=neighbours)
+    steps = spelled_out_canvas(keys, neighbours=neighbours)
+    results = []
+    for transform in (Compose([scaled_grey_values("image", [0.5, 99.5]), each]) for each in (canvas, steps)):
+        item = transform(loaded)
+        assert item["image"].shape == (3 if neighbours else 1, 32, 32, 4)
+        item["pred"] = item["image"].clone()
+        native = Invertd("pred", transform=transform, orig_keys="image", nearest_interp=False)(item)["pred"]
+        assert native.shape[1:] == (4, 61, 83)
+        results.append([*(item[key] for key in ("image", "label")), native])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+        assert torch.equal(ours.affine, expected.affine)
+
+
+def test_square_canvas_passes_over_an_absent_label_and_keeps_classes(odd_case):
+    canvas = square_canvas(["image", "label"], canvas_size=48, crop_size=32, slice_axis=0)
+    loaded = LoadVolumed(["image", "label"])(odd_case)
+    item = canvas(loaded)
+    assert item["label"].unique().tolist() == [0, 1, 2, 3]
+    del loaded["label"]
+    assert torch.equal(canvas(loaded)["image"], item["image"])
+    assert canvas(loaded).keys() == {"image"}
+
+
+def test_grey_values_are_scaled_by_percentiles_of_each_image_or_by_a_fixed_range():
+    image = torch.arange(101.0).view(1, 101, 1)
+    by_percentiles = scaled_grey_values("image", [10, 90])({"image": image})["image"].flatten()
+    assert by_percentiles[[0, 10, 50, 90, 100]].tolist() == pytest.approx([0, 0, 127.5, 255, 255], abs=1e-3)
+    fixed = scaled_grey_values("image", ["values", 50, 60])({"image": image})["image"].flatten()
+    assert fixed[[49, 50, 56, 60, 61]].tolist() == pytest.approx([0, 0, 153, 255, 255], abs=1e-3)
+
+
+@pytest.mark.parametrize("normalisation", [[], [1], ["percentiles", 0.5, 99.5], ["values", 1], ["0", "1"], [1, 2, 3]])
+def test_another_normalisation_is_refused(normalisation):
+    with pytest.raises(
+        ValueError, match=r'expected normalisation \[0.5, 99.5\], .* or \["values", low, high\], received'
+    ):
+        scaled_grey_values("image", normalisation)

@@ -20,7 +20,7 @@ def network() -> nn.Module:
 def read(folder, content, **options):
     path = folder / "weights.pt"
     torch.save(content, path)
-    options = {"kind": "head checkpoint", "remedy": "give another", "is_key": key_test(network())} | options
+    options = {"kind": "start checkpoint", "remedy": "give another", "is_key": key_test(network())} | options
     return read_state_dict(str(path), **options)
 
 

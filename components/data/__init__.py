@@ -5,18 +5,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "acdc": ["list_cases", "list_unlabelled"],
+        "acdc": ["read_acdc"],
+        "cases": ["list_cases", "list_unlabelled"],
         "dicom_seg": ["SaveDicomSegd"],
-        "own_data": ["LabelledCases", "own_cases", "own_unlabelled", "read_data", "scaled_grey_values"],
+        "own_data": ["LabelledCases", "read_data"],
+        "preprocessing": ["scaled_grey_values", "square_canvas"],
         "slices": ["SliceDataset"],
-        "transforms": [
-            "CentralCropd",
-            "LoadVolumed",
-            "NeighbourSlicesd",
-            "PadInPlaneToSquared",
-            "RoundIntensityd",
-            "SlicesLastd",
-        ],
+        "transforms": ["LoadVolumed", "RoundIntensityd"],
         "volumes": ["SavePredictiond", "VolumeDataset", "find_volumes"],
     },
 )

@@ -82,7 +82,7 @@ def find_slice_axis(spacing: Sequence[float]) -> int:
 
 
 def slices_last(volume: torch.Tensor, slice_axis: int | None = None) -> torch.Tensor:
-    """Turn one volume as `components.data.SlicesLastd` does.
+    """Turn one volume as `components.data.transforms.SlicesLastd` does.
 
     Args:
         volume: MetaTensor 1xHxWxD.

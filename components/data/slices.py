@@ -39,7 +39,8 @@ class SliceDataset(Dataset):
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is not a non-negative integer, or when there is no volume at all.
+        ValueError: when `views` is not a non-negative integer, when there is no volume at all, or when one of `data`
+            lacks an item of `keys`, such as its label.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class SliceDataset(Dataset):
             )
         if not data and not unlabelled:
             raise ValueError(
-                "expected at least one volume to train on, received none: give for example --labelled_patients 1"
+                "expected at least one volume to train on, received none: give for example --labelled_cases 1"
             )
         self.slice_transform = slice_transform
         self.views = views
@@ -73,7 +74,13 @@ class SliceDataset(Dataset):
         self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._slices: list[dict[str, np.ndarray]] = []
         for item in tqdm(data, desc="Loading volumes", disable=not progress):
-            self._slices += self._cut(_apply(transform, item))
+            volume = _apply(transform, item)
+            if missing := [key for key in self.keys if key not in volume]:
+                raise ValueError(
+                    f"{item.get('image', 'a volume')} has no {' and no '.join(missing)}: expected a labelled volume, "
+                    "or one without a label among the `unlabelled`"
+                )
+            self._slices += self._cut(volume)
         labelled = len(self._slices)
         for item in tqdm(unlabelled, desc="Loading unlabelled", disable=not progress or not unlabelled):
             volume = _apply(transform, item)

@@ -87,7 +87,7 @@ def draw_overlay(
 class SaveOverlayd(MapTransform):
     """Write `<output_dir>/<case>_overlay.png` of every case, see `draw_overlay`, and pass the data on unchanged.
 
-    Slices are shown as the network sees them, see `components.data.SlicesLastd`.
+    Slices are shown as the network sees them, see `components.data.transforms.SlicesLastd`.
 
     The case's name and spacing come from the image's metadata.
 
@@ -99,7 +99,7 @@ class SaveOverlayd(MapTransform):
             prediction is drawn.
         pred_key: key of the predicted label map `(1,H,W,D)` on the same grid.
         class_names: names of labels 1, 2, ...
-        slice_axis: the axis across the slices, see `components.data.SlicesLastd`.
+        slice_axis: the axis across the slices, see `components.data.transforms.SlicesLastd`.
         dpi: dots per inch of the picture.
     """
 

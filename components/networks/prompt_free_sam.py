@@ -12,7 +12,7 @@ from components.base.weights import key_test, load_starting_weights, read_starti
 from components.networks.trained_with import check_views_shown, remember_training
 
 _START_REMEDY = (
-    "give --head_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
+    "give --start_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
 )
 
 
@@ -29,7 +29,7 @@ class PromptFreeSam(nn.Module):
         head: from embeddings to logits BxCx4hx4w.
         precision: `fp32`; `bf16` (products and convolutions of encoder and head, also in training); or `auto`, bf16
             where the device computes it natively and fp32 elsewhere.
-        head_checkpoint: a file to start from, such as another run's `model.pt`: the `state_dict()` of a network with
+        start_checkpoint: a file to start from, such as another run's `model.pt`: the `state_dict()` of a network with
             the same head and encoder, weights in fp32 or fp16; None to keep the weights of `encoder` and `head`.
         trained_with: what the state dict is to say of the training, and what is compared with every file loaded; see
             `components.networks.trained_with.remember_training`.
@@ -37,7 +37,7 @@ class PromptFreeSam(nn.Module):
     Raises:
         ValueError: for an unknown precision, a file that cannot be read or does not fit, or more test-time views than
             are shown in training.
-        FileNotFoundError: when `head_checkpoint` is not there.
+        FileNotFoundError: when `start_checkpoint` is not there.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PromptFreeSam(nn.Module):
         head: nn.Module,
         precision: str = "auto",
         *,
-        head_checkpoint: str | None = None,
+        start_checkpoint: str | None = None,
         trained_with: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -55,11 +55,11 @@ class PromptFreeSam(nn.Module):
         self.head = head
         self.precision = precision
         remember_training(self, trained_with)
-        if head_checkpoint is not None:
+        if start_checkpoint is not None:
             state = read_starting_weights(
-                head_checkpoint, kind="head checkpoint", remedy=_START_REMEDY, is_key=key_test(self)
+                start_checkpoint, kind="start checkpoint", remedy=_START_REMEDY, is_key=key_test(self)
             )
-            load_starting_weights(self, state, path=head_checkpoint, remedy=_START_REMEDY)
+            load_starting_weights(self, state, path=start_checkpoint, remedy=_START_REMEDY)
         check_views_shown(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

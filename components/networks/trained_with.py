@@ -104,6 +104,24 @@ def check_views_shown(network: nn.Module) -> None:
         )
 
 
+def find_model(trained: str, pretrained: str | None = None) -> str:
+    """Choose the model to use: that of a training, or else the one that comes with the package.
+
+    Args:
+        trained: the `model.pt` that a training writes.
+        pretrained: the file to take where that is missing; None for no other.
+
+    Returns:
+        the path of the file, whether or not it is there.
+    """
+    if pretrained is None or Path(trained).is_file():
+        chosen, reason = trained, "the model of a training"
+    else:
+        chosen, reason = pretrained, f"since no training has written {trained}"
+    logger.info("the model is %s, %s", chosen, reason)
+    return chosen
+
+
 def as_trained(source: str | nn.Module, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a trained model is to be used with.
 
@@ -111,7 +129,7 @@ def as_trained(source: str | nn.Module, given: Mapping[str, Any], otherwise: Map
         source: its `model.pt`, or the network that `torch.jit.load` has read.
         given: values by name; None for that of the training. Others must not contradict it.
         otherwise: the values in the place of None where the model does not say with what it was trained or there is no
-            such file, which is warned of. An older file is warned of only when it is loaded.
+            such file. Those with a name of `given` are warned of. An older file is warned of only when it is loaded.
 
     Returns:
         all values by name, with what else the model says.
@@ -126,9 +144,10 @@ def as_trained(source: str | nn.Module, given: Mapping[str, Any], otherwise: Map
         )
     known = dict.fromkeys(given) | stored | {key: value for key, value in given.items() if value is not None}
     assumed = {key: value for key, value in otherwise.items() if known.get(key) is None}
-    if assumed and (stored or isinstance(source, nn.Module) or not Path(source).is_file()):
+    doubtful = {key: value for key, value in assumed.items() if key in given}
+    if doubtful and (stored or isinstance(source, nn.Module) or not Path(source).is_file()):
         reason = "does not say" if stored or isinstance(source, nn.Module) else "is not there to say"
-        logger.warning("%s %s what it was trained with: taken for granted is %s", name, reason, _listed(assumed))
+        logger.warning("%s %s what it was trained with: taken for granted is %s", name, reason, _listed(doubtful))
     return known | assumed
 
 

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "checkpoint": ["default_checkpoint"],
+        "defaults": ["default_checkpoint", "default_image_size"],
         "encoder": ["SamEncoder"],
     },
 )

@@ -8,8 +8,7 @@ from torch import nn
 
 from components.base.weights import join_keys, read_state_dict
 
-# The file names of Meta, and of MobileSAM, by model type; addresses and checksums are in `release/bundles.py` and, of
-# `vit_b`, in each bundle's `large_files.yml`.
+# The file names of Meta, and of MobileSAM, by model type; `adapt/template/networks.json` has addresses and checksums.
 CHECKPOINT_FILES = {
     "vit_b": "sam_vit_b_01ec64.pth",
     "vit_l": "sam_vit_l_0b3195.pth",
@@ -17,27 +16,6 @@ CHECKPOINT_FILES = {
     "vit_t": "mobile_sam.pt",
 }
 CHECKPOINT_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
-
-
-def default_checkpoint(models_dir: str, model_type: str) -> str:
-    """Return the path at which a bundle expects the published checkpoint of a model type.
-
-    Args:
-        models_dir: the bundle's `models` folder.
-        model_type: `vit_b`, `vit_l`, `vit_h` or `vit_t`.
-
-    Returns:
-        the path, whether or not the file is there.
-
-    Raises:
-        ValueError: for a model type without a published checkpoint.
-    """
-    if model_type not in CHECKPOINT_FILES:
-        raise ValueError(
-            f"no published SAM checkpoint has model_type {model_type!r} (published: {', '.join(CHECKPOINT_FILES)}): "
-            "give --sam_checkpoint a file, or '$None' for an encoder with random weights"
-        )
-    return str(Path(models_dir) / CHECKPOINT_FILES[model_type])
 
 
 def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:

@@ -65,8 +65,7 @@ class SamEncoder(nn.Module):
 
     Raises:
         ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, another
-            `trainable` (`false` on a command line arrives as a string, which would count as true), or a cache for an
-            encoder that is trained.
+            `trainable`, or a cache for an encoder that is trained.
         FileNotFoundError: when the checkpoint is not there.
     """
 

@@ -29,6 +29,7 @@ from components.training.checkpoint_folder import (
     remove_superseded,
     set_aside,
 )
+from components.training.mean_teacher import RunningMean
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,11 @@ class TrainingCheckpoints:
         resume: whether to continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints
             and a copy of their ``model.pt`` are moved to a subfolder ``previous_run_<n>``.
         validate_start: whether ``model.pt`` may be the initial network of a fresh run.
-        teacher: the running mean of the network, if the training goes by one; resumed as well, never ``model.pt``.
+        teacher: the running mean of the network, if the training goes by one; saved as of the last step that it has
+            taken up, and resumed as well, but never ``model.pt``.
 
     Raises:
-        TypeError: when ``resume`` is not a bool, or ``lr_scheduler`` follows a metric.
+        TypeError: when ``lr_scheduler`` follows a metric.
         ValueError: when the run starts and the checkpoint's epoch is beyond the trainer's ``max_epochs``.
     """
 
@@ -77,10 +79,8 @@ class TrainingCheckpoints:
         evaluator: Evaluator | None = None,
         resume: bool = False,
         validate_start: bool = False,
-        teacher: torch.nn.Module | None = None,
+        teacher: RunningMean | None = None,
     ) -> None:
-        if not isinstance(resume, bool):  # on the command line `--resume false` gives the string "false", which is true
-            raise TypeError(f"resume must be True or False, got {resume!r}: write `--resume True` or `--resume False`.")
         if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise TypeError(
                 "lr_scheduler must depend on its number of steps only, got ReduceLROnPlateau, which follows a metric: "
@@ -177,7 +177,7 @@ class TrainingCheckpoints:
             "optimizer": self.optimizer.state_dict(),
             "schedule_position": None if self.lr_scheduler is None else self.lr_scheduler.last_epoch,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.mean.state_dict(),
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "best_score": self.best_score,
@@ -234,7 +234,7 @@ class TrainingCheckpoints:
             if self.teacher is not None:
                 if saved.get("teacher") is None:
                     raise ValueError("expected a checkpoint with a teacher's weights, got one of a run without teacher")
-                self.teacher.load_state_dict(saved["teacher"], strict=True)
+                self.teacher.mean.load_state_dict(saved["teacher"], strict=True)
         for group, options in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(options)
         if self.lr_scheduler is not None and saved["schedule_position"] is not None:

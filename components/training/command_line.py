@@ -1,4 +1,4 @@
-"""The command line of ``python -m monai.bundle run``: paths keep their text, misspelt options are refused."""
+"""The command line of ``python -m monai.bundle run``: what options mean, and which are refused."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from monai.bundle import update_kwargs as read_args
 
 from components import is_bundle_command
 from components.base.error_line import ErrorLine
+from components.training.truth_values import as_truth_value, read_truth_value
 
 _COMMANDS: dict[str, Callable[..., Any]] = {"run": run, "run_workflow": run_workflow}
 _ID_SEPARATOR = re.compile("#|::")
@@ -36,7 +37,7 @@ _PATH_ENDINGS = ("_dir", "_path", "_root", "_checkpoint")  # a knob so named is 
 
 
 def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv: Sequence[str] | None = None) -> None:
-    """Check the command line, and give the knobs that are paths the text that was typed.
+    """Check the command line; give paths the text that was typed, and truth values their meaning.
 
     A knob is a path if its name ends in ``_dir``, ``_path``, ``_root`` or ``_checkpoint``. python-fire reads values as
     Python (``20230712``, ``1e5``, ``[x]``) and MONAI's parser rewrites ``#`` in every string, so this puts the text
@@ -44,7 +45,10 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
     before any of them uses a path. What begins with ``$``, ``@`` or ``%`` and a dictionary stay what configs take them
     for; a path that is mistaken for one, and what else cannot be kept, is refused.
 
-    In another process than ``python -m monai.bundle`` only ``debug`` is checked.
+    ``true`` and ``false``, in small or capital letters, become truth values, and an option that has one in the configs
+    takes nothing else; see `components.training.truth_values`.
+
+    In another process than ``python -m monai.bundle`` nothing is checked.
 
     Args:
         names: what an expression of the config can name, which is ``$globals()`` in the config.
@@ -52,16 +56,14 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
         argv: as for `refuse_unknown_knobs`.
 
     Raises:
-        TypeError: when ``debug`` is no bool.
-        ValueError: when an option is unknown, or its value cannot be kept.
+        ValueError: when an option is unknown, or its value cannot be kept or is no truth value.
     """
-    if not isinstance(debug, bool):
-        raise TypeError(f"debug must be True or False, received {debug!r}: write `--debug True` or `--debug False`.")
     if isinstance(sys.excepthook, ErrorLine):
-        sys.excepthook.with_traceback = debug
+        sys.excepthook.with_traceback = as_truth_value(debug) is True  # it is resolved before this can replace it
     refuse_unknown_knobs(argv)
     arguments, options = _options(argv)
     resolved = names[ReferenceResolver._vars]
+    configs = _configs(options)
     for option, value in options.items():
         name = option.removeprefix("+")
         if value is None:
@@ -70,12 +72,15 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
                 "or leave it out for the configs' own."
             )
         if not name.endswith(_PATH_ENDINGS):
+            truth = read_truth_value(name, value, configs)
+            if truth is not None:
+                resolved[name] = truth
             continue
         text = _typed_value(option, arguments)
         if text is None:
             raise ValueError(f"expected a path after `--{option}`, got nothing: write `--{option} PATH`.")
         if isinstance(value, dict) or _is_for_configs(text):
-            _refuse_path_in_config_syntax(option, text, names, _knobs(options))
+            _refuse_path_in_config_syntax(option, text, names, set(configs))
             continue
         _refuse_unlikely_path(option, text)
         if not _ID_SEPARATOR.search(option):
@@ -108,7 +113,7 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
         ValueError: when an option is unknown.
     """
     arguments, options = _options(argv)
-    knobs = _knobs(options)
+    knobs = set(_configs(options))
     known = knobs | _runner_arguments()
     for name in options:
         key = _ID_SEPARATOR.split(name.removeprefix("+"))[0]
@@ -230,15 +235,23 @@ def _tracking_keys(settings: dict[str, Any]) -> set[str]:
     return set(settings.get("configs", {})) - set(settings.get("handlers_id", {}))
 
 
-def _knobs(options: Mapping[str, Any]) -> set[str]:
-    """Return the top-level keys of every file that the command line names: configs, arguments, tracking settings."""
+def _configs(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by top-level key of every file that the command line names.
+
+    Those are the configs, of which the last one with a key counts, the file of arguments, which overrides them, and
+    tracking settings. A key within another, as a file of arguments may have, has the value None.
+    """
     arguments = read_args(options.get("args_file"))
-    runner_arguments = _runner_arguments()
-    knobs = {_ID_SEPARATOR.split(name)[0] for name in arguments if name not in runner_arguments}
-    config_file = options.get("config_file") or arguments.get("config_file")
-    if config_file:
-        knobs |= set(ConfigParser.load_config_files(config_file))
+    configs: dict[str, Any] = {}
     tracking = options.get("tracking") or arguments.get("tracking")
     if tracking and not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
-        knobs |= _tracking_keys(ConfigParser.load_config_files(tracking))
-    return knobs - {ConfigParser.meta_key}
+        configs |= dict.fromkeys(_tracking_keys(ConfigParser.load_config_files(tracking)))
+    config_file = options.get("config_file") or arguments.get("config_file")
+    if config_file:
+        configs |= ConfigParser.load_config_files(config_file)
+    runner_arguments = _runner_arguments()
+    for name in arguments.keys() - runner_arguments:
+        key, *path = _ID_SEPARATOR.split(name)
+        configs[key] = configs.get(key) if path else arguments[name]
+    configs.pop(ConfigParser.meta_key, None)
+    return configs

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.handlers import ValidationHandler
 
 from components.data.slices import SliceDataset
+from components.training.mean_teacher import MeanTeacherMixing
 from components.training.phantom_mixing import PhantomMixing
 
 
@@ -19,13 +23,16 @@ class EpochSeeds:
     Args:
         dataset: the training set, set to the number of each epoch before it starts.
         seed: of the order in which a `DataLoader` shuffles it.
-        phantoms: the trainer's `prepare_batch` if it mixes phantoms in, set to the first phantoms of each epoch.
+        prepare_batch: that of the trainer. A `PhantomMixing`, also within a `MeanTeacherMixing`, is set to the first
+            phantoms of each epoch.
     """
 
-    def __init__(self, dataset: SliceDataset, seed: int, phantoms: PhantomMixing | None = None) -> None:
+    def __init__(self, dataset: SliceDataset, seed: int, prepare_batch: Callable[..., Any] | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.phantoms = phantoms
+        while isinstance(prepare_batch, MeanTeacherMixing):
+            prepare_batch = prepare_batch.prepare_batch
+        self.phantoms = prepare_batch if isinstance(prepare_batch, PhantomMixing) else None
 
     def attach(self, engine: Engine) -> None:
         """Register the handler on a trainer."""

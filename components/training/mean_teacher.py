@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
 from monai.engines import default_prepare_batch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -15,7 +14,7 @@ from components.data.slices import UNLABELLED
 
 
 class RunningMean:
-    """Ignite handler that keeps a copy of a network whose trained weights are their running mean over the steps.
+    """A copy of a network whose trained weights are their running mean over the steps of a training.
 
     Differs: ignite's `EMAHandler` averages frozen weights as well, by which rounding slowly changes them, so that an
     encoder is no longer the one that its fingerprint names. Here they are those of the network itself.
@@ -40,12 +39,8 @@ class RunningMean:
         self.mean = copy.deepcopy(self.network, {id(parameter): parameter for parameter in frozen})
         self.mean.requires_grad_(False).eval()
 
-    def attach(self, engine: Engine) -> None:
-        """Register the handler on a trainer."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-
     @torch.no_grad()
-    def __call__(self, _engine: Engine) -> None:
+    def update(self) -> None:
         """Move the mean towards the network; running statistics, such as those of a batch norm, are taken over."""
         for mean, module in zip(self.mean.modules(), self.network.modules(), strict=True):
             trained = {name for name, value in module.named_parameters(recurse=False) if value.requires_grad}
@@ -58,9 +53,10 @@ class RunningMean:
 class MeanTeacherMixing:
     """A trainer's `prepare_batch` that has a teacher label the slices without a label, and mixes them.
 
-    The teacher, the running mean of the network in training, labels these slices as they are. Then a rectangle of half
-    the size of each is replaced by that of another one, with its labels (CutMix): the network has to see in strange
-    surroundings what its teacher has seen in the whole slice. All pixels count, also where the teacher is not sure.
+    The teacher, the running mean of the network in training, first takes up the last step. Then it labels these slices
+    as they are, and a rectangle of half the size of each is replaced by that of another one, with its labels (CutMix):
+    the network has to see in strange surroundings what its teacher has seen in the whole slice. All pixels count, also
+    where the teacher is not sure.
 
     Sources: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017; French et al.,
     "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC 2020. MONAI's `CutMix` cuts all
@@ -69,20 +65,19 @@ class MeanTeacherMixing:
     The rectangles depend on the state of torch's global generator, which `components.training.EpochSeeds` sets.
 
     Args:
-        teacher: maps images BxCxHxW to logits BxKxHxW, such as the `mean` of a `RunningMean`; is left in evaluation
-            mode.
+        teacher: of the network in training, which maps images BxCxHxW to logits BxKxHxW.
         prepare_batch: makes images BxCxHxW and labels Bx1xHxW of a batch, such as `PhantomMixing`. Unlabelled are those
             in whose label there is an `UNLABELLED` of `components.data.slices`.
     """
 
-    def __init__(self, teacher: torch.nn.Module, prepare_batch: Callable[..., Any] = default_prepare_batch) -> None:
+    def __init__(self, teacher: RunningMean, prepare_batch: Callable[..., Any] = default_prepare_batch) -> None:
         self.teacher = teacher
         self.prepare_batch = prepare_batch
 
     def __call__(
         self, batchdata: Any, device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepare a batch, and label what is unlabelled.
+        """Prepare the batch of the next step, and label what is unlabelled.
 
         Args:
             batchdata: what `prepare_batch` takes.
@@ -93,14 +88,14 @@ class MeanTeacherMixing:
         Returns:
             images BxCxHxW and labels Bx1xHxW, without metadata; those with a label are not changed.
         """
+        self.teacher.update()
         batch = self.prepare_batch(batchdata, device, non_blocking, **kwargs)
         images, labels = (part.as_subclass(torch.Tensor).clone() for part in batch)
         unlabelled = (labels == UNLABELLED).flatten(1).any(dim=1)
         if unlabelled.any():
             shown = images[unlabelled]
-            self.teacher.eval()
             with torch.no_grad():
-                taught = self.teacher(shown).argmax(dim=1, keepdim=True).to(labels)
+                taught = self.teacher.mean(shown).argmax(dim=1, keepdim=True).to(labels)
             images[unlabelled], labels[unlabelled] = _cut_into_one_another(shown, taught)
         return images, labels
 

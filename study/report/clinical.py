@@ -62,7 +62,7 @@ def measure(ed_ml: Mapping[str, float], es_ml: Mapping[str, float]) -> dict[str,
 
 
 def read_measurements(
-    cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, training_patients: int
+    cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, training_cases: int
 ) -> pd.DataFrame:
     """Measure the test patients of finished cells, on the true and on the predicted masks.
 
@@ -70,7 +70,7 @@ def read_measurements(
         cells: finished cells.
         output_dir: folder of the study.
         dataset_dir: folder of ACDC, or of a data set in its layout.
-        training_patients: the number of patients that `labelled_patients` null stands for.
+        training_cases: the number of labelled cases that null stands for.
 
     Returns:
         a row for each cell, patient and quantity, in the order of the cells, with the first columns of `read_scores` up
@@ -85,7 +85,7 @@ def read_measurements(
             truths[labels] = _measure_all(labels)
         predictions = _measure_all([prediction_file(cell, case, output_dir) for case in cases])
         patients = [patient_of(case_name(case["image"])) for case in cases[::2]]
-        of_cell = cell_labels(cell, training_patients)
+        of_cell = cell_labels(cell, training_cases)
         for patient, truth, predicted in zip(patients, truths[labels], predictions, strict=True):
             of_patient = of_cell | {"patient": patient}
             rows += [

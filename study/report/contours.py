@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
-from components.data.acdc import Case
+from components.data.cases import Case
 from components.data.transforms import LoadVolumed, SlicesLastd
 from components.data.volume_metadata import case_name, header_spacing_mm, is_picture
 from components.evaluation.overlays import (
@@ -71,9 +71,7 @@ class _Example:
         return down_mm / right_mm
 
 
-def draw_contours(
-    cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, labelled_patients: int
-) -> Figure | None:
+def draw_contours(cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, labelled_cases: int) -> Figure | None:
     """Draw the worst, the median and the best test case of a split, by mean Dice over methods and classes.
 
     Each case is shown by the slice with the largest true foreground, first with the true contours, then with each
@@ -85,13 +83,13 @@ def draw_contours(
         cells: all cells of the study, in its order; unfinished cells and ablations are not drawn.
         output_dir: folder of the study.
         dataset_dir: as for `study.cells.list_stages`.
-        labelled_patients: the number of labelled patients of the cells to draw; a method that has only cells with 0 is
+        labelled_cases: the number of labelled cases of the cells to draw; a method that has only cells with 0 is
             drawn with these.
 
     Returns:
         the figure, which is not registered with pyplot; None if no such cell is finished.
     """
-    shown = _cells_of_a_split(cells, output_dir, labelled_patients)
+    shown = _cells_of_a_split(cells, output_dir, labelled_cases)
     if not shown:
         return None
     parser = evaluation_parser(shown[0], dataset_dir=dataset_dir)
@@ -117,20 +115,20 @@ def draw_contours(
     return figure
 
 
-def _cells_of_a_split(cells: Iterable[Cell], output_dir: Path, labelled_patients: int) -> list[Cell]:
+def _cells_of_a_split(cells: Iterable[Cell], output_dir: Path, labelled_cases: int) -> list[Cell]:
     """Return the cells that `draw_contours` shows, all of the same split."""
     own = [cell for cell in cells if cell.variant is None]
-    trained = {cell.method.key for cell in own if cell.labelled_patients != 0}
+    trained = {cell.method.key for cell in own if cell.labelled_cases != 0}
     by_split: dict[int | str, list[Cell]] = {}
     for cell in finished_cells(own, output_dir):
-        if cell.labelled_patients == (labelled_patients if cell.method.key in trained else 0):
+        if cell.labelled_cases == (labelled_cases if cell.method.key in trained else 0):
             by_split.setdefault(cell.split, []).append(cell)
     return max(by_split.values(), key=len, default=[])
 
 
 def _read_examples(shown: Sequence[Cell], output_dir: Path, parser: ConfigParser) -> list[_Example]:
     """Read the worst, the median and the best case; with fewer than three cases, all of them."""
-    scores = read_scores(shown, output_dir, training_patients=0)  # no cell with labelled_patients null is shown
+    scores = read_scores(shown, output_dir, training_cases=0)  # no cell with labelled_cases null is shown
     dice = 100 * scores.groupby(["case", "method"])["dice"].mean().unstack("method")
     ranked = list(dice.mean(axis=1).dropna().sort_values(kind="stable").index)
     # Later entries replace earlier ones of the same rank: two cases are the worst and the best.

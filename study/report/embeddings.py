@@ -1,9 +1,10 @@
-"""t-SNE of the encoder's embeddings of the test slices and of phantoms, as in the paper's figure 1."""
+"""t-SNE of the encoder's embeddings of the test slices and, of hearts, of phantoms: the paper's figure 1."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from components.data.acdc import patient_of
 from components.data.volume_metadata import case_name_of
 from components.phantom.slices import FIELD_MM, phantom_slices
-from study.grid import Cell, Method
+from study.data import ACDC, StudyData
+from study.grid import Cell
 from study.report.figures import COLOURS
 from study.report.scores import evaluation_parser
 
@@ -24,69 +25,74 @@ _PHANTOM_COUNT = 60
 _PHANTOM_SEED = 0
 _BATCH_SIZE = 4
 _MOST_GROUPS = 12
+_FEWEST = 7  # vectors, each of which then has two neighbours for t-SNE
 _SEED = 0
 _LARGEST_PERPLEXITY = 30
 _MARKERS = ("o", "^")
 _NEUTRAL = "0.6"
 
 
-def embedding_method(cells: Iterable[Cell]) -> Method | None:
-    """Return the first method that trains a head on a frozen encoder, None if there is none.
+def embedding_cell(cells: Iterable[Cell]) -> Cell | None:
+    """Return the first cell whose method trains a head on a frozen encoder, None if there is none.
 
     Args:
         cells: in the study's order; cells of ablations are skipped.
     """
     for cell in cells:
         if cell.variant is None and cell.method.trains and _is_frozen(cell):
-            return cell.method
+            return cell
     return None
 
 
 def embed_slices(
-    method: Method, *, dataset_dir: str, split: int | str, cache_dir: str | None, sam_dir: str | None = None
+    cell: Cell, output_dir: Path, *, dataset_dir: str, data: StudyData = ACDC, sam_dir: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Encode all slices of a split's test volumes, and phantoms, with a method's frozen encoder.
+    """Encode all slices of a cell's test cases, and of ACDC phantoms too, with its frozen encoder.
 
-    Slices are preprocessed as the method's config defines it. The encoder computes in fp32.
+    Slices are preprocessed as the cell's config and its trained model define it. The encoder computes in fp32.
 
     Args:
-        method: a method with a frozen encoder.
-        dataset_dir: folder of ACDC, or of a data set in its layout.
-        split: seed of the split by patient.
-        cache_dir: folder of the embedding cache that the study's cells share; None for no cache.
+        cell: a finished cell with a frozen encoder.
+        output_dir: folder of the study, whose embedding cache is used.
+        dataset_dir: as for `study.cells.list_stages`.
+        data: of the study.
         sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
 
     Returns:
-        embeddings averaged over space, (N, 256) float32, and the group of each: a patient's name or `PHANTOMS`.
+        embeddings averaged over space, (N, 256) float32, and the group of each: a patient's name, or that of a group of
+        a user's own cases, or `PHANTOMS`.
     """
-    parser = evaluation_parser(Cell(method, 0, split), dataset_dir=dataset_dir, sam_dir=sam_dir)
-    parser["cache_dir"] = cache_dir
+    parser = evaluation_parser(cell, dataset_dir=dataset_dir, output_dir=output_dir, sam_dir=sam_dir)
     network = parser.get_parsed_content("network").eval()
     vectors, groups, side = [], [], 0
     for case in parser.get_parsed_content("validate#dataloader#dataset"):
         images = case["image"].as_tensor().permute(3, 0, 1, 2)
         vectors.append(_mean_embeddings(network.encoder, images))
-        groups += [patient_of(case_name_of(case["image"]))] * len(images)
+        groups += [data.group_of(case_name_of(case["image"]))] * len(images)
         side = images.shape[-1]
-    # Phantoms have the same field of view as the real slices, which may have been cropped from their canvas.
-    field_mm = FIELD_MM * side / parser.get_parsed_content("canvas_size")
-    phantoms, _ = phantom_slices(_PHANTOM_COUNT, seed=_PHANTOM_SEED, size=side, field_mm=field_mm)
-    vectors.append(_mean_embeddings(network.encoder, phantoms.repeat(1, 3, 1, 1)))
-    return np.concatenate(vectors), groups + [PHANTOMS] * len(phantoms)
+    if not data.is_own:
+        # Phantoms have the same field of view as the real slices, which may have been cropped from their canvas.
+        field_mm = FIELD_MM * side / parser.get_parsed_content("canvas_size")
+        phantoms, _ = phantom_slices(_PHANTOM_COUNT, seed=_PHANTOM_SEED, size=side, field_mm=field_mm)
+        vectors.append(_mean_embeddings(network.encoder, phantoms.repeat(1, 3, 1, 1)))
+        groups += [PHANTOMS] * len(phantoms)
+    return np.concatenate(vectors), groups
 
 
-def draw_embeddings(vectors: np.ndarray, groups: list[str]) -> Figure:
+def draw_embeddings(vectors: np.ndarray, groups: list[str]) -> Figure | None:
     """Draw embeddings in two dimensions, with a colour and marker for each group.
 
     Source: paper figure 1; van der Maaten and Hinton, "Visualizing Data using t-SNE", JMLR 2008.
 
     Args:
-        vectors: (N, C), N at least 7.
+        vectors: (N, C).
         groups: the group of each; if there are more than 12, the smallest are drawn as one group, `others`.
 
     Returns:
-        the figure, which is not registered with pyplot.
+        the figure, which is not registered with pyplot; None if there are fewer than 7 vectors.
     """
+    if len(vectors) < _FEWEST:
+        return None
     perplexity = min(_LARGEST_PERPLEXITY, (len(vectors) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=_SEED).fit_transform(vectors)
     if len(set(groups)) > _MOST_GROUPS:

@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 from monai.bundle import ConfigParser
 
-from components.data.acdc import Case, list_patients, split_patients
+from components.data.cases import Case
 from components.data.volume_metadata import case_name
 from components.data.volumes import prediction_name
 from study.cells import is_finished, list_cases_to_score, list_stages
 from study.data import ACDC, StudyData
-from study.grid import Cell
+from study.grid import LABELLED_CASES, Cell
 
 
 def finished_cells(cells: Iterable[Cell], output_dir: Path) -> list[Cell]:
@@ -22,15 +22,19 @@ def finished_cells(cells: Iterable[Cell], output_dir: Path) -> list[Cell]:
     return [cell for cell in cells if is_finished(output_dir / cell.name)]
 
 
-def evaluation_parser(cell: Cell, *, dataset_dir: str, sam_dir: str | None = None) -> ConfigParser:
-    """Read the configs that a cell is evaluated with, for uses that do not involve the cell's folder.
+def evaluation_parser(
+    cell: Cell, *, dataset_dir: str, output_dir: Path | None = None, sam_dir: str | None = None
+) -> ConfigParser:
+    """Read the configs that a cell is evaluated with.
 
     Args:
         cell: the cell.
         dataset_dir: as for `study.cells.list_stages`.
+        output_dir: folder of the study; None for uses that do not involve the cell's folder.
         sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
     """
-    parser = list_stages(cell, dataset_dir=dataset_dir, output_dir=Path(), sam_dir=sam_dir)[-1].parser()
+    stages = list_stages(cell, dataset_dir=dataset_dir, output_dir=output_dir or Path(), sam_dir=sam_dir)
+    parser = stages[-1].parser()
     parser["bundle_root"] = str(cell.method.folder)
     return parser
 
@@ -45,63 +49,65 @@ def prediction_file(cell: Cell, case: Case, output_dir: Path) -> Path:
     return output_dir / cell.name / "eval" / prediction_name(case["image"])
 
 
-def count_training_patients(cell: Cell, dataset_dir: str, data: StudyData = ACDC) -> int:
-    """Count the patients, or the cases of a user's own data, that a cell with null of them labelled trains on."""
+def count_training_cases(cells: Iterable[Cell], dataset_dir: str, data: StudyData = ACDC) -> int:
+    """Count the cases, at ACDC patients, on which the first cell that trains would train with null of them labelled.
+
+    Without such a cell, no number stands for null, and the count is 0.
+    """
+    cell = next((cell for cell in cells if cell.method.trains), None)
+    if cell is None:
+        return 0
     parser = evaluation_parser(cell, dataset_dir=dataset_dir)
-    if data.is_own:
-        parser[data.knob] = None
-        training = parser.get_parsed_content("train#dataset#data")
-        return len({data.group_of(case_name(case["image"])) for case in training})
-    include_testing = parser.get_parsed_content("include_testing")
-    patients = list_patients(dataset_dir, include_testing=include_testing)
-    return len(split_patients(list(patients), seed=cell.split)["training"])
+    parser[LABELLED_CASES] = None
+    training = parser.get_parsed_content("train#dataset#data")
+    return len({data.group_of(case_name(case["image"])) for case in training})
 
 
-def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_patients: int) -> pd.DataFrame:
+def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_cases: int) -> pd.DataFrame:
     """Read the scores of finished cells.
 
     Args:
         cells: finished cells.
         output_dir: folder of the study.
-        training_patients: the number of patients, or of cases of a user's own data, that null stands for.
+        training_cases: the number of labelled cases that null stands for.
 
     Returns:
         a row for each cell, case and class with the columns `method` (key), `title`, `ablation` and `value` (empty for
-        the method as it is), `labelled_patients`, `split`, `case`, `class`, `dice` in 0..1 and `assd_mm`, both nan
-        where undefined; sorted as the cells are.
+        the method as it is), `labelled_patients` (the number of labelled cases), `split`, `case`, `class`, `dice` in
+        0..1 and `assd_mm`, both nan where undefined; sorted as the cells are.
     """
-    return _read(cells, output_dir, "metrics.csv", training_patients)
+    return _read(cells, output_dir, "metrics.csv", training_cases)
 
 
-def read_misses(cells: Iterable[Cell], output_dir: Path, *, training_patients: int) -> pd.DataFrame:
+def read_misses(cells: Iterable[Cell], output_dir: Path, *, training_cases: int) -> pd.DataFrame:
     """Read how often finished cells predicted no voxel of a class that is present.
 
     Returns:
         a row for each cell and class with the first columns of `read_scores` up to `split`, `class`, `n_volumes`,
         `n_misses` and `n_false_alarms`.
     """
-    table = _read(cells, output_dir, "summary.csv", training_patients)
+    table = _read(cells, output_dir, "summary.csv", training_cases)
     table = table[table["class"] != "mean"]
     return table.drop(columns=[name for name in table if name.startswith(("dice_", "assd_"))])
 
 
-def cell_labels(cell: Cell, training_patients: int) -> dict[str, Any]:
+def cell_labels(cell: Cell, training_cases: int) -> dict[str, Any]:
     """Return the columns `method` to `split`, which identify a cell in every table of the report."""
     return {
         "method": cell.method.key,
         "title": cell.method.title,
         "ablation": cell.variant.ablation if cell.variant else "",
         "value": cell.variant.value if cell.variant else "",
-        "labelled_patients": training_patients if cell.labelled_patients is None else cell.labelled_patients,
+        "labelled_patients": training_cases if cell.labelled_cases is None else cell.labelled_cases,
         "split": cell.split,
     }
 
 
-def _read(cells: Iterable[Cell], output_dir: Path, file: str, training_patients: int) -> pd.DataFrame:
+def _read(cells: Iterable[Cell], output_dir: Path, file: str, training_cases: int) -> pd.DataFrame:
     tables = []
     for cell in cells:
         table = pd.read_csv(output_dir / cell.name / "eval" / file, converters={"case": str, "class": str})
-        for position, (name, value) in enumerate(cell_labels(cell, training_patients).items()):
+        for position, (name, value) in enumerate(cell_labels(cell, training_cases).items()):
             table.insert(position, name, value)
         tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

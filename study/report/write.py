@@ -13,10 +13,10 @@ from study.cells import last_error, read_record
 from study.grid import Cell, Grid
 from study.report.clinical import CLINICAL_CAPTION, agreement, agreement_table, read_measurements
 from study.report.contours import draw_contours
-from study.report.embeddings import draw_embeddings, embed_slices, embedding_method
+from study.report.embeddings import draw_embeddings, embed_slices, embedding_cell
 from study.report.figures import BLAND_ALTMAN_QUANTITIES, draw_bland_altman, draw_dice_by_patients, save_figure
 from study.report.page import Figure, Section, Table, write_page
-from study.report.scores import count_training_patients, finished_cells, read_misses, read_scores
+from study.report.scores import count_training_cases, finished_cells, read_misses, read_scores
 from study.report.significance import (
     compare_methods,
     matrix_caption,
@@ -63,18 +63,18 @@ class _Report:
     def __init__(
         self, grid: Grid, cells: Sequence[Cell], output_dir: Path, *, dataset_dir: str, sam_dir: str | None
     ) -> None:
-        training = count_training_patients(cells[0], dataset_dir, grid.data)
+        training = count_training_cases(cells, dataset_dir, grid.data)
         self.grid = grid
         self.data = grid.data
         self.cells = cells
         self.output_dir = output_dir
         self.dataset_dir = dataset_dir
         self.sam_dir = sam_dir
-        self.scores = read_scores(cells, output_dir, training_patients=training)
-        self.misses = read_misses(cells, output_dir, training_patients=training)
+        self.scores = read_scores(cells, output_dir, training_cases=training)
+        self.misses = read_misses(cells, output_dir, training_cases=training)
         self.training = training
-        self.fewest = min((cell.labelled_patients for cell in cells if cell.labelled_patients), default=0)
-        _write_csv(self.scores.rename(columns={"labelled_patients": self.data.knob}), output_dir / "scores.csv")
+        self.fewest = min((cell.labelled_cases for cell in cells if cell.labelled_cases), default=0)
+        _write_csv(self.scores.rename(columns={"labelled_patients": self.data.column}), output_dir / "scores.csv")
 
     def sections(self) -> list[Section]:
         """Write all tables and figures, and return the page's sections."""
@@ -98,7 +98,7 @@ class _Report:
                 ),
                 *self._figure(
                     draw_contours(
-                        self.grid.cells, self.output_dir, dataset_dir=self.dataset_dir, labelled_patients=self.fewest
+                        self.grid.cells, self.output_dir, dataset_dir=self.dataset_dir, labelled_cases=self.fewest
                     ),
                     "contours",
                     f"Worst, median and best test {self.data.item} of a split, by mean Dice over all methods, trained "
@@ -136,7 +136,7 @@ class _Report:
 
     def _clinical(self) -> Section:
         measurements = read_measurements(
-            self.cells, self.output_dir, dataset_dir=self.dataset_dir, training_patients=self.training
+            self.cells, self.output_dir, dataset_dir=self.dataset_dir, training_cases=self.training
         )
         _write_csv(measurements, self.output_dir / "measurements.csv")
         table = agreement_table(agreement(measurements))
@@ -155,21 +155,20 @@ class _Report:
         )
 
     def _encoder(self) -> list[Section]:
-        method = embedding_method(self.cells)
-        if method is None:
+        cell = embedding_cell(self.cells)
+        if cell is None:
             return []
-        split = self.cells[0].split
-        cache_dir = str(self.output_dir / "embeddings")
         vectors, groups = embed_slices(
-            method, dataset_dir=self.dataset_dir, split=split, cache_dir=cache_dir, sam_dir=self.sam_dir
+            cell, self.output_dir, dataset_dir=self.dataset_dir, data=self.data, sam_dir=self.sam_dir
         )
+        phantoms = "" if self.data.is_own else ", and phantoms"
         figures = self._figure(
             draw_embeddings(vectors, groups),
             "embeddings",
-            f"t-SNE of the frozen encoder's embeddings ({method.title}), averaged over space: slices of the test "
-            f"patients of split {split}, and phantoms.",
+            f"t-SNE of the frozen encoder's embeddings ({cell.method.title}), averaged over space: "
+            f"{self.data.seen} of the test {self.data.counts} of split {cell.split}{phantoms}.",
         )
-        return [Section("Embeddings of the encoder", figures=figures)]
+        return [Section("Embeddings of the encoder", figures=figures)] if figures else []
 
     def _table(self, table: pd.DataFrame, stem: str, caption: str) -> Table:
         write_table(table, self.output_dir / stem, caption)

@@ -1,37 +1,36 @@
-"""`configs/tiny.json`, the overlay that starts from trained weights; here small random ones stand for those."""
+"""What comes with the package, from which all bundles start; in most tests small random weights stand for it."""
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import monai.bundle
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import REPOSITORY, messages_of, run_monai_bundle, succeeds
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ReferenceResolver
 from scipy import ndimage
 
 from components.networks.heads import CNNHead, LinearHead, ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.phantom.dataset import write_phantom_dataset
+from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
-from components.training.command_line import refuse_unknown_knobs
+from components.training.command_line import read_command_line, refuse_unknown_knobs
 
 HEADS = {
     "autosam_acdc": ("vit_head.pt", lambda: ViTHead(4)),
     "cnnhead_acdc": ("cnn_head.pt", lambda: CNNHead(4, depth=2)),
     "linearhead_acdc": ("linear_head.pt", lambda: LinearHead(4)),
 }
-RUNS = {
-    "training": ("train", "tiny"),
-    "evaluating": ("train", "evaluate", "tiny"),
-    "evaluating in another order": ("train", "tiny", "evaluate"),
-    "inferring": ("inference", "tiny"),
-}
-POOL_SIZE = "train#phantoms#pool_size"
+SHIPPED = {bundle: name for bundle, (name, _) in HEADS.items()} | {"unet_acdc": "unet.pt"}
+RUNS = {"training": ("train",), "evaluating": ("train", "evaluate"), "inferring": ("inference",)}
+POOL_SIZE = "train#prepare_batch#pool_size"
 
 
 def config(bundle: str, *names: str) -> list[str]:
@@ -61,7 +60,7 @@ def phantoms(tmp_path_factory) -> str:
 
 def knobs(bundle: str, weights: Path, **others) -> dict:
     """Overrides that put the small weights in the place of the trained ones, at a size that is quick."""
-    files = {"sam_checkpoint": weights / "phantom_unet.pth", "head_checkpoint": weights / HEADS[bundle][0]}
+    files = {"sam_checkpoint": weights / "phantom_unet.pth", "start_checkpoint": weights / HEADS[bundle][0]}
     return {name: str(value) for name, value in files.items()} | {"image_size": 64} | others
 
 
@@ -77,30 +76,39 @@ def run(run_id: str, bundle: str, *names: str, **overrides) -> None:
     monai.bundle.run(run_id, config_file=config(bundle, *names), logging_file=False, **overrides)
 
 
-@pytest.mark.parametrize("bundle", HEADS)
-def test_overlay_sets_knobs_that_training_and_inference_both_have(bundle):
-    train, inference, tiny = (
-        json.loads(Path(config(bundle, name)[0]).read_text()) for name in ("train", "inference", "tiny")
-    )
-    of_training = {"epochs", "val_interval", "learning_rate", "phantom_share"}
-    assert tiny.keys() <= train.keys()
-    assert tiny.keys() - of_training <= inference.keys()
-    assert not any("#" in name or "::" in name for name in tiny)
-    assert tiny["sam_checkpoint"]["name"] == "phantom_unet.pth"
-    assert tiny["head_checkpoint"]["name"] == HEADS[bundle][0]
-    assert tiny.get("depth") == (2 if bundle == "cnnhead_acdc" else None)
+@pytest.mark.parametrize("bundle", SHIPPED)
+def test_training_and_inference_start_from_the_same_files_that_come_with_the_package(bundle):
+    train, inference = (json.loads(Path(config(bundle, name)[0]).read_text()) for name in ("train", "inference"))
+    assert train["start_checkpoint"] == inference["start_checkpoint"]
+    assert parsed(bundle, ("train",)).get_parsed_content("start_checkpoint") == pretrained_file(SHIPPED[bundle])
+    if bundle == "unet_acdc":
+        return
+    assert train["model_type"] == inference["model_type"] == "phantom_unet"
+    assert parsed(bundle, ("train",)).get_parsed_content("sam_checkpoint") == pretrained_file("phantom_unet.pth")
+    assert train.get("depth") == (2 if bundle == "cnnhead_acdc" else None)
 
 
-@pytest.mark.parametrize("bundle", HEADS)
-def test_order_of_overlays_does_not_matter(bundle):
-    first, second = (parsed(bundle, RUNS[name]).get() for name in ("evaluating", "evaluating in another order"))
-    assert {**first, "_desc_": ""} == {**second, "_desc_": ""}
+@pytest.mark.parametrize("bundle", SHIPPED)
+def test_what_inference_takes_for_granted_is_what_training_records(bundle):
+    trained_with = parsed(bundle, ("train",)).get_parsed_content("trained_with")
+    assumed = parsed(bundle, ("inference",)).get_parsed_content("as_trained#otherwise")
+    assert assumed.keys() | {"slice_axis", "views_shown"} == trained_with.keys()
+    assert assumed.items() <= trained_with.items()
+
+
+@pytest.mark.parametrize("bundle", SHIPPED)
+def test_start_is_left_out_for_another_encoder_and_by_the_papers_recipe(bundle):
+    parser = parsed(bundle, ("train", "sam" if bundle in HEADS else "from_scratch"))
+    assert parser.get_parsed_content("start_checkpoint") is None
+    if bundle in HEADS:
+        for names in (("train",), ("inference",)):
+            assert parsed(bundle, names, model_type="vit_b").get_parsed_content("start_checkpoint") is None
 
 
 @pytest.mark.parametrize("names", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("bundle", HEADS)
-def test_overlay_builds_the_network_in_every_run(bundle, names, weights):
-    parser = parsed(bundle, names, **knobs(bundle, weights, cache_dir="$None"))
+def test_network_is_built_in_every_run(bundle, names, weights):
+    parser = parsed(bundle, names, bundle_root="b", **knobs(bundle, weights, cache_dir="$None"))
     network = parser.get_parsed_content("network_def")
     assert parser.get_parsed_content("largest_component") is True
     if names[0] == "inference":
@@ -115,7 +123,7 @@ def test_overlay_builds_the_network_in_every_run(bundle, names, weights):
 
 @pytest.mark.parametrize("bundle", HEADS)
 def test_fresh_head_is_one_option_away(bundle, weights):
-    overrides = knobs(bundle, weights, head_checkpoint="$None", cache_dir="$None")
+    overrides = knobs(bundle, weights, start_checkpoint="$None", cache_dir="$None")
     head = parsed(bundle, RUNS["training"], **overrides).get_parsed_content("network_def").head
     state = torch.load(weights / HEADS[bundle][0], weights_only=True)
     assert any(not torch.equal(value, state[f"head.{key}"].float()) for key, value in head.state_dict().items())
@@ -124,17 +132,21 @@ def test_fresh_head_is_one_option_away(bundle, weights):
 
 
 @pytest.mark.parametrize("names", RUNS.values(), ids=RUNS)
-def test_overlays_knobs_are_known_on_every_command_line(names):
-    options = ["--head_checkpoint", "$None", "--phantom_share", "0.2", "--test_time_views", "2"]
+def test_knobs_of_the_start_are_known_on_every_command_line(names):
+    options = ["--start_checkpoint", "$None", "--slice_smoothing", "0.2", "--test_time_views", "2"]
     command = ["monai", "run", "--config_file", str(config("autosam_acdc", *names)), *options]
     refuse_unknown_knobs([*command, "--largest_component", "False", "--sam_checkpoint", "x.pth"])
-    with pytest.raises(ValueError, match="Did you mean '--phantom_share'"):
-        refuse_unknown_knobs([*command, "--phantoms_share", "0.2"])
+    with pytest.raises(ValueError, match="Did you mean '--slice_smoothing'"):
+        refuse_unknown_knobs([*command, "--slices_smoothing", "0.2"])
+    if "train" in names:
+        refuse_unknown_knobs([*command, "--phantom_share", "0.2"])
+        with pytest.raises(ValueError, match="Did you mean '--phantom_share'"):
+            refuse_unknown_knobs([*command, "--phantoms_share", "0.2"])
 
 
 @pytest.fixture(scope="session")
 def adapted(weights, phantoms, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a head adapted through the overlay, by steps that ruin it, and what the run said."""
+    """The folder of a head adapted from its start, by steps that ruin it, and what the run said."""
     folder = tmp_path_factory.mktemp("adapted")
     messages: list[str] = []
     listener = logging.Handler()
@@ -145,7 +157,7 @@ def adapted(weights, phantoms, tmp_path_factory) -> tuple[Path, str]:
     try:
         overrides = knobs("linearhead_acdc", weights, dataset_dir=phantoms, cache_dir=folder / "embeddings")
         overrides |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval", POOL_SIZE: 16}
-        run("training", "linearhead_acdc", "train", "tiny", **overrides, epochs=2, val_interval=1, learning_rate=10)
+        run("training", "linearhead_acdc", "train", **overrides, epochs=2, val_interval=1, learning_rate=10)
     finally:
         root.removeHandler(listener)
         root.setLevel(level)
@@ -170,18 +182,33 @@ def test_evaluation_takes_the_adapted_head_whatever_the_start(adapted, weights, 
     with caplog.at_level(logging.INFO):
         run("evaluating", "linearhead_acdc", *names, **overrides, ckpt_dir=folder / "models", output_dir=tmp_path)
     assert f"Restored all variables from {folder / 'models' / 'model.pt'}" in caplog.text
+    assert f"the model is {folder / 'models' / 'model.pt'}, the model of a training" in caplog.text
     assert (tmp_path / "metrics.csv").is_file()
     with pytest.raises(Exception) as caught:  # MONAI wraps a component's error in one of its own
-        run("evaluating", "linearhead_acdc", *names, **overrides, ckpt_dir=tmp_path, output_dir=tmp_path)
+        overrides |= {"start_checkpoint": "$None", "ckpt_dir": tmp_path}
+        run("evaluating", "linearhead_acdc", *names, **overrides, output_dir=tmp_path)
     assert f"expected a trained model at '{tmp_path / 'model.pt'}'" in messages_of(caught.value)
+
+
+@pytest.mark.parametrize("bundle", ["linearhead_acdc", "unet_acdc"])
+def test_evaluation_without_a_trained_model_scores_what_comes_with_the_package(bundle, phantoms, tmp_path, caplog):
+    folders = {"dataset_dir": phantoms, "ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
+    cache = {"cache_dir": "$None"} if bundle in HEADS else {}
+    with caplog.at_level(logging.INFO):
+        run("evaluating", bundle, *RUNS["evaluating"], **folders, **cache, test_time_views=1)
+    shipped, trained = pretrained_file(SHIPPED[bundle]), tmp_path / "models/model.pt"
+    assert f"the model is {shipped}, since no training has written {trained}" in caplog.text
+    assert f"Restored all variables from {shipped}" in caplog.text
+    scores = pd.read_csv(tmp_path / "eval/summary.csv").set_index("class")
+    assert scores.loc["mean", "dice_mean"] > 0.5
 
 
 def test_a_neck_is_adapted_with_the_head_scored_and_taken_by_inference_from_the_model(weights, phantoms, tmp_path):
     bundle, model = "linearhead_acdc", tmp_path / "model.pt"
     overrides = knobs(bundle, weights, dataset_dir=phantoms, ckpt_dir=tmp_path, output_dir=tmp_path / "eval")
-    overrides |= {"head_checkpoint": "$None"}  # no start that could be kept
-    run("training", bundle, "train", "tiny", "neck", **overrides, steps=2, **{POOL_SIZE: 16})
-    run("evaluating", bundle, "train", "evaluate", "tiny", "neck", **overrides)
+    overrides |= {"start_checkpoint": "$None"}  # no start that could be kept
+    run("training", bundle, "train", "neck", **overrides, steps=2, **{POOL_SIZE: 16})
+    run("evaluating", bundle, "train", "evaluate", "neck", **overrides)
     assert (tmp_path / "eval/metrics.csv").is_file()
 
     inference = parsed(bundle, RUNS["inferring"], **knobs(bundle, weights, ckpt_path=str(model)))
@@ -205,11 +232,12 @@ def oblique(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("bundle", HEADS)
 def test_views_and_largest_components_keep_shape_and_affine(bundle, weights, oblique, tmp_path, caplog):
+    overrides = knobs(bundle, weights, dataset_dir=oblique, output_dir=tmp_path, bundle_root=tmp_path)
     with caplog.at_level(logging.INFO):
-        run(
-            "inferring", bundle, "inference", "tiny", **knobs(bundle, weights, dataset_dir=oblique), output_dir=tmp_path
-        )
-    assert f"Restored all variables from {weights / HEADS[bundle][0]}" in caplog.text
+        run("inferring", bundle, "inference", **overrides)
+    start, trained = weights / HEADS[bundle][0], tmp_path / "models/model.pt"
+    assert f"the model is {start}, since no training has written {trained}" in caplog.text
+    assert f"Restored all variables from {start}" in caplog.text
     image, prediction = nib.load(oblique), nib.load(tmp_path / "case_pred.nii.gz")
     assert prediction.shape == (154, 224, 3)
     assert np.array_equal(prediction.affine, image.affine)
@@ -217,15 +245,18 @@ def test_views_and_largest_components_keep_shape_and_affine(bundle, weights, obl
     assert [ndimage.label(labels == value, np.ones((3, 3, 3)))[1] <= 1 for value in (1, 2, 3)] == [True] * 3
 
 
-def test_given_model_wins_over_the_heads_start(adapted, weights, oblique, tmp_path, caplog):
-    model = adapted[0] / "models" / "model.pt"
-    overrides = knobs("linearhead_acdc", weights, dataset_dir=oblique, ckpt_path=model, output_dir=tmp_path)
-    with caplog.at_level(logging.INFO):
-        run("inferring", "linearhead_acdc", "inference", "tiny", **overrides, test_time_views=1)
-    assert f"Restored all variables from {model}" in caplog.text
+def test_trained_model_wins_over_the_start_and_a_given_one_over_both(adapted, weights, oblique, tmp_path, caplog):
+    trained = adapted[0] / "models/model.pt"
+    given = shutil.copy(trained, tmp_path / "given.pt")
+    overrides = knobs("linearhead_acdc", weights, dataset_dir=oblique, bundle_root=adapted[0], output_dir=tmp_path)
+    for chosen, options in {trained: {}, given: {"ckpt_path": given}}.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run("inferring", "linearhead_acdc", "inference", **overrides, **options, test_time_views=1)
+        assert re.findall(r"Restored all variables from (\S+)", caplog.text) == [str(chosen)]
 
 
-@pytest.mark.parametrize(("switch", "kept"), [(True, True), ("true", True), (False, False), ("false", False)])
+@pytest.mark.parametrize("switch", [True, False])
 @pytest.mark.parametrize(
     ("names", "key", "others"),
     [
@@ -235,17 +266,25 @@ def test_given_model_wins_over_the_heads_start(adapted, weights, oblique, tmp_pa
     ],
     ids=["train", "evaluate", "infer"],
 )
-def test_largest_component_is_a_switch(names, key, others, switch, kept):
+def test_largest_component_is_a_switch(names, key, others, switch):
     parser = parsed("linearhead_acdc", names, largest_component=switch, slice_smoothing=0)
     transforms = parser.get_parsed_content(key).transforms
-    assert len(transforms) == others + kept
-    assert ("KeepLargestConnectedComponentd" in {type(transform).__name__ for transform in transforms}) == kept
+    assert len(transforms) == others + switch
+    assert ("KeepLargestConnectedComponentd" in {type(transform).__name__ for transform in transforms}) == switch
+
+
+@pytest.mark.parametrize(("typed", "kept"), [("true", True), ("FALSE", False)])
+@pytest.mark.parametrize("names", RUNS.values(), ids=RUNS)
+def test_largest_component_is_a_switch_in_whatever_letters_it_is_typed(names, typed, kept):
+    variables: dict = {}
+    command = ["monai", "run", "--config_file", str(config("linearhead_acdc", *names)), "--largest_component", typed]
+    read_command_line({ReferenceResolver._vars: variables}, argv=command)
+    assert variables == {"largest_component": kept}
 
 
 def test_smaller_component_of_a_class_goes_and_an_absent_class_is_no_matter():
-    transform = parsed("linearhead_acdc", ("inference",), largest_component=True).get_parsed_content(
-        "postprocessing#transforms#3"
-    )
+    parser = parsed("linearhead_acdc", ("inference",), largest_component=True, slice_smoothing=0)
+    transform = parser.get_parsed_content("postprocessing").transforms[2]
     labels = torch.zeros(1, 6, 6, 2)
     labels[0, :3, :3, 0] = 1  # nine voxels and two, apart; of another class two, that touch the nine
     labels[0, 5, 4:, 1] = 1
@@ -297,10 +336,10 @@ def test_copy_of_a_bundle_segments_and_adapts_with_nothing_but_the_package(bundl
     def run_there(run_id, config_file, *options):
         succeeds(run_monai_bundle("run", run_id, "--config_file", config_file, *options, cwd=copy))
 
-    run_there("inferring", "['configs/inference.json','configs/tiny.json']", "--dataset_dir", str(volume))
+    run_there("inferring", "configs/inference.json", "--dataset_dir", str(volume))
     prediction = nib.load(copy / "eval" / volume.name.replace(".nii.gz", "_pred.nii.gz"))
     assert prediction.shape == nib.load(volume).shape
     assert np.unique(prediction.get_fdata()).tolist() == [0, 1, 2, 3]
     small = ("--epochs", "1", "--views", "1", f"--{POOL_SIZE}", "4", "--dataset_dir", phantoms)
-    run_there("training", "['configs/train.json','configs/tiny.json']", *small)
+    run_there("training", "configs/train.json", *small)
     assert (copy / "models" / "model.pt").is_file()

@@ -1,0 +1,299 @@
+"""Which cases train, validate and test: the split of a data set by group, and the choice of the labelled cases.
+
+A data set is described by the dictionary that `components.data.read_acdc` and `components.data.read_data` return. Its
+lists `training`, `validation`, `test` and `unlabelled` hold cases: dictionaries with the paths `image` and `label`, and
+maybe a `group`, such as the patient to whom several images belong. A case without one is a group of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.data.volume_metadata import case_name
+
+logger = logging.getLogger(__name__)
+
+SUBSETS = ("training", "validation", "test")
+LABEL_UNITS = ("cases", "frames")
+HELD_OUT_PERCENT = 15  # of the groups for validation, and the same for test (paper section 4.1)
+OWN_LISTS = "lists of cases of your own: train#dataset#data, validate#dataset#data, and test#data for evaluation"
+_NAMES_LOGGED = 20
+
+# The 70:10:20 split of the benchmark SSL4MIS, by which semi-supervised methods are compared, in the order of its lists
+# data/ACDC/*.list (https://github.com/HiLab-git/SSL4MIS): its first training patients are the labelled ones.
+SSL4MIS = "ssl4mis"
+_SSL4MIS_NUMBERS = {
+    "training": (
+        "099 038 050 100 058 021 049 020 072 040 060 089 004 056 098 096 031 018 094 047 048 055 097 074 "
+        "043 041 063 037 095 054 026 088 032 069 006 071 012 073 061 017 025 010 057 029 051 005 036 046 "
+        "062 034 076 092 070 077 067 003 091 016 014 044 042 090 053 027 035 086 023 009 079 015"
+    ),
+    "validation": "028 085 082 087 019 030 078 045 002 039",
+    "test": "011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052",
+}
+
+Case = dict[str, str]  # paths of an `image` and its `label`, and maybe a `group`
+
+
+def list_cases(
+    data: Mapping[str, Any],
+    subset: str,
+    *,
+    split_seed: int | str = 0,
+    labelled_cases: int | None = None,
+    label_unit: str = "cases",
+) -> list[Case]:
+    """List image and label of every case of a subset, as a data list for MONAI's datasets.
+
+    Where the data list no case for validation or test, both are split off `training`, 70:15:15, by group.
+
+    Source: paper sections 4.1 and 4.4.
+
+    Args:
+        data: as `components.data.read_acdc` or `components.data.read_data` returns it.
+        subset: `training`, `validation` or `test`.
+        split_seed: seed of the split and of the choice of labelled cases; or `ssl4mis`, see `split_patients`.
+        labelled_cases: how many groups of the training subset count as labelled, 0 for a training on unlabelled ones;
+            None for all. A smaller selection is part of every larger one.
+        label_unit: what `labelled_cases` counts: `cases`, which are groups with all their images, such as a patient
+            with both frames, or single `frames`.
+
+    Returns:
+        dictionaries with the paths `image` and `label`.
+
+    Raises:
+        ValueError: when the folder of the data is not set; for an unknown subset or unit, more labelled cases than the
+            training subset has, or a training or test subset without cases; for a case without a label, a case listed
+            twice, or a group in two lists.
+    """
+    if subset not in SUBSETS:
+        raise ValueError(f"unknown subset {subset!r}: expected one of {', '.join(SUBSETS)}")
+    cases = _split(data, split_seed)[subset]
+    if not cases and subset != "validation":
+        raise ValueError(_nothing_left(data, subset))
+    if subset == "training" and labelled_cases is not None:
+        cases = _choose_labelled(cases, labelled_cases, label_unit)
+    if bare := [case["image"] for case in cases if "label" not in case]:
+        raise ValueError(
+            f"{bare[0]} has no label in the list `{subset}`: expected one, or the image in the list `unlabelled`"
+        )
+    _log(data, subset, cases)
+    return [{key: case[key] for key in ("image", "label")} for case in cases]
+
+
+def list_unlabelled(
+    data: Mapping[str, Any],
+    *,
+    labelled: Sequence[Mapping[str, str]],
+    cases: int | None = None,
+    split_seed: int | str = 0,
+) -> list[Case]:
+    """List the images to learn from without a label; labels on disk are not looked at.
+
+    They are those of the training groups of which no case is labelled, then those of the list `unlabelled`.
+
+    Args:
+        data: as for `list_cases`.
+        labelled: the labelled cases of the training, which must belong to the same split.
+        cases: how many groups to list, the first ones; None for all.
+        split_seed: as for `list_cases`.
+
+    Returns:
+        dictionaries with the path `image`.
+
+    Raises:
+        ValueError: as `list_cases`; when a labelled case is one of validation or test, or when there are fewer such
+            groups than asked for, or none.
+        FileNotFoundError: for an image that is not there.
+    """
+    split = _split(data, split_seed)
+    labelled_images = {case["image"] for case in labelled}
+    for subset in ("validation", "test"):
+        if strays := sorted({_group_of(case) for case in split[subset] if case["image"] in labelled_images}):
+            raise ValueError(
+                f"expected labelled cases of the training subset, received {', '.join(strays)} of the {subset} subset "
+                f"of split {split_seed}: give the same data and split_seed for both lists"
+            )
+    of_training = _grouped(split["training"]).values()
+    without_labels = [group for group in of_training if not labelled_images & {case["image"] for case in group}]
+    groups = [*without_labels, *_grouped(split["unlabelled"]).values()]
+    count = len(groups) if cases is None else cases
+    if not 1 <= count <= len(groups):
+        raise ValueError(
+            f"unlabelled_cases must be between 1 and {len(groups)}, the training cases without a label and those of "
+            f"the list `unlabelled`, received {count}: label fewer (labelled_cases), list more, or train without the "
+            "overlay of unlabelled cases"
+        )
+    found = [{"image": case["image"]} for group in groups[:count] for case in group]
+    if gone := [case["image"] for case in found if not Path(case["image"]).is_file()]:
+        raise FileNotFoundError(f"there is no image {gone[0]}, which the data list: complete them, or take it out")
+    _log(data, "unlabelled", found)
+    return found
+
+
+def groups_of_cases(data: Mapping[str, Any]) -> dict[str, str]:
+    """Return the group of every labelled case, such as the patient whose images it has; itself where none is named.
+
+    Args:
+        data: as for `list_cases`.
+
+    Returns:
+        groups by the name of the case, by which scores and predictions go.
+
+    Raises:
+        ValueError: when two cases have the same name.
+    """
+    groups: dict[str, str] = {}
+    for case in (case for subset in SUBSETS for case in data[subset]):
+        name = case_name(case["image"])
+        if name in groups:
+            raise ValueError(
+                f"two cases have the name {name}, as {case['image']} has, so that their scores cannot be told apart: "
+                "rename one"
+            )
+        groups[name] = str(case.get("group", name))
+    return groups
+
+
+def check_dataset_dir(dataset_dir: str) -> None:
+    """Raise ValueError if the folder of the data is not set."""
+    if not dataset_dir:
+        raise ValueError(
+            "dataset_dir is not set: expected the folder of the data, of ACDC the release's root or its training "
+            f"folder; give --dataset_dir PATH, or {OWN_LISTS}"
+        )
+
+
+def check_listed_once(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Check that no case is listed twice, and no group in two lists: what has trained or chosen a model is no test.
+
+    Args:
+        lists: dictionaries with the path `image`, and a `group` where one is given, by subset.
+
+    Raises:
+        ValueError: naming the image or the group, and the lists.
+    """
+    place: dict[str, str] = {}
+    of_group: dict[str, str] = {}
+    for name, cases in lists.items():
+        for case in cases:
+            if (real := os.path.realpath(case["image"])) in place:
+                where = "twice in the list" if place[real] == name else f"in the lists `{place[real]}` and"
+                raise ValueError(f"{case['image']} is {where} `{name}`: expected it once")
+            place[real] = name
+            if "group" in case and (other := of_group.setdefault(str(case["group"]), name)) != name:
+                raise ValueError(
+                    f"the group {case['group']} is in the lists `{other}` and `{name}`: expected all its cases in one"
+                )
+
+
+def split_patients(patients: Sequence[str], seed: int | str) -> dict[str, list[str]]:
+    """Split patients 70:15:15; validation and test are rounded to the nearest integer, training is the rest.
+
+    Args:
+        patients: their names, or those of other groups of cases, in a fixed order.
+        seed: seed of the shuffle; or `ssl4mis` for the fixed 70:10:20 split of that benchmark.
+
+    Returns:
+        the names of each subset, in shuffled order.
+
+    Raises:
+        ValueError: for another word, or when `ssl4mis` is asked for patients that are not ACDC's 100.
+    """
+    if isinstance(seed, str):
+        return _ssl4mis_split(patients, seed)
+    shuffled = _shuffled(patients, seed)
+    held_out = (HELD_OUT_PERCENT * len(patients) + 50) // 100
+    return {
+        "validation": shuffled[:held_out],
+        "test": shuffled[held_out : 2 * held_out],
+        "training": shuffled[2 * held_out :],
+    }
+
+
+def _ssl4mis_split(patients: Sequence[str], name: str) -> dict[str, list[str]]:
+    if name != SSL4MIS:
+        raise ValueError(f"expected split_seed to be an integer or {SSL4MIS!r}, received {name!r}")
+    split = {subset: [f"patient{each}" for each in text.split()] for subset, text in _SSL4MIS_NUMBERS.items()}
+    expected = {patient for subset in split.values() for patient in subset}
+    if missing := sorted(expected.symmetric_difference(patients)):
+        raise ValueError(
+            f"the split {SSL4MIS} is of patient001 to patient100, the whole training folder of ACDC: missing or extra "
+            f"are {len(missing)}, such as {', '.join(missing[:3])}; complete the folder, leave include_testing False, "
+            "or give an integer as split_seed"
+        )
+    return split
+
+
+def _shuffled(names: Sequence[str], seed: int) -> list[str]:
+    return [names[index] for index in np.random.RandomState(seed).permutation(len(names))]
+
+
+def _split(data: Mapping[str, Any], seed: int | str) -> dict[str, list[Case]]:
+    """Return the cases of each subset and the unlabelled ones; those of a training group follow each other."""
+    check_dataset_dir(data["dataset_dir"])
+    listed: dict[str, list[Case]] = {name: list(data[name]) for name in (*SUBSETS, "unlabelled")}
+    check_listed_once(listed)
+    groups = _grouped(listed["training"])
+    if listed["validation"] or listed["test"]:
+        if isinstance(seed, str):
+            raise ValueError(
+                f"expected split_seed to be an integer, since the data list who validates or tests, received {seed!r}"
+            )
+        split = {"training": _shuffled(sorted(groups), seed)}
+    else:
+        split = split_patients(sorted(groups), seed)
+    return listed | {name: [case for group in order for case in groups[group]] for name, order in split.items()}
+
+
+def _grouped(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    """Return cases by group, groups in the order of their first case."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(_group_of(case), []).append(case)
+    return groups
+
+
+def _group_of(case: Mapping[str, str]) -> str:
+    return str(case.get("group", case["image"]))
+
+
+def _choose_labelled(training: Sequence[Case], count: int, unit: str) -> list[Case]:
+    """Return the cases of the first `count` groups of the training subset, or the first `count` frames of all."""
+    if unit not in LABEL_UNITS:
+        raise ValueError(f"unknown label_unit {unit!r}: expected one of {', '.join(LABEL_UNITS)}")
+    groups = list(_grouped(training).values())
+    if unit == "frames":
+        # First one frame of each group, alternating, of a patient of ACDC between ED and ES, then the others.
+        turns = [(turn, *each) for turn in range(max(map(len, groups))) for each in enumerate(groups)]
+        groups = [[cases[(index + turn) % len(cases)]] for turn, index, cases in turns if turn < len(cases)]
+    if not 0 <= count <= len(groups):
+        raise ValueError(
+            f"labelled_cases must be between 0 and {len(groups)}, the {unit} of the training subset, received {count}"
+        )
+    return [case for group in groups[:count] for case in group]
+
+
+def _nothing_left(data: Mapping[str, Any], subset: str) -> str:
+    """Return what to do where a subset has no cases."""
+    if subset == "training":
+        return f"there are no cases to train on in {data['dataset_dir']}: expected some in the list `training`"
+    return (
+        f"there are no labelled cases to test on in {data['dataset_dir']}: expected a list `test` with labels, or at "
+        "least 4 cases or patients in `training` and neither `validation` nor `test`, so that both are split off, "
+        f"received {len(_grouped(data['training']))}; the validation cases have chosen the model, so their score is "
+        "no test"
+    )
+
+
+def _log(data: Mapping[str, Any], subset: str, cases: Sequence[Case]) -> None:
+    names = [Path(case["image"]).name for case in cases]
+    more = f" and {len(names) - _NAMES_LOGGED} more" if len(names) > _NAMES_LOGGED else ""
+    kind = "pictures" if data["pictures"] else "volumes"
+    logger.info("%s: %d %s: %s%s", subset, len(names), kind, ", ".join(names[:_NAMES_LOGGED]), more)

@@ -1,0 +1,53 @@
+"""What a bundle takes of an image encoder where nothing else is given: its checkpoint and its image size."""
+
+import math
+from pathlib import Path
+
+from components.pretrained import pretrained_file
+from components.sam.checkpoint import CHECKPOINT_FILES
+from components.sam.image_encoder import PATCH_SIZE
+
+PHANTOM_UNET = "phantom_unet"  # the encoder that comes with the package
+PHANTOM_SIZE = 176  # side in pixels of the slices that it has seen in training: smaller ones are enlarged to about that
+SAM_SIZE = 1024
+
+
+def default_checkpoint(models_dir: str, model_type: str) -> str:
+    """Return the path at which a bundle expects the checkpoint of a model type.
+
+    Args:
+        models_dir: the bundle's `models` folder.
+        model_type: `vit_b`, `vit_l`, `vit_h` or `vit_t`, whose published file belongs there; or `phantom_unet`, which
+            comes with the package.
+
+    Returns:
+        the path, whether or not a published file is there.
+
+    Raises:
+        ValueError: for a model type without a published checkpoint.
+    """
+    if model_type == PHANTOM_UNET:
+        return pretrained_file(f"{PHANTOM_UNET}.pth")
+    if model_type not in CHECKPOINT_FILES:
+        raise ValueError(
+            f"no published SAM checkpoint has model_type {model_type!r} (published: {', '.join(CHECKPOINT_FILES)}): "
+            "give --sam_checkpoint a file, or '$None' for an encoder with random weights"
+        )
+    return str(Path(models_dir) / CHECKPOINT_FILES[model_type])
+
+
+def default_image_size(model_type: str, crop_size: int) -> int:
+    """Return the side to which an encoder resizes images where no other is given.
+
+    Args:
+        model_type: as for `components.sam.SamEncoder`.
+        crop_size: side of the images, in pixels.
+
+    Returns:
+        1024 for SAM's encoders; for `phantom_unet` the images' own side, rounded up to a multiple of 16, or a multiple
+        of that which is near `PHANTOM_SIZE`.
+    """
+    if model_type != PHANTOM_UNET:
+        return SAM_SIZE
+    rounded = PATCH_SIZE * math.ceil(crop_size / PATCH_SIZE)
+    return rounded * max(1, round(PHANTOM_SIZE / rounded))
