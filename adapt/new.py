@@ -103,7 +103,7 @@ def _texts(name: str, description: dict[str, Any], said: list[str]) -> dict[str,
     classes = ["background", *description["class_names"]]
     kind = "2D pictures" if description["pictures"] else "3D volumes"
     grey = "grey values" if description["channels"] == 1 else "colours"
-    channels = ["red", "green", "blue"] if description["pictures"] else ["slice before", "slice", "slice after"]
+    colours = {"channel_def": {"0": "red", "1": "green", "2": "blue"}} if description["pictures"] else {}
     return {
         "title": name,
         "summary": [f"- {sentence}" for sentence in said],
@@ -117,7 +117,7 @@ def _texts(name: str, description: dict[str, Any], said: list[str]) -> dict[str,
         "image_classes": f"{kind}, {grey} of any range",
         "label_map": ", ".join(f"{index} {each}" for index, each in enumerate(classes)),
         "modality": description["modality"] or "n/a",
-        "channel_def": {str(index): each for index, each in enumerate(channels)},
+        **colours,
         "out_channels": str(len(classes)),
         "num_classes": len(classes),
         "class_def": {str(index): each for index, each in enumerate(classes)},

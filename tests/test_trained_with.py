@@ -1,6 +1,7 @@
 """What a model was trained with: kept in its file, compared wherever it is loaded, followed where nothing is given."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from components.networks.heads import CNNHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.networks.trained_with import decode_record, encode_record
 from components.networks.unet import GreyUNet
-from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
 
 RECORD = {
@@ -54,9 +54,10 @@ def record_of(network) -> dict:
     return decode_record(network.state_dict()["trained_with"])
 
 
-def parsed(*names: str, bundle: str = "cnnhead_acdc", **knobs) -> ConfigParser:
+def parsed(*names: str, bundle: str = "cnnhead_acdc", overlay: Path | None = None, **knobs) -> ConfigParser:
     parser = ConfigParser()
-    parser.read_config([REPOSITORY / f"bundles/{bundle}/configs/{name}.json" for name in names])
+    files = [REPOSITORY / f"bundles/{bundle}/configs/{name}.json" for name in names]
+    parser.read_config([*files, overlay] if overlay else files)
     parser.update(BUNDLE | knobs if bundle != "unet_acdc" else knobs)
     return parser
 
@@ -143,9 +144,9 @@ def test_a_start_must_agree_and_the_new_training_keeps_its_own_record(tmp_path):
 def test_a_fresh_network_is_not_validated_in_views_that_it_is_never_shown():
     with pytest.raises(ValueError, match=r"test_time_views of at most 1.*received 8: give --test_time_views 1"):
         unet(test_time_views=8, views_shown=1)
-    fresh = {"head_checkpoint": None, "phantom_share": 0, "cache_dir": None}
-    assert "test_time_views of at most 1" in refusal(parsed("train", "tiny", **fresh), "network_def")
-    shown = parsed("train", "tiny", **fresh | {"phantom_share": 0.5}).get_parsed_content("network_def")
+    fresh = {"start_checkpoint": None, "phantom_share": 0, "cache_dir": None}
+    assert "test_time_views of at most 1" in refusal(parsed("train", **fresh), "network_def")
+    shown = parsed("train", **fresh | {"phantom_share": 0.5}).get_parsed_content("network_def")
     assert record_of(shown)["views_shown"] == 8
 
 
@@ -194,7 +195,7 @@ def test_what_inference_is_not_given_it_takes_from_the_file(model, caplog):
     assert network.encoder.image_size == 64
     transforms = parser.get_parsed_content("preprocessing").transforms
     assert [transforms[1].scaler.lower, transforms[1].scaler.upper] == [1, 99]
-    assert transforms[4].slice_axis == 0
+    assert transforms[3].transforms[0].slice_axis == 0
     with caplog.at_level(logging.WARNING):
         network.load_state_dict(torch.load(model, weights_only=True))
     assert "trained with" not in caplog.text
@@ -207,8 +208,10 @@ def test_what_inference_is_given_must_be_what_the_file_says(model, name):
     assert "In inference null" in said
 
 
-def test_overlays_are_compared_too(model):
-    said = refusal(parsed("inference", "tiny", ckpt_path=model), "inferer")
+def test_overlays_are_compared_too(model, tmp_path):
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text('{"image_size": 176, "crop_size": 176, "test_time_views": 8}')
+    said = refusal(parsed("inference", overlay=overlay, ckpt_path=model), "inferer")
     for name in ("image_size 64, received 176", "crop_size 96, received 176", "set test_time_views to 4 or fewer"):
         assert name in said
 
@@ -222,19 +225,19 @@ def test_inference_shows_no_view_that_training_has_not_shown(model, views, is_fi
         assert "trained with 4 of a slice's 8 turned and mirrored views" in refusal(parser, "inferer")
 
 
-def test_without_a_file_the_former_defaults_apply_with_a_warning(tmp_path, caplog):
-    parser = parsed("inference", bundle="unet_acdc", ckpt_path=str(tmp_path / "model.pt"), canvas_size=128)
-    assert parser.get_parsed_content("inferer").roi_size == [128, 128]
-    assert parser.get_parsed_content("inferer").test_time_views == 1
+def test_without_a_file_the_shipped_networks_values_apply_with_a_warning(tmp_path, caplog):
+    parser = parsed("inference", bundle="unet_acdc", ckpt_path=str(tmp_path / "model.pt"))
+    assert parser.get_parsed_content("inferer").roi_size == [176, 176]
+    assert parser.get_parsed_content("inferer").test_time_views == 8
     assert "is not there to say what it was trained with" in caplog.text
 
 
-def test_an_old_file_is_used_with_the_former_defaults_and_one_warning(old_model, caplog):
+def test_an_old_file_is_used_with_the_shipped_networks_values_and_one_warning(old_model, caplog):
     parser = parsed("inference", ckpt_path=old_model, image_size=64, depth=2)
-    assert parser.get_parsed_content("inferer").roi_size == [256, 256]
+    assert parser.get_parsed_content("inferer").roi_size == [176, 176]
     parser.get_parsed_content("network_def").load_state_dict(torch.load(old_model, weights_only=True))
     (said,) = (record.getMessage() for record in caplog.records if "trained with" in record.getMessage())
-    assert "image_size 64" in said and "crop_size 256" in said
+    assert "image_size 64" in said and "crop_size 176" in said
 
 
 def test_evaluation_compares_what_it_shows_with_what_the_file_has_been_shown(model):
@@ -251,13 +254,10 @@ def test_evaluation_compares_what_it_shows_with_what_the_file_has_been_shown(mod
 
 
 @pytest.mark.parametrize("bundle", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc"])
-def test_shipped_heads_say_what_the_tiny_overlay_sets(bundle, caplog):
-    for names in (("train", "tiny"), ("inference", "tiny")):
+def test_shipped_heads_say_what_the_configs_set(bundle, caplog):
+    for name in ("train", "inference"):
         parser = ConfigParser()
-        parser.read_config([REPOSITORY / f"bundles/{bundle}/configs/{name}.json" for name in names])
-        parser.update({"cache_dir": None} if names[0] == "train" else {})
+        parser.read_config(REPOSITORY / f"bundles/{bundle}/configs/{name}.json")
+        parser.update({"cache_dir": None} if name == "train" else {})
         assert record_of(parser.get_parsed_content("network_def"))["views_shown"] == 8
     assert "trained with" not in caplog.text
-    head = pretrained_file({"autosam_acdc": "vit_head.pt", "cnnhead_acdc": "cnn_head.pt"}.get(bundle, "linear_head.pt"))
-    inferer = parsed("inference", bundle=bundle, ckpt_path=head).get_parsed_content("inferer")
-    assert (inferer.roi_size, inferer.test_time_views) == ([176, 176], 8)
