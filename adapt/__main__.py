@@ -17,14 +17,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="write a bundle for a folder of labelled images")
     new.add_argument("name", help="of the bundle")
-    new.add_argument(
-        "--data", required=True, help="folder: a dataset.json, folders images and labels, or ACDC's layout"
-    )
+    new.add_argument("--data", required=True, help="folder: dataset.json, images and labels, or ACDC's layout")
     new.add_argument("--output_dir", default="bundles", help="where the bundle's folder is made (default: bundles)")
     new.add_argument("--network", default=DEFAULT_NETWORK, choices=list(networks()), help="(default: %(default)s)")
-    new.add_argument(
-        "--model_type", default=SHIPPED_ENCODER, help="a head's encoder: vit_b, ... (default: %(default)s)"
-    )
+    new.add_argument("--model_type", default=SHIPPED_ENCODER, help="encoder: vit_b, ... (default: %(default)s)")
     new.add_argument("--sam_checkpoint", help="file of the encoder, such as SAM's, MobileSAM's, MedSAM's, micro-sam's")
     commands.add_parser("bundles", help="write the bundles for ACDC and the table of docs/knobs.md")
     return parser.parse_args(arguments)

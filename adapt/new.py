@@ -54,10 +54,8 @@ def new_bundle(
         raise FileExistsError(f"{bundle} is there already: remove it, or give another name")
     if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
         raise FileNotFoundError(f"there is no SAM checkpoint {sam_checkpoint}: give --sam_checkpoint FILE")
-    encoder: dict[str, Any] = {
-        "model_type": model_type,
-        "sam_checkpoint": None if sam_checkpoint is None else os.path.abspath(sam_checkpoint),  # noqa: PTH100
-    }
+    file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100
+    encoder: dict[str, Any] = {"model_type": model_type, "sam_checkpoint": file}
     Instance(network, cases="own", hearts=False, **encoder)  # checks them before the data are read
     if sam_checkpoint is not None:
         SamEncoder(model_type, sam_checkpoint)
@@ -66,6 +64,10 @@ def new_bundle(
     hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
     if hearts:
         said.append("RV, Myo and LV: training starts from what phantoms of hearts taught, and mixes them in")
+    elif network != DEFAULT_NETWORK and model_type == SHIPPED_ENCODER and sam_checkpoint is None:
+        said.append(
+            f"{SHIPPED_ENCODER} has learned hearts alone: train its neck along with the head (configs/neck.json)"
+        )
     instance = Instance(network, cases="own", hearts=hearts, **encoder, texts=_texts(name, description, said))
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=f".{name}_") as partial:

@@ -23,10 +23,10 @@ LATER = "ours, later epochs"
 ENDLESS_VIEWS = 10**6  # so that the views of a new epoch are never cached
 
 NOTE = """
-One epoch at batch 4 of the trainer, dataset, loader, loss and optimizer of `train.json` and `sam.json`. The first epoch augments,
-encodes and fills the cache; later ones read from it. The baseline trains the same head on embeddings in memory:
-forward, loss at the logits' full size, backward, optimizer's step. `of every step` is the time as a fraction of that of
-an epoch that augments and encodes every slice anew with `segment_anything`'s encoder, in fp32.
+One epoch at batch 4 of the trainer, dataset, loader, loss and optimizer of `train.json` and `sam.json`. The first epoch
+augments, encodes and fills the cache; later ones read from it. The baseline trains the same head on embeddings in
+memory: forward, loss at the logits' full size, backward, optimizer's step. `of every step` is the time as a fraction of
+that of an epoch that augments and encodes every slice anew with `segment_anything`'s encoder, in fp32.
 """
 
 

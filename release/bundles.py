@@ -179,7 +179,9 @@ def set_values(config: Path, values: dict[str, Any]) -> None:
 
 def _copy_bundle(source: Path, root: Path) -> None:
     """Copy a bundle's files, without what an editor has left among them, and what runs have written."""
-    patterns = ("LICENSE", "large_files.yml", "configs/[!.]*", "docs/[!.]*")
+    is_shipped = json.loads((source / "configs/train.json").read_text()).get("model_type") == SHIPPED_ENCODER
+    encoder = () if is_shipped else ("large_files.yml",)  # of the zoo's, which else would be downloaded for nothing
+    patterns = ("LICENSE", *encoder, "configs/[!.]*", "docs/[!.]*")
     for path in (path for pattern in patterns for path in source.glob(pattern) if path.is_file()):
         _copy(path, root / path.relative_to(source))
 

@@ -8,7 +8,6 @@ from components.sam.checkpoint import CHECKPOINT_FILES
 from components.sam.image_encoder import PATCH_SIZE
 
 PHANTOM_UNET = "phantom_unet"  # the encoder that comes with the package
-PHANTOM_SIZE = 176  # side in pixels of the slices that it has seen in training: smaller ones are enlarged to about that
 SAM_SIZE = 1024
 
 
@@ -44,10 +43,10 @@ def default_image_size(model_type: str, crop_size: int) -> int:
         crop_size: side of the images, in pixels.
 
     Returns:
-        1024 for SAM's encoders; for `phantom_unet` the images' own side, rounded up to a multiple of 16, or a multiple
-        of that which is near `PHANTOM_SIZE`.
+        1024 for SAM's encoders, whose token stands for 16x16 pixels; for `phantom_unet`, 4x4, the images' own side,
+        rounded up to a multiple of 16. Measured on hippocampi of 40 pixels, enlarging them by 1.5 gave the same Dice on
+        the validation cases, by 3 a lower one.
     """
     if model_type != PHANTOM_UNET:
         return SAM_SIZE
-    rounded = PATCH_SIZE * math.ceil(crop_size / PATCH_SIZE)
-    return rounded * max(1, round(PHANTOM_SIZE / rounded))
+    return PATCH_SIZE * math.ceil(crop_size / PATCH_SIZE)
