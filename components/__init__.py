@@ -37,7 +37,7 @@ from types import ModuleType
 
 import torch
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 # Modules of version 0.1 that configs and scripts of users may still name, and where what they held is now.
 _MOVED = {

@@ -11,8 +11,9 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_in_this_process
 
+from study.__main__ import run
 from study.cells import is_finished, read_record
 from study.execution import with_preparations
 from study.grid import read_grid
@@ -42,9 +43,12 @@ def report_of(output):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A finished quick study, run on two local workers."""
+    """A finished quick study: a few cells on two local workers, the others in this process, which has started."""
     output = tmp_path_factory.mktemp("quick")
-    finish(output, "--workers", "2")
+    finish(output, "--workers", "2", "--only", "cnn/patients_0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("study.cells._run", run_in_this_process)
+        run(str(GRID), str(output))
     return output
 
 

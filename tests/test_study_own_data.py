@@ -5,12 +5,11 @@ import re
 import shutil
 from pathlib import Path
 
-import monai.bundle
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import mark_finished
+from conftest import mark_finished, run_in_this_process
 from PIL import Image
 from test_own_data import decathlon, plain, write_volume
 from test_own_data import organ as block
@@ -150,14 +149,6 @@ def test_hearts_of_ones_own_can_be_scored_with_the_weights_that_come_with_the_pa
     assert [stage.name for stage in as_it_comes] == ["evaluating"]
     assert as_it_comes[0].parser().get_parsed_content("ckpt_path") == pretrained_file("unet.pt")
     assert [stage.name for stage in more] == ["training", "evaluating"]
-
-
-def run_in_this_process(stage, _log, **_):
-    """Run a stage as MONAI's runner does, which takes seconds to start in a process of its own."""
-    configs = [str(stage.method.config(name)) for name in stage.configs]
-    knobs = {name: "$None" if value is None else value for name, value in stage.knobs.items()}  # as on a command line
-    options = {"bundle_root": str(stage.method.config("train").parents[1]), "is_silent": True, **knobs}
-    monai.bundle.run(stage.name, config_file=configs, logging_file=False, **options)
 
 
 def test_a_study_of_ones_own_data_runs_up_to_its_report(tmp_path, monkeypatch):
