@@ -86,7 +86,9 @@ class Segmenter:
     def __init__(self, folder: Path, **knobs) -> None:
         parser = ConfigParser()
         parser.read_config(REPOSITORY / "bundles/unet_acdc/configs/inference.json")
-        parser.update({"canvas_size": 32, "crop_size": 32, "output_dir": str(folder), **knobs})
+        small = {"canvas_size": 32, "crop_size": 32, "test_time_views": 1}
+        plain = {"slice_smoothing": 0, "largest_component": False, "ckpt_path": "there is no model"}
+        parser.update({**small, **plain, "output_dir": str(folder), **knobs})
         self.network = Bands()
         self.inferer = parser.get_parsed_content("inferer")
         self.preprocessing = parser.get_parsed_content("preprocessing")
