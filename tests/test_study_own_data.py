@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import mark_finished, run_in_this_process
 from PIL import Image
-from test_own_data import decathlon, plain, write_volume
+from test_own_data import HIPPOCAMPUS, decathlon, plain, write_volume
 from test_own_data import organ as block
 
 from adapt.new import new_bundle
@@ -176,7 +176,8 @@ def test_a_head_and_a_unet_are_compared_on_ones_own_data_and_the_heads_encoder_i
     assert (costs["minutes left"] > 0).all()
     run(str(grid), str(output))
     assert set(pd.read_csv(output / "table_1.csv")["method"]) == {"./organ", "./head"}
-    assert (output / "embeddings.png").is_file()
+    # phantoms of volumes have too few slices for a picture
+    assert (output / "embeddings.png").is_file() == HIPPOCAMPUS.is_dir()
     page = re.sub(r"data:image/[^\"]*", "", (output / "report.html").read_text())
     assert "slices of the test cases of split 0." in page
     assert not re.search(r"patient|phantom", page)
