@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import components
+from components.sam.checkpoint import CHECKPOINT_FILES
+from components.sam.defaults import PHANTOM_UNET as SHIPPED_ENCODER
 
 FOLDER = Path(__file__).parent / "template"
-SHIPPED_ENCODER = "phantom_unet"
 WIDTH, LIST_ITEM_WIDTH = 120, 250  # columns: a transform or handler of a list stands on one line
 _PLACE, _ONLY_FOR = "...", "_only_for_"
 _NAME = re.compile(r"\{\{(\w+)\}\}")
@@ -35,9 +36,8 @@ def networks() -> dict[str, Parts]:
 
 def encoders() -> dict[str, dict[str, str]]:
     """Return file name, address and SHA-256 of each published encoder, by model type."""
-    published = _read("networks.json")["encoders"]
-    del published["_desc_"]
-    return published
+    facts = _read("networks.json")["encoders"]
+    return {name: {"file": file, **facts[name]} for name, file in CHECKPOINT_FILES.items()}
 
 
 def knob_meanings() -> dict[str, list[str]]:
@@ -72,34 +72,35 @@ class Instance:
         sam_checkpoint: str | None = None,
         texts: Mapping[str, Any] | None = None,
     ) -> None:
-        if network not in networks():
-            raise ValueError(f"unknown network {network!r}: expected one of {', '.join(networks())}")
-        own, datasets = networks()[network], _read("datasets.json")
+        described, datasets = _read("networks.json"), _read("datasets.json")
+        known = described["networks"]
+        if network not in known:
+            raise ValueError(f"unknown network {network!r}: expected one of {', '.join(known)}")
+        own, published = known[network], encoders()
         kind, shows = own["kind"], "hearts" if hearts else "any"
         self.is_of_paper = model_type != SHIPPED_ENCODER or sam_checkpoint is not None
         if kind != "encoder" and self.is_of_paper:
-            with_encoder = [name for name, entry in networks().items() if entry["kind"] == "encoder"]
+            with_encoder = [name for name, entry in known.items() if entry["kind"] == "encoder"]
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
-        if sam_checkpoint is None and model_type not in (known := (SHIPPED_ENCODER, *encoders())):
+        if sam_checkpoint is None and model_type not in (types := (SHIPPED_ENCODER, *published)):
             raise ValueError(
-                f"no published encoder has model_type {model_type!r}: expected one of {', '.join(known)}, or the "
+                f"no published encoder has model_type {model_type!r}: expected one of {', '.join(types)}, or the "
                 "encoder's file; give --sam_checkpoint FILE"
             )
         self.tags = {kind, network, cases, shows} | ({"pretrained"} & own.keys())
-        layers = [datasets[shows], datasets[cases], of_kind := _read("networks.json")["kinds"][kind], of_kind[shows]]
+        layers = [datasets[shows], datasets[cases], of_kind := described["kinds"][kind], of_kind[shows]]
         self.parts: Parts = {}
         for layer in (*layers, own, own.get(shows, {}), _of_head(own), texts or {}):
             self.parts |= layer
-        self.parts["package_version"] = components.__version__
-        self.parts["side"] = "176" if hearts and not self.is_of_paper else "256"
-        self.parts["spatial_shape"] = [int(self.parts["side"])] * 2
+        side = 176 if hearts and not self.is_of_paper else 256
+        self.parts |= {"package_version": components.__version__, "side": str(side), "spatial_shape": [side, side]}
         if self.is_of_paper:
             self.parts["encoder_about"] = f"SAM's image encoder ({model_type})"
         self.tags.add("paper" if self.is_of_paper else "shipped")
         self.model = {"model_type": model_type} | ({"sam_checkpoint": sam_checkpoint} if sam_checkpoint else {})
         if sam_checkpoint is None:
-            published = encoders()[model_type if self.is_of_paper else "vit_b"]
-            self.parts |= {f"sam_{name}": value for name, value in published.items()}
+            facts = published[model_type if self.is_of_paper else "vit_b"]
+            self.parts |= {f"sam_{name}": value for name, value in facts.items()}
             self.tags.add("published")
 
     def files(self) -> dict[str, str]:
@@ -177,8 +178,7 @@ class Instance:
             files[path] = with_values(files[path], knobs)
 
     def _meanings(self) -> dict[str, list[str]]:
-        given = self.parts.get("meanings", {})
-        return {knob: given.get(knob, meaning) for knob, meaning in knob_meanings().items()}
+        return knob_meanings() | self.parts.get("meanings", {})
 
 
 def _of_head(network: Parts) -> Parts:
