@@ -41,9 +41,9 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
     """Find out how a folder is laid out.
 
     Args:
-        folder: with a `dataset.json` that lists cases (Medical Segmentation Decathlon, Auto3DSeg) or does not
-            (nnU-Net); with plain folders of images and labels whose names are equal; or with a folder for each
-            patient, whose `Info.cfg` names the frames of ED and ES (ACDC).
+        folder: a `dataset.json` may list its cases (Medical Segmentation Decathlon, Auto3DSeg) or not (nnU-Net). It may
+            have plain folders of images and labels with equal names. Or it has a folder for each patient, whose
+            `Info.cfg` names the frames of ED and ES (ACDC).
 
     Returns:
         its labelled cases, and what else it says.

@@ -16,13 +16,14 @@
 Each one's `__init__.py` lists what configs may name from it, such as `components.networks.CNNHead`; code imports from
 the modules. A sub-package imports from those above it in this table only.
 
-Importing the package warms up torch's CPU mathematics once. In torch 2.13 (oneMKL 2024.2) the very first call of a
-vectorised function (`sqrt`, `exp`, ...) in a process may run at reduced precision on one of its threads
-(https://github.com/pytorch/pytorch/issues/188792): an error of 1e-3 in the first forward pass, gone in the second. One
-call on a single element, which never leaves the calling thread, takes that first call out of every real computation.
+Importing the package warms up torch's CPU mathematics once. In torch 2.13 (oneMKL 2024.2) a process's
+first call of a vectorised function (`sqrt`, `exp`, ...) may run at reduced precision on one of its threads
+(https://github.com/pytorch/pytorch/issues/188792). The first forward pass then has an error of 1e-3, the second none.
+One call on a single element, which never leaves the calling thread, takes that first call out of every real
+computation.
 
-In a process that is `python -m monai.bundle` it also makes the last line of an error one sentence, by
-`components.base.error_line`, and lets the process end without a last collection of garbage; a program that imports the
+In a process that is `python -m monai.bundle` it does two things more. The last line of an error becomes one sentence,
+by `components.base.error_line`. The process ends without a last collection of garbage. A program that imports the
 package keeps its own exception hook.
 """
 

@@ -228,20 +228,21 @@ def read_grid(path: str | Path) -> Grid:
     """Read a grid and list its cells.
 
     Args:
-        path: a JSON file with `methods` (each has a `title`, a `bundle`, and optionally `overlays`, `knobs`,
-            `labelled_cases`, `start`, `continues` and `paper`), `labelled_cases` (a list, null for all; the default for
-            methods) and `splits`; optionally `ablations` (each has a `title`, `methods`, `values` with the knobs of
-            each value, and optionally `labelled_cases`) and a `dataset` of phantoms. A value without knobs is the
-            method without changes. A `bundle` with a slash is a path, relative to this file's folder; any other is a
-            folder below `bundles`.
+        path: a JSON file with `methods`, `labelled_cases` (a list, null for all) and `splits`; `ablations` and a
+            `dataset` of phantoms are optional. A method has a `title` and a `bundle`; `overlays`, `knobs`, `start`,
+            `continues`, `paper` and its own `labelled_cases` are optional. An ablation has a `title`, `methods`, and
+            `values` with the knobs of each; its own `labelled_cases` are optional. A value without knobs is the method
+            without changes. A `bundle` with a slash is a path, relative to this file's folder; any other is a folder
+            below `bundles`.
 
     Returns:
         the study.
 
     Raises:
-        ValueError: when a key is unknown or missing; a bundle, an overlay, an ablation's method, the method that one
-            continues or a row of the paper does not exist; two methods have the same title, or different data; labelled
-            cases are set for a bundle that does not train; or nothing is there to evaluate with 0 labelled cases.
+        ValueError: when a key is unknown or missing. When something that is named does not exist: a bundle, an overlay,
+            an ablation's method, the method that one continues, or a row of the paper. When two methods have the same
+            title, or different data. When labelled cases are set for a bundle that does not train. When nothing is
+            there to evaluate with 0 labelled cases.
     """
     grid = json.loads(Path(path).read_text())
     _check_keys(grid, f"{path}", required={"methods", "splits", LABELLED_CASES}, known=_GRID_KEYS)

@@ -68,9 +68,9 @@ def list_cases(
         dictionaries with the paths `image` and `label`.
 
     Raises:
-        ValueError: when the folder of the data is not set; for an unknown subset or unit, more labelled cases than the
-            training subset has, or a training or test subset without cases; for a case without a label, a case listed
-            twice, or a group in two lists.
+        ValueError: when the folder of the data is not set. For an unknown subset or unit. For more labelled cases than
+            the training subset has, or a training or test subset without cases. For a case without a label, a case
+            listed twice, or a group in two lists.
     """
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r}: expected one of {', '.join(SUBSETS)}")

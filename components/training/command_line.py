@@ -40,10 +40,10 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
     """Check the command line; give paths the text that was typed, and truth values their meaning.
 
     A knob is a path if its name ends in ``_dir``, ``_path``, ``_root`` or ``_checkpoint``. python-fire reads values as
-    Python (``20230712``, ``1e5``, ``[x]``) and MONAI's parser rewrites ``#`` in every string, so this puts the text
+    Python (``20230712``, ``1e5``, ``[x]``), and MONAI's parser rewrites ``#`` in every string. So this puts the text
     itself among the resolved values of the config. It stands first in the list of expressions that a run evaluates,
-    before any of them uses a path. What begins with ``$``, ``@`` or ``%`` and a dictionary stay what configs take them
-    for; a path that is mistaken for one, and what else cannot be kept, is refused.
+    before any of them uses a path. Dictionaries, and values that begin with ``$``, ``@`` or ``%``, keep their config
+    meaning. A path that is mistaken for one is refused, and so is what else cannot be kept.
 
     ``true`` and ``false``, in small or capital letters, become truth values, and an option that has one in the configs
     takes nothing else; see `components.training.truth_values`.
@@ -205,7 +205,7 @@ def _fault_of_expression(expression: str, names: Mapping[str, Any]) -> str:
 
 
 def _refuse_unlikely_path(option: str, text: str) -> None:
-    """Raise an error on a path that nobody means, such as what a shell left where a variable or `~` stood."""
+    """Refuse a path that is a mistake, such as an unset variable of the shell or a literal `~`."""
     if not text.strip():
         raise ValueError(f"expected a path, got `--{option} '{text}'`: is a variable of the shell unset?")
     if text[0] == "~" and not Path(text).exists():
@@ -238,8 +238,8 @@ def _tracking_keys(settings: dict[str, Any]) -> set[str]:
 def _configs(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values by top-level key of every file that the command line names.
 
-    Those are the configs, of which the last one with a key counts, the file of arguments, which overrides them, and
-    tracking settings. A key within another, as a file of arguments may have, has the value None.
+    Later configs override earlier ones, and the file of arguments overrides them all. Tracking settings come from a
+    file as well. A key within another, as a file of arguments may have, has the value None.
     """
     arguments = read_args(options.get("args_file"))
     configs: dict[str, Any] = {}

@@ -54,9 +54,9 @@ class MeanTeacherMixing:
     """A trainer's `prepare_batch` that has a teacher label the slices without a label, and mixes them.
 
     The teacher, the running mean of the network in training, first takes up the last step. Then it labels these slices
-    as they are, and a rectangle of half the size of each is replaced by that of another one, with its labels (CutMix):
-    the network has to see in strange surroundings what its teacher has seen in the whole slice. All pixels count, also
-    where the teacher is not sure.
+    as they are. A rectangle of half the size of each is replaced by that of another one, with its labels (CutMix). So
+    the network sees in strange surroundings what its teacher has seen in the whole slice. All pixels count, also where
+    the teacher is not sure.
 
     Sources: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017; French et al.,
     "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC 2020. MONAI's `CutMix` cuts all

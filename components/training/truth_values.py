@@ -31,8 +31,8 @@ def read_truth_value(option: str, value: Any, configs: Mapping[str, Any]) -> boo
         the truth value; None where the value is what the configs are to have.
 
     Raises:
-        ValueError: when the configs have a truth value, and the option gives something that is none; when one within a
-            key of the configs is written otherwise than `True` or `False`, as it cannot be replaced there.
+        ValueError: when the configs have a truth value and the option gives none. When an option for something within
+            a key is written otherwise than `True` or `False`, since it cannot be replaced there.
     """
     *path, last = ReferenceResolver.split_id(option)
     truth = as_truth_value(value)

@@ -72,9 +72,9 @@ def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_cases: int)
         training_cases: the number of labelled cases that null stands for.
 
     Returns:
-        a row for each cell, case and class with the columns `method` (key), `title`, `ablation` and `value` (empty for
-        the method as it is), `labelled_patients` (the number of labelled cases), `split`, `case`, `class`, `dice` in
-        0..1 and `assd_mm`, both nan where undefined; sorted as the cells are.
+        a row for each cell, case and class, sorted as the cells are. Columns: `method` (key), `title`, `ablation`,
+        `value`, `labelled_patients` (the number of labelled cases), `split`, `case`, `class`, `dice` in 0..1 and
+        `assd_mm`. `ablation` and `value` are empty for the method as it is. Undefined scores are nan.
     """
     return _read(cells, output_dir, "metrics.csv", training_cases)
 
