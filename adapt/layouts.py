@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from monai.data import load_decathlon_datalist
 
+from components.base.volume_metadata import case_name, is_picture, volume_suffix
 from components.data.acdc import CLASS_NAMES, INFO, read_acdc
-from components.data.cases import SUBSETS, check_listed_once
-from components.data.volume_metadata import case_name, is_picture, volume_suffix
+from components.data.cases import SUBSETS, check_no_leakage
 
 IMAGES = ("images", "imagesTr")
 LABELS = ("labels", "masks", "labelsTr")
@@ -170,4 +170,4 @@ def _check(lists: dict[str, list[Item]]) -> None:
             for role in ("image", "label") if name in SUBSETS else ("image",):
                 if not Path(item[role]).is_file():
                     raise FileNotFoundError(f"there is no {role} {item[role]}, which the list `{name}` names")
-    check_listed_once(lists)
+    check_no_leakage(lists)

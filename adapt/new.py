@@ -56,7 +56,7 @@ def new_bundle(
         raise FileNotFoundError(f"there is no SAM checkpoint {sam_checkpoint}: give --sam_checkpoint FILE")
     file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100
     encoder: dict[str, Any] = {"model_type": model_type, "sam_checkpoint": file}
-    Instance(network, cases="own", hearts=False, **encoder)  # checks them before the data are read
+    Instance(network, cases="custom", hearts=False, **encoder)  # checks them before the data are read
     if sam_checkpoint is not None:
         SamEncoder(model_type, sam_checkpoint)
     folder = Path(os.path.abspath(data))  # noqa: PTH100  # links are followed, and stay as they are named
@@ -68,7 +68,7 @@ def new_bundle(
         said.append(
             f"{SHIPPED_ENCODER} has learned hearts alone: train its neck along with the head (configs/neck.json)"
         )
-    instance = Instance(network, cases="own", hearts=hearts, **encoder, texts=_texts(name, description, said))
+    instance = Instance(network, cases="custom", hearts=hearts, **encoder, texts=_texts(name, description, said))
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=f".{name}_") as partial:
         whole = Path(partial) / name

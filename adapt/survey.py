@@ -13,12 +13,12 @@ from monai.transforms import LoadImage
 from tqdm import tqdm
 
 from adapt.layouts import Item, Layout
+from components.base.volume_metadata import is_picture
 from components.data.acdc import CLASS_NAMES
 from components.data.cases import SUBSETS
 from components.data.geometry import find_slice_axis, on_grid_of
 from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
-from components.data.volume_metadata import is_picture
 
 SIDES = re.compile(r"(left|right|anterior|posterior|superior|inferior|upper|lower|dorsal|ventral|l|r)", re.IGNORECASE)
 MOST_CLASSES = 64  # more different values are no classes

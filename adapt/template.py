@@ -52,7 +52,7 @@ class Instance:
 
     Args:
         network: name of a network.
-        cases: `acdc` for a folder of ACDC's layout, `own` for cases that `data.json` lists.
+        cases: `acdc` for a folder of ACDC's layout, `custom` for cases that `data.json` lists.
         hearts: whether the classes are RV, Myo and LV, of which there are phantoms and pretrained weights.
         model_type: the encoder; any but the shipped one makes the paper's recipe, `sam.json`, the bundle's own.
         sam_checkpoint: path of that encoder's file, None for where `download_large_files` puts SAM's own.
@@ -186,12 +186,12 @@ def _of_head(network: Parts) -> Parts:
     if "head" not in network:
         return {}
     knobs = network.get("head_knobs", {})
-    as_trained = {f"@{name}": f"$@as_trained['{name}']" for name in ("out_channels", *knobs)}
+    settings = {f"@{name}": f"$@settings['{name}']" for name in ("out_channels", *knobs)}
     return {
         "head_knobs_as_trained": dict.fromkeys(knobs),
         "head_recorded": {name: f"@{name}" for name in knobs},
-        "head_recorded_as_trained": {name: as_trained[f"@{name}"] for name in knobs},
-        "head_as_trained": {key: as_trained.get(str(value), value) for key, value in network["head"].items()},
+        "head_recorded_as_trained": {name: settings[f"@{name}"] for name in knobs},
+        "head_as_trained": {key: settings.get(str(value), value) for key, value in network["head"].items()},
     }
 
 

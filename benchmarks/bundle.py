@@ -72,7 +72,7 @@ def training(
 def inference(settings: Settings, encoder: nn.Module, *, head: str, precision: str) -> ConfigParser:
     """Parse `inference.json` with a given encoder and head; see `training`."""
     parser = _parser([str(CONFIGS / "inference.json")], settings, encoder, head=head, precision=precision)
-    parser["as_trained"] = {"crop_size": settings.canvas_size, "test_time_views": 1}
+    parser["settings"] = {"crop_size": settings.canvas_size, "test_time_views": 1}
     parser.parse()
     return parser
 

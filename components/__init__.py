@@ -2,15 +2,18 @@
 
 | sub-package | holds |
 |---|---|
-| `base` | files written whole or not at all, weights, number formats |
+| `base` | files written whole or not at all, names and axes of volumes, weights, number formats |
 | `embeddings` | embeddings of images, kept in memory and on disk |
 | `pretrained` | the weights that come with the package |
 | `sam` | Segment Anything: checkpoints, image encoder, decoder |
 | `networks` | networks from images to logits: heads on SAM's encoder, and baselines |
 | `phantom` | synthetic patients and slices |
-| `data` | from files to slices |
+| `dicom` | DICOM studies and segmentation objects |
+| `data` | from files to slices, and predictions back to files |
 | `training` | checkpoints, epochs, phantoms in batches, records of a run |
-| `evaluation` | from a trained network to predictions, scores and pictures |
+| `inference` | from a trained network to label maps of volumes and cines |
+| `evaluation` | from predictions to scores, tables and pictures |
+| `function` | cardiac function measured in label maps |
 | `pretraining` | training of what comes with the package |
 
 Each one's `__init__.py` lists what configs may name from it, such as `components.networks.CNNHead`; code imports from
@@ -32,52 +35,10 @@ import gc
 import importlib
 import os
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import torch
 
 __version__ = "0.8.0"
-
-# Modules of version 0.1 that configs and scripts of users may still name, and where what they held is now.
-_MOVED = {
-    "acdc": "data.acdc",
-    "box_prompts": "networks.box_prompted_sam",
-    "checkpoint_loader": "evaluation.model_loader",
-    "checkpoints": "training.checkpoints",
-    "command_line": "training.command_line",
-    "contrastive": "networks.contrastive",
-    "datasets": "training.epoch_handlers",  # with `SliceDataset`, which it imports
-    "embedding_cache": "embeddings.cache",
-    "encoder": "sam.encoder",
-    "heads": "networks.heads",
-    "inferers": "evaluation.slice_inferer",
-    "metrics": "evaluation.metrics",
-    "overlays": "evaluation.overlays",
-    "reports": "evaluation.reports",
-    "transforms": "data.transforms",
-    "unet": "networks.unet",
-    "validation": "training.epoch_handlers",
-    "volumes": "data.volumes",
-}
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name not in _MOVED:
-        raise AttributeError(f"module 'components' has no attribute {name!r}")
-    return importlib.import_module(f"components.{_MOVED[name]}")
-
-
-class _MovedModules(MetaPathFinder, Loader):
-    """Import the module that holds now what a module of version 0.1 held."""
-
-    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
-        package, dot, name = fullname.partition(".")
-        return ModuleSpec(fullname, self) if package + dot == f"{__name__}." and name in _MOVED else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = __getattr__(module.__name__.partition(".")[2])
 
 
 def _warm_up_cpu_math() -> None:
@@ -103,7 +64,6 @@ def _end_quickly() -> None:
         atexit.register(gc.freeze)
 
 
-sys.meta_path.append(_MovedModules())
 _warm_up_cpu_math()
 _end_with_error_line()
 _end_quickly()

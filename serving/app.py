@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapt.new import DATA_FILE
-from components.networks.trained_with import as_trained
+from components.networks.trained_with import resolve_settings
 from release.bundles import (
     ENCODER_KNOB,
     MODEL,
@@ -101,7 +101,7 @@ def _as_monai_label_expects(root: Path, source: Path) -> None:
         root: the bundle's folder in the app.
         source: its own folder, from which an encoder is read that is no part of the package.
     """
-    trained = as_trained(str(root / MODEL), {}, {})
+    trained = resolve_settings(str(root / MODEL), {}, {})
     train = root / "configs/train.json"
     knobs = {name: trained[name] for name in _CHOSEN if name in trained and name in json.loads(train.read_text())}
     encoder = weights_of(source).get(ENCODER_KNOB)

@@ -188,9 +188,11 @@ class App(MONAILabelApp):
 
 def _reason(error: Exception, names: Mapping[str, str]) -> str | None:
     """Return the sentence of an error that a bundle's `components` raise, with names for paths; None for others."""
-    from components.base.error_line import summary_of  # of the bundles, which are on the path only once they are read
+    from components.base.error_line import (
+        summarize_traceback,  # of the bundles, which are on the path only once they are read
+    )
 
-    sentence, is_own = summary_of("".join(traceback.format_exception(error)))
+    sentence, is_own = summarize_traceback("".join(traceback.format_exception(error)))
     for path, name in names.items():
         sentence = sentence.replace(path, name)
     return sentence if is_own else None

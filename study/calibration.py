@@ -16,8 +16,8 @@ from monai.engines.utils import IterationEvents
 from scipy.stats import spearmanr, theilslopes
 
 from components.base.atomic_write import write_atomically
-from components.data.volume_metadata import case_name
-from components.evaluation.quality import CALIBRATION, expected_dice
+from components.base.volume_metadata import case_name
+from components.function.quality import CALIBRATION, expected_dice
 from components.phantom.degraded import SPACING_MM, degraded_phantom
 
 logger = logging.getLogger("study")

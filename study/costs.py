@@ -14,9 +14,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from components.base.precision import autocast_to
+from components.base.volume_metadata import is_picture
 from components.data.geometry import slices_last
 from components.data.transforms import LoadVolumed
-from components.data.volume_metadata import is_picture
 from study.cells import Stage, has_failed, is_finished, list_cases_to_score, list_stages, read_record
 from study.execution import Task
 from study.grid import LABELLED_CASES, UNLABELLED
@@ -187,7 +187,7 @@ def _without_weights(stage: Stage) -> ConfigParser:
     weights = _WEIGHTS if stage.name != "evaluating" else _WEIGHTS[:1]  # the other says what it was trained with
     parser.update({name: None for name in (*weights, "cache_dir") if name in parser.get()})
     if "trained_with" in parser.get():
-        parser.update({"trained_with#views_shown": None})  # which a start, left out here, may have been shown
+        parser.update({"trained_with#trained_views": None})  # which a start, left out here, may have been shown
     if stage.name == "training":
         parser["train#dataset#progress"] = False
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from components.data.acdc import patient_of
 from components.data.cases import SUBSETS, groups_of_cases
-from components.data.own_data import read_data
+from components.data.custom_data import read_data
 
 OWN_COUNTS = "cases"  # what labelled ones of a user's own data are called
 _MUST_AGREE = ("dataset_dir", "class_names", "label_values", *SUBSETS)  # between bundles of one study

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from components.data.acdc import CLASS_NAMES, list_patients, read_acdc
-from components.data.cases import groups_of_cases, list_cases, split_patients
-from components.data.own_data import FIELDS
+from components.data.cases import groups_of_cases, list_cases
+from components.data.custom_data import FIELDS
+from components.data.split import split_patients
 
 
 def write_patient(folder: Path, name: str, ed: int = 1, es: int = 12) -> Path:

@@ -1,4 +1,4 @@
-"""The structure of `components`: which way its sub-packages import, what configs may name, what older configs name."""
+"""The structure of `components`: which way its sub-packages import, and what configs may name."""
 
 import ast
 import importlib
@@ -59,59 +59,3 @@ def test_every_target_of_a_config_is_offered_by_its_sub_package(path):
         package = importlib.import_module(f"components.{name}")
         assert attribute in dir(package), target
         assert locate(f"components.{target}") is getattr(package, attribute), target
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "box_prompts.BoxPromptedSam",
-        "checkpoint_loader.ModelCheckpointLoader",
-        "checkpoints.TrainingCheckpoints",
-        "command_line.refuse_unknown_knobs",
-        "contrastive.ContrastiveUNet",
-        "contrastive.TwoViews",
-        "datasets.EpochSeeds",
-        "datasets.SliceDataset",
-        "embedding_cache.EmbeddingCacheReport",
-        "encoder.SamEncoder",
-        "heads.CNNHead",
-        "heads.LinearHead",
-        "heads.ViTHead",
-        "inferers.TurnedSliceInferer",
-        "metrics.VolumeAssdHandler",
-        "metrics.VolumeDiceHandler",
-        "networks.PromptFreeSam",
-        "overlays.SaveOverlayd",
-        "phantom.dataset.write_phantom_dataset",
-        "phantom.mixing.PhantomMixing",
-        "pretrained.pretrained_file",
-        "pretraining.GradientClipping",
-        "pretraining.JointHead",
-        "pretraining.PhantomStream",
-        "pretraining.StreamPosition",
-        "pretraining.parameter_groups",
-        "pretraining.phantom_stacks",
-        "pretraining.predictions_of_all",
-        "reports.EvaluationReport",
-        "sam.default_checkpoint",
-        "transforms.LoadVolumed",
-        "transforms.PadInPlaneToSquared",
-        "transforms.RoundIntensityd",
-        "unet.GreyUNet",
-        "validation.LastEpochValidationHandler",
-        "volumes.VolumeWriter",
-        "volumes.find_volumes",
-    ],
-)
-def test_targets_of_version_0_1_in_overlays_of_users_still_resolve(target):
-    found = locate(f"components.{target}")
-    assert found is not None
-    assert found.__name__ == target.rpartition(".")[2]
-
-
-def test_modules_of_version_0_1_in_scripts_of_users_are_still_imported():
-    moved = importlib.import_module("components.acdc")
-    assert moved is importlib.import_module("components.data.acdc")
-    assert moved.__spec__.name == "components.data.acdc"
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("components.never_was")

@@ -27,11 +27,11 @@ from components.phantom.dataset import write_phantom_dataset
 
 HEADS = tuple(f"{name}_acdc" for name, network in networks().items() if network["kind"] == "encoder")
 BUNDLES = tuple(f"{name}_acdc" for name in networks())
-DEAR = ("autosam_acdc", "cnnhead_acdc")  # heads of millions of weights, on fine tokens
+SLOW = ("autosam_acdc", "cnnhead_acdc")  # heads of millions of weights, on fine tokens
 
 
 def dear_ones_slow(bundles):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in DEAR else name for name in bundles]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in bundles]
 
 
 TINY = {"model_type": "vit_tiny", "sam_checkpoint": "$None", "image_size": 64}

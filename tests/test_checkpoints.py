@@ -22,8 +22,8 @@ from monai.optimizers import WarmupCosineSchedule
 from torch.nn.parallel import DistributedDataParallel
 
 from components.base.atomic_write import save_atomically, write_atomically
-from components.evaluation.model_loader import ModelCheckpointLoader
-from components.networks.trained_with import remember_training
+from components.inference.model_loader import ModelCheckpointLoader
+from components.networks.trained_with import attach_training_record
 from components.training.checkpoints import TrainingCheckpoints
 from components.training.epoch_handlers import LastEpochValidationHandler
 
@@ -344,7 +344,7 @@ def test_checkpoint_of_another_network_is_an_error_that_names_the_file(tmp_path)
 def test_a_run_does_not_resume_what_was_trained_otherwise_and_the_loader_refuses_it_too(tmp_path):
     def cropped(size):
         def wrap(network):
-            remember_training(network, {"crop_size": size})
+            attach_training_record(network, {"crop_size": size})
             return network
 
         return wrap

@@ -11,11 +11,12 @@ from conftest import messages_of
 from monai.data import DataLoader
 from monai.transforms import AsDiscreted, Compose, Invertd
 
+from components.data.prediction_writer import SavePredictiond
 from components.data.transforms import LoadVolumed, PadInPlaneToSquared, SlicesLastd
-from components.data.volumes import SavePredictiond, VolumeDataset, find_volumes
-from components.evaluation.frames import FrameStore
-from components.evaluation.segmentation import SegmentationEvaluator
-from components.evaluation.slice_inferer import TurnedSliceInferer
+from components.data.volume_search import VolumeDataset, find_volumes
+from components.inference.cine_buffer import CineBuffer
+from components.inference.segmentation import SegmentationEvaluator
+from components.inference.slice_inferer import TestTimeAugmentationInferer
 
 SHAPE = (6, 8, 3)
 AFFINE = np.array([[-1.2, 0.3, 0.1, 20.5], [0.2, 1.1, -4.0, -7.25], [0.05, 0.4, 9.0, 3.125], [0, 0, 0, 1]])
@@ -61,9 +62,9 @@ def segment(
         device=torch.device("cpu"),
         val_data_loader=DataLoader(dataset, batch_size=1),
         network=network or Threshold(),
-        inferer=TurnedSliceInferer(roi_size=(64, 64), spatial_dim=2, sw_batch_size=2),
+        inferer=TestTimeAugmentationInferer(roi_size=(64, 64), spatial_dim=2, sw_batch_size=2),
         postprocessing=Compose([inverse, *saving]),
-        frames=FrameStore(str(output_dir), smoothing=smoothing),
+        frames=CineBuffer(str(output_dir), smoothing=smoothing),
         skipped=dataset.skipped,
         val_handlers=list(handlers),
     )
@@ -164,7 +165,7 @@ def test_the_error_of_an_only_series_is_its_own(tmp_path):
 
 
 def store_of(tmp_path, frames, smoothing):
-    store = FrameStore(str(tmp_path), smoothing=smoothing)
+    store = CineBuffer(str(tmp_path), smoothing=smoothing)
     store.start("cine", np.zeros(1))
     for number, frame in enumerate(frames):
         store.add(np.array([number]), lambda frame=frame: np.array([frame], np.float32))
@@ -203,4 +204,4 @@ def test_ten_frames_are_smoothed_a_little(tmp_path):
 
 def test_a_negative_smoothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="frame_smoothing of 0 frames or more"):
-        FrameStore(str(tmp_path), smoothing=-1)
+        CineBuffer(str(tmp_path), smoothing=-1)

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from conftest import labels_of, mark_finished
 
+from components.base.volume_metadata import case_name
 from components.data.acdc import read_acdc
 from components.data.cases import list_cases
-from components.data.volume_metadata import case_name
 from study.grid import BUNDLES, Cell, Method
 from study.report.clinical import agreement, agreement_table, measure, patient_pairs, read_measurements, read_volumes_ml
 from study.report.scores import count_training_cases

@@ -14,10 +14,10 @@ from test_cine import segment
 from test_function import GreyIsClass
 
 from components.data import dicom
-from components.data.dicom_seg import SaveDicomSegd
-from components.data.dicom_stack import read_stack, read_voxels
-from components.data.volumes import find_volumes
-from components.evaluation.function_report import FunctionReport
+from components.data.volume_search import find_volumes
+from components.dicom.segmentation_object import SaveDicomSegd
+from components.dicom.stack import read_stack, read_voxels
+from components.function.report import FunctionReport
 from components.phantom.dataset import write_phantom_dataset
 
 highdicom = pytest.importorskip("highdicom")

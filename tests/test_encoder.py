@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY, randomise_positions
 from torch import nn
 
-from components.sam.encoder import FORMER_ENCODERS, SamEncoder, fingerprint
+from components.sam.encoder import SamEncoder, fingerprint
 from components.sam.image_encoder import ARCHITECTURES, ImageEncoder
 from components.sam.segment_anything_import import import_from_segment_anything
 
@@ -302,12 +302,3 @@ assert import_from_segment_anything("modeling.sam").ImageEncoderViT is ours.Imag
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(("former", "advice"), FORMER_ENCODERS.items())
-def test_head_on_the_encoder_of_a_former_version_is_told_where_that_encoder_is(former, advice):
-    encoder = SamEncoder("phantom_unet", image_size=32)
-    stored = torch.tensor(list(bytes.fromhex(former).ljust(32, b"0")), dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="encoder of version 0") as error:
-        encoder.load_state_dict({"fingerprint": stored})
-    assert advice in str(error.value)

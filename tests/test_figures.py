@@ -13,9 +13,9 @@ from conftest import labels_of, mark_finished
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from components.base.volume_metadata import case_name
 from components.data.acdc import read_acdc
 from components.data.cases import list_cases
-from components.data.volume_metadata import case_name
 from components.evaluation.overlays import CLASS_COLOURS
 from components.networks.trained_with import encode_record
 from components.phantom.dataset import write_phantom_dataset

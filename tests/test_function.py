@@ -14,15 +14,15 @@ from conftest import REPOSITORY
 from PIL import Image, ImageSequence
 from test_cine import segment
 
-from components.evaluation.function import (
+from components.function.measures import (
     body_surface_m2,
     find_phases,
     heart_rate_per_min,
     measure_function,
     volumes_ml,
 )
-from components.evaluation.function_page import draw_bulls_eyes
-from components.evaluation.function_report import FunctionReport
+from components.function.page import draw_bulls_eyes
+from components.function.report import FunctionReport
 from components.phantom.dataset import write_phantom_dataset
 
 NAN = float("nan")

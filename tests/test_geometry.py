@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 from monai.data import decollate_batch, list_data_collate
 
+from components.data.prediction_writer import GEOMETRY_FIELDS
 from components.data.transforms import LoadVolumed, SlicesLastd
-from components.data.volumes import GEOMETRY_FIELDS
 
 SHAPE = (20, 24, 5)  # voxels towards left, back and head
 SPACING = (1.25, 1.5, 8.0)

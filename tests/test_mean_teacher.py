@@ -11,8 +11,9 @@ from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 
 from components.data.acdc import list_patients, read_acdc
-from components.data.cases import list_cases, list_unlabelled, split_patients
+from components.data.cases import list_cases, list_unlabelled
 from components.data.slices import UNLABELLED, SliceDataset
+from components.data.split import split_patients
 from components.networks import LinearHead, PromptFreeSam
 from components.networks.unet import GreyUNet
 from components.phantom.dataset import write_phantom_dataset
@@ -20,7 +21,7 @@ from components.pretrained import pretrained_file
 from components.sam import SamEncoder
 from components.training.checkpoints import TrainingCheckpoints
 from components.training.epoch_handlers import EpochSeeds
-from components.training.mean_teacher import MeanTeacherMixing, RunningMean
+from components.training.mean_teacher import ExponentialMovingAverage, PseudoLabelCutMix
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +96,8 @@ def test_slices_of_unlabelled_volumes_follow_the_labelled_ones_and_have_no_label
     assert [dataset[index]["label"].unique().tolist() for index in range(len(dataset))] == [[3], [3], [255], [255]]
 
 
-def taught_by(network: torch.nn.Module) -> MeanTeacherMixing:
-    return MeanTeacherMixing(RunningMean(network))
+def taught_by(network: torch.nn.Module) -> PseudoLabelCutMix:
+    return PseudoLabelCutMix(ExponentialMovingAverage(network))
 
 
 class Bright(torch.nn.Module):
@@ -125,7 +126,7 @@ def head_on_frozen_encoder() -> torch.nn.Sequential:
 
 def test_mean_follows_the_trained_weights_and_shares_the_frozen_ones():
     network = head_on_frozen_encoder()
-    running = RunningMean(network, momentum=0.75)
+    running = ExponentialMovingAverage(network, momentum=0.75)
     first = network[1].weight.detach().clone()
     with torch.no_grad():
         for step in (1, 2):
@@ -144,8 +145,8 @@ def test_mean_follows_the_trained_weights_and_shares_the_frozen_ones():
 
 def test_every_batch_is_labelled_by_the_mean_after_the_step_before_it():
     network = head_on_frozen_encoder()
-    running = RunningMean(network)
-    mixing = MeanTeacherMixing(running)
+    running = ExponentialMovingAverage(network)
+    mixing = PseudoLabelCutMix(running)
     before = running.mean[1].bias.clone()
     means = []
     for step in (1.0, 2.0, 3.0):
@@ -161,13 +162,13 @@ def test_every_batch_is_labelled_by_the_mean_after_the_step_before_it():
 @pytest.mark.parametrize("momentum", [0, 1, 1.5])
 def test_impossible_momentum_is_refused(momentum):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        RunningMean(head_on_frozen_encoder(), momentum=momentum)
+        ExponentialMovingAverage(head_on_frozen_encoder(), momentum=momentum)
 
 
 def test_encoder_of_a_teacher_stays_the_one_that_its_fingerprint_names():
     encoder = SamEncoder("phantom_unet", str(pretrained_file("phantom_unet.pth")), 32)
     network = PromptFreeSam(encoder, LinearHead(out_channels=2))
-    running = RunningMean(network)
+    running = ExponentialMovingAverage(network)
     named = encoder.fingerprint.clone()
     for _ in range(3):
         running.update()
@@ -234,8 +235,8 @@ def train_with_a_teacher(folder: Path, *, epochs: int, resume: bool = False) -> 
         torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1)
     )
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
-    teacher = RunningMean(network, momentum=0.9)
-    mixing = MeanTeacherMixing(teacher)
+    teacher = ExponentialMovingAverage(network, momentum=0.9)
+    mixing = PseudoLabelCutMix(teacher)
     trainer = SupervisedTrainer(
         device="cpu",
         max_epochs=epochs,

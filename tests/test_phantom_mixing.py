@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from components.data.slices import SliceDataset
 from components.phantom.slices import phantom_slices
 from components.training.epoch_handlers import EpochSeeds
-from components.training.mean_teacher import MeanTeacherMixing, RunningMean
+from components.training.mean_teacher import ExponentialMovingAverage, PseudoLabelCutMix
 from components.training.phantom_mixing import PhantomMixing
 
 SIZE = 32
@@ -155,7 +155,9 @@ def test_every_epoch_begins_with_its_own_phantoms_also_within_a_mean_teacher(is_
     batch = batch_of(4, dtype=torch.float32)
     mix, resumed = PhantomMixing(0.5, pool_size=64), PhantomMixing(0.5, pool_size=64)
     first = [phantoms_of(mix, batch)[0] for _ in range(3)]
-    mixing = MeanTeacherMixing(RunningMean(torch.nn.Linear(1, 1)), resumed) if is_within_a_teacher else resumed
+    mixing = (
+        PseudoLabelCutMix(ExponentialMovingAverage(torch.nn.Linear(1, 1)), resumed) if is_within_a_teacher else resumed
+    )
     trainer = Engine(lambda *_: None)
     trainer.state.epoch = 2
     slices._items = [(0, 0)] * 8  # an epoch of two batches

@@ -11,9 +11,9 @@ import torch
 from test_cine import segment
 from test_function import GreyIsClass, beat
 
-from components.evaluation.function_report import FunctionReport
-from components.evaluation.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
-from components.evaluation.quality import CALIBRATION, FLAG_BELOW, Dice, expected_dice, predicted_dice
+from components.function.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
+from components.function.quality import CALIBRATION, FLAG_BELOW, Dice, expected_dice, predicted_dice
+from components.function.report import FunctionReport
 from components.phantom.degraded import degraded_phantom
 from study.calibration import calibrate
 

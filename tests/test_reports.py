@@ -11,7 +11,7 @@ from monai.handlers import MetricsSaver, from_engine
 from monai.transforms import AsDiscreted
 
 from components.base.atomic_write import write_atomically
-from components.data.volume_metadata import case_name
+from components.base.volume_metadata import case_name
 from components.evaluation.metrics import VolumeAssdHandler, VolumeDiceHandler
 from components.evaluation.reports import SUMMARY_COLUMNS, EvaluationReport, summarise
 

@@ -11,10 +11,11 @@ from conftest import messages_of
 from monai.data import DataLoader
 from monai.transforms import AsDiscreted, Compose
 
+from components.data.prediction_writer import SavePredictiond
 from components.data.transforms import LoadVolumed
-from components.data.volumes import SavePredictiond, VolumeDataset, find_volumes
-from components.evaluation.segmentation import SegmentationEvaluator
-from components.evaluation.slice_inferer import TurnedSliceInferer
+from components.data.volume_search import VolumeDataset, find_volumes
+from components.inference.segmentation import SegmentationEvaluator
+from components.inference.slice_inferer import TestTimeAugmentationInferer
 
 SHAPE = (8, 8, 3)
 
@@ -41,7 +42,7 @@ def segment(folder: Path, output_dir: Path, num_workers=0) -> SegmentationEvalua
         device=torch.device("cpu"),
         val_data_loader=DataLoader(dataset, batch_size=1, num_workers=num_workers),
         network=Threshold(),
-        inferer=TurnedSliceInferer(roi_size=SHAPE[:2], spatial_dim=2, sw_batch_size=2),
+        inferer=TestTimeAugmentationInferer(roi_size=SHAPE[:2], spatial_dim=2, sw_batch_size=2),
         postprocessing=Compose([AsDiscreted("pred", argmax=True), SavePredictiond("pred", str(output_dir))]),
         skipped=dataset.skipped,
     )

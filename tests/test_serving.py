@@ -14,7 +14,7 @@ import pytest
 import torch
 from label_server import served
 from PIL import Image
-from test_own_data import decathlon, plain, trained
+from test_custom_data import decathlon, plain, trained
 from test_release import own_bundle
 from test_release import trained as trained_with
 

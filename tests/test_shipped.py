@@ -91,8 +91,8 @@ def test_training_and_inference_start_from_the_same_files_that_come_with_the_pac
 @pytest.mark.parametrize("bundle", SHIPPED)
 def test_what_inference_takes_for_granted_is_what_training_records(bundle):
     trained_with = parsed(bundle, ("train",)).get_parsed_content("trained_with")
-    assumed = parsed(bundle, ("inference",)).get_parsed_content("as_trained#otherwise")
-    assert assumed.keys() | {"slice_axis", "views_shown"} == trained_with.keys()
+    assumed = parsed(bundle, ("inference",)).get_parsed_content("settings#defaults")
+    assert assumed.keys() | {"slice_axis", "trained_views"} == trained_with.keys()
     assert assumed.items() <= trained_with.items()
 
 

@@ -5,7 +5,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import SliceInferer
 
-from components.evaluation.slice_inferer import TurnedSliceInferer
+from components.inference.slice_inferer import TestTimeAugmentationInferer
 
 SETTINGS = {"roi_size": (4, 4), "sw_batch_size": 2, "spatial_dim": 2}
 VOLUME = torch.arange(4 * 4 * 3).view(1, 1, 4, 4, 3).float()
@@ -43,7 +43,7 @@ def turned(volume, turns):
 
 @pytest.mark.parametrize("views", [2, 4, 8])
 def test_each_view_is_turned_back_and_counts_alike(views):
-    means = TurnedSliceInferer(**SETTINGS, test_time_views=views)(VOLUME, sure_of_one_pixel)
+    means = TestTimeAugmentationInferer(**SETTINGS, test_time_views=views)(VOLUME, sure_of_one_pixel)
     expected = torch.zeros(4, 4)
     for row, column in SEEN[views]:
         expected[row, column] = 1 / views
@@ -53,21 +53,21 @@ def test_each_view_is_turned_back_and_counts_alike(views):
 
 
 def test_one_view_is_monais_slice_inferer():
-    logits = TurnedSliceInferer(**SETTINGS, test_time_views=1)(VOLUME, uneven)
+    logits = TestTimeAugmentationInferer(**SETTINGS, test_time_views=1)(VOLUME, uneven)
     assert torch.equal(logits, SliceInferer(**SETTINGS)(VOLUME, uneven))
-    assert torch.equal(TurnedSliceInferer(**SETTINGS)(VOLUME, uneven), logits)
+    assert torch.equal(TestTimeAugmentationInferer(**SETTINGS)(VOLUME, uneven), logits)
 
 
 @pytest.mark.parametrize("views", [2, 4, 8])
 def test_views_that_all_agree_give_the_networks_own_probabilities(views):
-    inferer = TurnedSliceInferer(**SETTINGS, test_time_views=views)
+    inferer = TestTimeAugmentationInferer(**SETTINGS, test_time_views=views)
     expected = SliceInferer(**SETTINGS)(VOLUME, pixelwise).softmax(dim=1)
     torch.testing.assert_close(inferer(VOLUME, pixelwise), expected)
 
 
 @pytest.mark.parametrize(("views", "turns"), [(2, 2), (4, 1), (8, 3)])
 def test_turned_volume_gives_the_turned_prediction(views, turns):
-    inferer = TurnedSliceInferer(**SETTINGS, test_time_views=views)
+    inferer = TestTimeAugmentationInferer(**SETTINGS, test_time_views=views)
     torch.testing.assert_close(inferer(turned(VOLUME, turns), uneven), turned(inferer(VOLUME, uneven), turns))
     if views == 8:
         torch.testing.assert_close(inferer(VOLUME.flip(2), uneven), inferer(VOLUME, uneven).flip(2))
@@ -76,18 +76,18 @@ def test_turned_volume_gives_the_turned_prediction(views, turns):
 @pytest.mark.parametrize("views", [0, 3, 16, "8"])
 def test_other_number_of_views_is_refused(views):
     with pytest.raises(ValueError, match=r"expected 1, 2, 4, 8 test-time views.*--test_time_views 8"):
-        TurnedSliceInferer(**SETTINGS, test_time_views=views)
+        TestTimeAugmentationInferer(**SETTINGS, test_time_views=views)
 
 
 def test_condition_beside_several_views_is_refused():
-    inferer = TurnedSliceInferer(**SETTINGS, test_time_views=2)
+    inferer = TestTimeAugmentationInferer(**SETTINGS, test_time_views=2)
     with pytest.raises(ValueError, match="give --test_time_views 1"):
         inferer(VOLUME, lambda slices, _condition: slices, condition=VOLUME)
 
 
 def test_output_that_is_not_finite_is_refused_with_the_volumes_file():
     volume = MetaTensor(torch.zeros(1, 3, 8, 8, 2), meta={"filename_or_obj": ["/data/x.nii.gz"]})
-    inferer = TurnedSliceInferer(roi_size=[8, 8], sw_batch_size=2, spatial_dim=2)
+    inferer = TestTimeAugmentationInferer(roi_size=[8, 8], sw_batch_size=2, spatial_dim=2)
     with pytest.raises(
         ValueError, match=r"/data/x\.nii\.gz has no segmentation: expected finite values.*received 256 NaN"
     ):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 from distributed import LocalCluster
-from test_own_data import decathlon
+from test_custom_data import decathlon
 
 import study
 from adapt.new import new_bundle
@@ -150,7 +150,7 @@ def test_an_invalid_grid_is_refused(tmp_path, changes, message):
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "study").glob("*.json")), ids=lambda path: path.stem)
 def test_every_run_of_a_shipped_grid_has_configs_that_know_its_knobs(path, tmp_path, monkeypatch):
-    if path.stem == "own_data":
+    if path.stem == "custom_data":
         new_bundle("hippocampus", decathlon(tmp_path / "data"), tmp_path)
         monkeypatch.setattr("study.grid.BUNDLES", tmp_path)
     for task in with_preparations(read_grid(path).cells):

@@ -23,7 +23,7 @@ from components.networks import heads
 from components.phantom.dataset import write_phantom_dataset
 
 HEADS = [name for name, network in networks().items() if network["kind"] == "encoder"]
-KINDS = {"acdc": ("acdc", True), "hearts": ("own", True), "any": ("own", False)}
+KINDS = {"acdc": ("acdc", True), "hearts": ("custom", True), "any": ("custom", False)}
 INSTANCES = [(network, kind, SHIPPED_ENCODER) for network in networks() for kind in KINDS]
 INSTANCES += [(head, kind, "vit_b") for head in HEADS for kind in KINDS]
 OWN_TEXTS = {  # what `adapt.new` says of one's own data
@@ -58,7 +58,7 @@ CONFIG = """{
 
 def instance(network: str, kind: str, model_type: str = SHIPPED_ENCODER) -> Instance:
     cases, hearts = KINDS[kind]
-    texts = OWN_TEXTS if cases == "own" else None
+    texts = OWN_TEXTS if cases == "custom" else None
     return Instance(network, cases=cases, hearts=hearts, model_type=model_type, texts=texts)
 
 
@@ -130,7 +130,7 @@ def test_a_place_of_no_part_is_named(small_template):
 
 
 def test_what_is_for_other_bundles_is_left_out(small_template, tmp_path):
-    (tmp_path / "configs/other.json").write_text('{"_only_for_": ["unet", "own"], "a": 1}')
+    (tmp_path / "configs/other.json").write_text('{"_only_for_": ["unet", "custom"], "a": 1}')
     (tmp_path / "configs/both.json").write_text('{"_only_for_": ["unet", "hearts"], "a": 1}')
     assert small_template.files().keys() == {"configs/train.json", "configs/both.json", "docs/README.md"}
     assert "_only_for_" not in small_template.files()["configs/both.json"]
@@ -317,7 +317,8 @@ def test_large_files_name_the_published_encoder(model_type):
 
 
 def test_a_file_of_ones_own_is_the_encoder_of_its_bundle():
-    made = Instance("linearhead", cases="own", hearts=False, model_type="vit_t", sam_checkpoint="x.pt", texts=OWN_TEXTS)
+    encoder = {"model_type": "vit_t", "sam_checkpoint": "x.pt"}
+    made = Instance("linearhead", cases="custom", hearts=False, **encoder, texts=OWN_TEXTS)
     files = made.files()
     assert "large_files.yml" not in files
     for name in ("train", "inference"):

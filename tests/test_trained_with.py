@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from monai.fl.client.monai_algo import compute_weight_diff
 from monai.networks.utils import copy_model_state
 
-from components.networks import as_trained, find_model
+from components.networks import find_model, resolve_settings
 from components.networks.heads import CNNHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.networks.trained_with import decode_record, encode_record
@@ -27,7 +27,7 @@ RECORD = {
     "slice_axis": 0,
     "normalisation": [1, 99],
     "test_time_views": 2,
-    "views_shown": 4,
+    "trained_views": 4,
 }
 OTHERS = {
     "class_names": ["LV", "Myo", "RV"],
@@ -76,16 +76,6 @@ def model(tmp_path_factory) -> str:
     return path
 
 
-@pytest.fixture(scope="module")
-def old_model(model, tmp_path_factory) -> str:
-    """The same model as earlier versions wrote it."""
-    path = str(tmp_path_factory.mktemp("old") / "model.pt")
-    state = torch.load(model, weights_only=True)
-    del state["trained_with"]
-    torch.save(state, path)
-    return path
-
-
 def test_a_record_comes_back_from_any_type_of_number():
     values = encode_record(RECORD | {"class_names": ["Höhle"]})
     for kind in (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.int64):
@@ -121,33 +111,30 @@ def test_an_equal_training_loads_strictly_and_a_network_without_a_record_takes_t
         assert record_of(other) == RECORD
 
 
-def test_an_old_state_dict_loads_strictly_with_a_warning_and_its_views_are_unknown(caplog):
+def test_a_state_dict_without_a_record_is_refused_as_incomplete():
     state = unet(**RECORD).state_dict()
     del state["trained_with"]
-    network = unet(**RECORD)
-    network.load_state_dict(state, strict=True)
-    assert len(caplog.records) == 1
-    assert "older than the record" in caplog.text and "crop_size 96" in caplog.text
-    assert record_of(network) == RECORD | {"views_shown": None}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "trained_with"'):
+        unet(**RECORD).load_state_dict(state)
 
 
 def test_a_start_must_agree_and_the_new_training_keeps_its_own_record(tmp_path):
     path = str(tmp_path / "model.pt")
     torch.save(unet(**RECORD).state_dict(), path)
-    own = RECORD | {"normalisation": None, "test_time_views": 4, "views_shown": 1}
+    own = RECORD | {"normalisation": None, "test_time_views": 4, "trained_views": 1}
     network = GreyUNet(4, 1, start_checkpoint=path, trained_with=own)
-    assert record_of(network) == own | {"views_shown": 4}  # those that the start has seen
+    assert record_of(network) == own | {"trained_views": 4}  # those that the start has seen
     with pytest.raises(ValueError, match=r"model.pt does not fit.*trained with crop_size 96, received 64"):
         GreyUNet(4, 1, start_checkpoint=path, trained_with=own | {"crop_size": 64})
 
 
 def test_a_fresh_network_is_not_validated_in_views_that_it_is_never_shown():
     with pytest.raises(ValueError, match=r"test_time_views of at most 1.*received 8: give --test_time_views 1"):
-        unet(test_time_views=8, views_shown=1)
+        unet(test_time_views=8, trained_views=1)
     fresh = {"start_checkpoint": None, "phantom_share": 0, "cache_dir": None}
     assert "test_time_views of at most 1" in refusal(parsed("train", **fresh), "network_def")
     shown = parsed("train", **fresh | {"phantom_share": 0.5}).get_parsed_content("network_def")
-    assert record_of(shown)["views_shown"] == 8
+    assert record_of(shown)["trained_views"] == 8
 
 
 def test_the_model_is_that_of_a_training_or_else_what_comes_with_the_package_and_the_run_says_which(tmp_path, caplog):
@@ -178,13 +165,13 @@ def test_averaging_keeps_equal_records_and_refuses_different_ones():
 
 def test_a_scripted_network_still_tells(caplog):
     exported = torch.jit.script(unet(**RECORD))
-    assert as_trained(exported, {"crop_size": None}, {"crop_size": 1}) == RECORD
+    assert resolve_settings(exported, {"crop_size": None}, {"crop_size": 1}) == RECORD
     with pytest.raises(ValueError, match=r"the exported network does not fit.*crop_size 96, received 64"):
-        as_trained(exported, {"crop_size": 64}, {})
+        resolve_settings(exported, {"crop_size": 64}, {})
     assert not caplog.records
     plain = torch.jit.script(unet())
-    assert as_trained(plain, {"crop_size": None}, {"crop_size": 256}) == {"crop_size": 256}
-    assert "does not say what it was trained with: taken for granted is crop_size 256" in caplog.text
+    assert resolve_settings(plain, {"crop_size": None}, {"crop_size": 256}) == {"crop_size": 256}
+    assert "has no record of what it was trained with: crop_size 256 is assumed" in caplog.text
 
 
 def test_what_inference_is_not_given_it_takes_from_the_file(model, caplog):
@@ -229,35 +216,31 @@ def test_without_a_file_the_shipped_networks_values_apply_with_a_warning(tmp_pat
     parser = parsed("inference", bundle="unet_acdc", ckpt_path=str(tmp_path / "model.pt"))
     assert parser.get_parsed_content("inferer").roi_size == [176, 176]
     assert parser.get_parsed_content("inferer").test_time_views == 8
-    assert "is not there to say what it was trained with" in caplog.text
-
-
-def test_an_old_file_is_used_with_the_shipped_networks_values_and_one_warning(old_model, caplog):
-    parser = parsed("inference", ckpt_path=old_model, image_size=64, depth=2)
-    assert parser.get_parsed_content("inferer").roi_size == [176, 176]
-    parser.get_parsed_content("network_def").load_state_dict(torch.load(old_model, weights_only=True))
-    (said,) = (record.getMessage() for record in caplog.records if "trained with" in record.getMessage())
-    assert "image_size 64" in said and "crop_size 176" in said
+    assert "has no record of what it was trained with" in caplog.text
 
 
 def test_evaluation_compares_what_it_shows_with_what_the_file_has_been_shown(model):
-    knobs = {name: RECORD[name] for name in ("image_size", "depth", "canvas_size", "crop_size", "slice_axis")}
-    knobs |= {"trained_with#normalisation": [1, 99], "cache_dir": None}
-    state = torch.load(model, weights_only=True)
-    for views in (4, 8):
-        network = parsed("train", "evaluate", **knobs, test_time_views=views).get_parsed_content("network_def")
-        if views == 4:
-            network.load_state_dict(state)
-        else:
-            with pytest.raises(RuntimeError, match="received test_time_views 8"):
-                network.load_state_dict(state)
+    knobs = {"ckpt_path": model, "class_names": RECORD["class_names"], "cache_dir": None}
+    knobs |= {"depth": RECORD["depth"], "slice_axis": RECORD["slice_axis"]}
+    parser = parsed("train", "evaluate", **knobs, test_time_views=4)
+    parser.get_parsed_content("network_def").load_state_dict(torch.load(model, weights_only=True))
+    assert parser.get_parsed_content("validate#inferer").test_time_views == 4
+    assert parser.get_parsed_content("validate#inferer").roi_size == [96, 96]
+    for knob, said in (("test_time_views", "received test_time_views 8"), ("slice_axis", "slice_axis 0, received 2")):
+        other = {"test_time_views": 4} | {knob: 8 if knob == "test_time_views" else 2}
+        assert said in refusal(parsed("train", "evaluate", **knobs | other), "validate#inferer")
 
 
 @pytest.mark.parametrize("bundle", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc"])
 def test_shipped_heads_say_what_the_configs_set(bundle, caplog):
-    for name in ("train", "inference"):
-        parser = ConfigParser()
-        parser.read_config(REPOSITORY / f"bundles/{bundle}/configs/{name}.json")
-        parser.update({"cache_dir": None} if name == "train" else {})
-        assert record_of(parser.get_parsed_content("network_def"))["views_shown"] == 8
+    training, inference = (parsed_as_shipped(bundle, name) for name in ("train", "inference"))
+    training["cache_dir"] = None
+    assert record_of(training.get_parsed_content("network_def"))["trained_views"] == 8
+    assert inference.get_parsed_content("settings")["trained_views"] == 8
     assert "trained with" not in caplog.text
+
+
+def parsed_as_shipped(bundle: str, name: str) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config(REPOSITORY / f"bundles/{bundle}/configs/{name}.json")
+    return parser

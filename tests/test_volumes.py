@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import messages_of
 
+from components.data.prediction_writer import SavePredictiond
 from components.data.transforms import LoadVolumed
-from components.data.volumes import SavePredictiond, find_volumes
+from components.data.volume_search import find_volumes
 
 AFFINE = np.array([[-1.2, 0.3, 0.1, 20.5], [0.2, 1.1, -4.0, -7.25], [0.05, 0.4, 9.0, 3.125], [0, 0, 0, 1]])
 

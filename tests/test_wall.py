@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from components.evaluation.wall import SEGMENTS, thickening_percent, wall_thickness_mm
+from components.function.wall import SEGMENTS, thickening_percent, wall_thickness_mm
 
 CLASSES = {"RV": 1, "Myo": 2, "LV": 3}
 SPACING = 1.5

@@ -45,14 +45,14 @@ class ErrorLine:
             return
         if self.with_traceback:
             sys.__excepthook__(kind, error, trace)
-        line, is_own = summary_of("".join(traceback.format_exception(error)))
+        line, is_own = summarize_traceback("".join(traceback.format_exception(error)))
         hint = "" if is_own or self.with_traceback else " (--debug True shows the traceback)"
         _close_progress_bars()
         sys.stdout.flush()
         print(f"error: {line}{hint}", file=sys.stderr, flush=True)
 
 
-def summary_of(text: str) -> tuple[str, bool]:
+def summarize_traceback(text: str) -> tuple[str, bool]:
     """Find the sentence that matters in a traceback.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 _NO_MEMORY = ("MemoryError", "DefaultCPUAllocator")  # in the text of errors that MONAI or torch make of others
 
 
-def reason_of(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """Return in one line why something failed, without what MONAI's `Compose` and `SaveImage` put around it."""
     while str(error).startswith("applying transform") and error.__cause__ is not None:
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""From files to slices: ACDC's layout, NIfTI volumes, DICOM studies, transforms, a training set of slices."""
+"""From files to slices: lists of cases, images and labels, transforms, a training set of slices, predictions."""
 
 import lazy_loader
 
@@ -7,11 +7,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "acdc": ["read_acdc"],
         "cases": ["list_cases", "list_unlabelled"],
-        "dicom_seg": ["SaveDicomSegd"],
-        "own_data": ["LabelledCases", "read_data"],
+        "custom_data": ["DatasetStatistics", "read_data"],
+        "prediction_writer": ["SavePredictiond"],
         "preprocessing": ["scaled_grey_values", "square_canvas"],
         "slices": ["SliceDataset"],
         "transforms": ["LoadVolumed", "RoundIntensityd"],
-        "volumes": ["SavePredictiond", "VolumeDataset", "find_volumes"],
+        "volume_search": ["VolumeDataset", "find_volumes"],
     },
 )

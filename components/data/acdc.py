@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from components.base.volume_metadata import DEAD_LINK, VOLUME_SUFFIXES, case_name, is_dead_link, volume_suffix
 from components.data.cases import OWN_LISTS, Case, check_dataset_dir
-from components.data.volume_metadata import DEAD_LINK, VOLUME_SUFFIXES, case_name, is_dead_link, volume_suffix
 
 CLASS_NAMES = ("RV", "Myo", "LV")  # labels 1, 2 and 3
 INFO = "Info.cfg"  # in each patient's folder

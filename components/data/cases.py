@@ -13,30 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from components.data.volume_metadata import case_name
+from components.base.volume_metadata import case_name
+from components.data.split import shuffled, split_patients
 
 logger = logging.getLogger(__name__)
 
 SUBSETS = ("training", "validation", "test")
 LABEL_UNITS = ("cases", "frames")
-HELD_OUT_PERCENT = 15  # of the groups for validation, and the same for test (paper section 4.1)
 OWN_LISTS = "lists of cases of your own: train#dataset#data, validate#dataset#data, and test#data for evaluation"
 _NAMES_LOGGED = 20
-
-# The 70:10:20 split of the benchmark SSL4MIS, by which semi-supervised methods are compared, in the order of its lists
-# data/ACDC/*.list (https://github.com/HiLab-git/SSL4MIS): its first training patients are the labelled ones.
-SSL4MIS = "ssl4mis"
-_SSL4MIS_NUMBERS = {
-    "training": (
-        "099 038 050 100 058 021 049 020 072 040 060 089 004 056 098 096 031 018 094 047 048 055 097 074 "
-        "043 041 063 037 095 054 026 088 032 069 006 071 012 073 061 017 025 010 057 029 051 005 036 046 "
-        "062 034 076 092 070 077 067 003 091 016 014 044 042 090 053 027 035 086 023 009 079 015"
-    ),
-    "validation": "028 085 082 087 019 030 078 045 002 039",
-    "test": "011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052",
-}
 
 Case = dict[str, str]  # paths of an `image` and its `label`, and maybe a `group`
 
@@ -58,7 +43,7 @@ def list_cases(
     Args:
         data: as `components.data.read_acdc` or `components.data.read_data` returns it.
         subset: `training`, `validation` or `test`.
-        split_seed: seed of the split and of the choice of labelled cases; or `ssl4mis`, see `split_patients`.
+        split_seed: seed of the split and of the choice of labelled cases; or `ssl4mis`, see `components.data.split`.
         labelled_cases: how many groups of the training subset count as labelled, 0 for a training on unlabelled ones;
             None for all. A smaller selection is part of every larger one.
         label_unit: what `labelled_cases` counts: `cases`, which are groups with all their images, such as a patient
@@ -170,7 +155,7 @@ def check_dataset_dir(dataset_dir: str) -> None:
         )
 
 
-def check_listed_once(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def check_no_leakage(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Check that no case is listed twice, and no group in two lists: what has trained or chosen a model is no test.
 
     Args:
@@ -193,60 +178,18 @@ def check_listed_once(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
                 )
 
 
-def split_patients(patients: Sequence[str], seed: int | str) -> dict[str, list[str]]:
-    """Split patients 70:15:15; validation and test are rounded to the nearest integer, training is the rest.
-
-    Args:
-        patients: their names, or those of other groups of cases, in a fixed order.
-        seed: seed of the shuffle; or `ssl4mis` for the fixed 70:10:20 split of that benchmark.
-
-    Returns:
-        the names of each subset, in shuffled order.
-
-    Raises:
-        ValueError: for another word, or when `ssl4mis` is asked for patients that are not ACDC's 100.
-    """
-    if isinstance(seed, str):
-        return _ssl4mis_split(patients, seed)
-    shuffled = _shuffled(patients, seed)
-    held_out = (HELD_OUT_PERCENT * len(patients) + 50) // 100
-    return {
-        "validation": shuffled[:held_out],
-        "test": shuffled[held_out : 2 * held_out],
-        "training": shuffled[2 * held_out :],
-    }
-
-
-def _ssl4mis_split(patients: Sequence[str], name: str) -> dict[str, list[str]]:
-    if name != SSL4MIS:
-        raise ValueError(f"expected split_seed to be an integer or {SSL4MIS!r}, received {name!r}")
-    split = {subset: [f"patient{each}" for each in text.split()] for subset, text in _SSL4MIS_NUMBERS.items()}
-    expected = {patient for subset in split.values() for patient in subset}
-    if missing := sorted(expected.symmetric_difference(patients)):
-        raise ValueError(
-            f"the split {SSL4MIS} is of patient001 to patient100, the whole training folder of ACDC: missing or extra "
-            f"are {len(missing)}, such as {', '.join(missing[:3])}; complete the folder, leave include_testing False, "
-            "or give an integer as split_seed"
-        )
-    return split
-
-
-def _shuffled(names: Sequence[str], seed: int) -> list[str]:
-    return [names[index] for index in np.random.RandomState(seed).permutation(len(names))]
-
-
 def _split(data: Mapping[str, Any], seed: int | str) -> dict[str, list[Case]]:
     """Return the cases of each subset and the unlabelled ones; those of a training group follow each other."""
     check_dataset_dir(data["dataset_dir"])
     listed: dict[str, list[Case]] = {name: list(data[name]) for name in (*SUBSETS, "unlabelled")}
-    check_listed_once(listed)
+    check_no_leakage(listed)
     groups = _grouped(listed["training"])
     if listed["validation"] or listed["test"]:
         if isinstance(seed, str):
             raise ValueError(
                 f"expected split_seed to be an integer, since the data list who validates or tests, received {seed!r}"
             )
-        split = {"training": _shuffled(sorted(groups), seed)}
+        split = {"training": shuffled(sorted(groups), seed)}
     else:
         split = split_patients(sorted(groups), seed)
     return listed | {name: [case for group in order for case in groups[group]] for name, order in split.items()}

@@ -15,9 +15,7 @@ from monai.data import ImageReader, ITKReader
 from monai.data.utils import affine_to_spacing
 from monai.utils import MetaKeys, OptionalImportError, SpaceKeys, ensure_tuple
 
-from components.data.dicom import body_of
-from components.data.dicom_stack import read_stack, read_voxels
-from components.data.volume_metadata import (
+from components.base.volume_metadata import (
     FRAME,
     FRAMES,
     ITK_SUFFIXES,
@@ -26,6 +24,8 @@ from components.data.volume_metadata import (
     volume_axes,
     volume_suffix,
 )
+from components.dicom.images import body_of
+from components.dicom.stack import read_stack, read_voxels
 
 logger = logging.getLogger(__name__)
 

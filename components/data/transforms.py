@@ -22,10 +22,10 @@ from monai.transforms import (
 )
 from monai.utils import ImageMetaKey, MetaKeys
 
+from components.base.volume_metadata import DEAD_LINK, FRAME, is_dead_link, is_picture
 from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
 from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
-from components.data.volume_metadata import DEAD_LINK, FRAME, is_dead_link, is_picture
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from monai.data import MetaTensor
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric, compute_average_surface_distance
 
+from components.base.volume_metadata import checked_spacing_mm, header_spacing_mm
 from components.data.acdc import CLASS_NAMES
-from components.data.volume_metadata import checked_spacing_mm, header_spacing_mm
 
 
 def dice_per_class(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

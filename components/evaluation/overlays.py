@@ -18,10 +18,10 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from components.base.atomic_write import write_atomically
+from components.base.volume_metadata import case_name_of, checked_spacing_mm, header_spacing_mm
 from components.data.acdc import CLASS_NAMES
 from components.data.geometry import slices_last
 from components.data.pictures import CLASS_COLOURS
-from components.data.volume_metadata import case_name_of, checked_spacing_mm, header_spacing_mm
 
 TRUTH_STYLE: dict[str, Any] = {"linestyles": "solid", "linewidths": 1.1}
 PREDICTION_STYLE: dict[str, Any] = {"linestyles": [(0, (2.5, 1.2))], "linewidths": 1.1}

@@ -17,8 +17,8 @@ from monai.data import decollate_batch
 from monai.utils import string_list_all_gather
 
 from components.base.atomic_write import write_atomically
+from components.base.volume_metadata import case_name_of
 from components.data.acdc import CLASS_NAMES
-from components.data.volume_metadata import case_name_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "heads": ["CNNHead", "LinearHead", "ViTHead"],
         "onnx_network": ["OnnxNetwork"],
         "prompt_free_sam": ["PromptFreeSam"],
-        "trained_with": ["as_trained", "find_model"],
+        "trained_with": ["find_model", "resolve_settings"],
         "unet": ["GreyUNet"],
     },
 )

@@ -9,7 +9,7 @@ from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import key_test, load_starting_weights, read_starting_weights
-from components.networks.trained_with import check_views_shown, remember_training
+from components.networks.trained_with import attach_training_record, check_trained_views
 
 _START_REMEDY = (
     "give --start_checkpoint the model.pt of a run with the same head and encoder, or '$None' for a fresh head"
@@ -32,7 +32,7 @@ class PromptFreeSam(nn.Module):
         start_checkpoint: a file to start from, such as another run's `model.pt`: the `state_dict()` of a network with
             the same head and encoder, weights in fp32 or fp16; None to keep the weights of `encoder` and `head`.
         trained_with: what the state dict is to say of the training, and what is compared with every file loaded; see
-            `components.networks.trained_with.remember_training`.
+            `components.networks.trained_with.attach_training_record`.
 
     Raises:
         ValueError: for an unknown precision, a file that cannot be read or does not fit, or more test-time views than
@@ -54,13 +54,13 @@ class PromptFreeSam(nn.Module):
         self.encoder = encoder
         self.head = head
         self.precision = precision
-        remember_training(self, trained_with)
+        attach_training_record(self, trained_with)
         if start_checkpoint is not None:
             state = read_starting_weights(
                 start_checkpoint, kind="start checkpoint", remedy=_START_REMEDY, is_key=key_test(self)
             )
             load_starting_weights(self, state, path=start_checkpoint, remedy=_START_REMEDY)
-        check_views_shown(self)
+        check_trained_views(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.

@@ -1,4 +1,4 @@
-"""What a model was trained with: kept in its `model.pt`, and compared with what it is used with."""
+"""The record of what a model was trained with, kept in its `model.pt` and compared with what it is used with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import nn
 from components.base.weights import read_state_dict
 
 RECORD_BYTES = 2048
-VIEWS, VIEWS_SHOWN = "test_time_views", "views_shown"  # all other values of a record are compared for equality
+VIEWS, TRAINED_VIEWS = "test_time_views", "trained_views"  # all other values of a record are compared for equality
+_STORED_NAMES: dict[str, str] = {TRAINED_VIEWS: "views_shown"}  # of values that files know by another name
 _KEY = "trained_with"
 _PAD = b" "
 
@@ -34,7 +35,7 @@ def encode_record(record: Mapping[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: when the text is longer.
     """
-    text = json.dumps(dict(record)).encode()
+    text = json.dumps({_STORED_NAMES.get(name) or name: value for name, value in record.items()}).encode()
     if len(text) > RECORD_BYTES:
         raise ValueError(
             f"expected what a model was trained with in {RECORD_BYTES} bytes of JSON, received {len(text)}: "
@@ -56,25 +57,26 @@ def decode_record(values: torch.Tensor) -> dict[str, Any]:
         RuntimeError: when it is none, as after averaging different ones.
     """
     try:
-        return dict(json.loads(bytes(values.detach().cpu().round().int().tolist())))
+        stored: dict[str, Any] = dict(json.loads(bytes(values.detach().cpu().round().int().tolist())))
     except (ValueError, TypeError) as error:
         raise RuntimeError(
             f"expected {_KEY} of a checkpoint to be JSON padded to {RECORD_BYTES} bytes, received something else "
             f"({error}): copy or train it again; models to be averaged must be trained with equal configurations"
         ) from error
+    names: dict[str, str] = {stored_name: name for name, stored_name in _STORED_NAMES.items()}
+    return {names.get(name, name): value for name, value in stored.items()}
 
 
-def remember_training(network: nn.Module, record: Mapping[str, Any] | None) -> None:
+def attach_training_record(network: nn.Module, record: Mapping[str, Any] | None) -> None:
     """Give a network the persistent buffer `trained_with`, which says what it is trained with.
 
     The network then refuses to load what was trained otherwise, before anything is copied. What it has loaded keeps the
-    network's own record, save that `views_shown` is the larger number of the two. A state dict without a record, of an
-    older version, is loaded with a warning.
+    network's own record, but `trained_views` becomes the larger number of the two.
 
     Args:
         network: receives the buffer, uint8 of 2048 bytes, and the check.
         record: values that JSON has, by name; None is no value. What `test_time_views` says is compared with
-            `views_shown`, of how many of a slice's turned and mirrored views the training has shown the network; all
+            `trained_views`, of how many of a slice's turned and mirrored views the training has shown the network; all
             else with the value of the same name. None for no record: nothing is compared, and that of a file is taken.
 
     Raises:
@@ -85,17 +87,17 @@ def remember_training(network: nn.Module, record: Mapping[str, Any] | None) -> N
     network.register_load_state_dict_pre_hook(partial(_check_record, given))
 
 
-def check_views_shown(network: nn.Module) -> None:
+def check_trained_views(network: nn.Module) -> None:
     """Check that a training shows its network the views with which it is validated.
 
     Args:
-        network: one of `remember_training`, with the weights that it starts from.
+        network: one of `attach_training_record`, with the weights that it starts from.
 
     Raises:
         ValueError: when it is shown fewer.
     """
     record = decode_record(network.get_buffer(_KEY))
-    views, shown = record.get(VIEWS), record.get(VIEWS_SHOWN)
+    views, shown = record.get(VIEWS), record.get(TRAINED_VIEWS)
     if isinstance(views, int) and shown is not None and views > shown:
         raise ValueError(
             f"expected test_time_views of at most {shown}, since this training shows the network {_number(shown)}, "
@@ -122,32 +124,33 @@ def find_model(trained: str, pretrained: str | None = None) -> str:
     return chosen
 
 
-def as_trained(source: str | nn.Module, given: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a trained model is to be used with.
+def resolve_settings(
+    source: str | nn.Module, overrides: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings with which a trained model is to be used.
 
     Args:
         source: its `model.pt`, or the network that `torch.jit.load` has read.
-        given: values by name; None for that of the training. Others must not contradict it.
-        otherwise: the values in the place of None where the model does not say with what it was trained or there is no
-            such file. Those with a name of `given` are warned of. An older file is warned of only when it is loaded.
+        overrides: settings by name; None for that of the training. Others must not contradict the training.
+        defaults: settings that replace None where the model has no record of them. A warning names those that
+            `overrides` has as None.
 
     Returns:
-        all values by name, with what else the model says.
+        all settings by name, with what else the model's record holds.
 
     Raises:
-        ValueError: when a given value contradicts the training, or the file cannot be read.
+        ValueError: when an override contradicts the training, or the file cannot be read.
     """
     stored, name = _stored_record(source)
-    if wrong := _contradictions(given, stored):
+    if wrong := _contradictions(overrides, stored):
         raise ValueError(
             f"{name} does not fit: {'; '.join(wrong)}. In inference null (on a command line '$None') means as trained"
         )
-    known = dict.fromkeys(given) | stored | {key: value for key, value in given.items() if value is not None}
-    assumed = {key: value for key, value in otherwise.items() if known.get(key) is None}
-    doubtful = {key: value for key, value in assumed.items() if key in given}
-    if doubtful and (stored or isinstance(source, nn.Module) or not Path(source).is_file()):
-        reason = "does not say" if stored or isinstance(source, nn.Module) else "is not there to say"
-        logger.warning("%s %s what it was trained with: taken for granted is %s", name, reason, _listed(doubtful))
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    known = dict.fromkeys(overrides) | stored | chosen
+    assumed = {key: value for key, value in defaults.items() if known.get(key) is None}
+    if unknown := {key: value for key, value in assumed.items() if key in overrides}:
+        logger.warning("%s has no record of what it was trained with: %s is assumed", name, _listed(unknown))
     return known | assumed
 
 
@@ -183,18 +186,15 @@ def _check_record(
         RuntimeError: naming all that differs.
     """
     key = f"{prefix}{_KEY}"
-    stored = decode_record(state[key]) if key in state else {}
+    if key not in state:
+        return  # torch reports the missing key
+    stored = decode_record(state[key])
     if wrong := _contradictions(given, stored):
         raise RuntimeError("; ".join(wrong))
-    if given and not stored:
-        logger.warning(
-            "the checkpoint is older than the record of what a model was trained with: it is used unchecked, with %s",
-            _listed({name: value for name, value in given.items() if name != VIEWS_SHOWN}),
-        )
     record = dict(given or stored)
-    if given and VIEWS_SHOWN in {**given, **stored}:
-        shown: list[Any] = [each.get(VIEWS_SHOWN) for each in (given, stored)]
-        record[VIEWS_SHOWN] = None if None in shown else max(shown)
+    if given and TRAINED_VIEWS in {**given, **stored}:
+        shown: list[Any] = [each.get(TRAINED_VIEWS) for each in (given, stored)]
+        record[TRAINED_VIEWS] = None if None in shown else max(shown)
     state[key] = encode_record(record).to(network.get_buffer(_KEY).device)
 
 
@@ -204,13 +204,13 @@ def _contradictions(given: Mapping[str, Any], stored: Mapping[str, Any]) -> list
     for name, value in given.items():
         trained = stored.get(name)
         if name == VIEWS:
-            shown = max(stored.get(VIEWS_SHOWN) or 8, given.get(VIEWS_SHOWN) or 1)
+            shown = max(stored.get(TRAINED_VIEWS) or 8, given.get(TRAINED_VIEWS) or 1)
             if isinstance(value, int) and value > shown:
                 sentences.append(
                     f"it was trained with {_number(shown)}, received test_time_views {value}: set test_time_views to "
                     f"{shown} or fewer, or give a model that has seen them"
                 )
-        elif name != VIEWS_SHOWN and None not in (value, trained) and _plain(value) != trained:
+        elif name != TRAINED_VIEWS and None not in (value, trained) and _plain(value) != trained:
             sentences.append(
                 f"it was trained with {name} {_plain(trained)}, received {_plain(value)}: set {name} to "
                 f"{_plain(trained)}, or give a model trained with {_plain(value)}"

@@ -11,10 +11,10 @@ from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
-from components.networks.trained_with import check_views_shown, encode_record, remember_training
+from components.networks.trained_with import attach_training_record, check_trained_views, encode_record
 
-# What `shape_unet.pt` says it was trained with, and nothing else.
-OF_ANY_OBJECT = encode_record({"class_names": ["object"]}).tolist()
+# The whole record of `shape_unet.pt`, by which it is told from a UNet of the same classes.
+SHAPE_UNET_RECORD = encode_record({"class_names": ["object"]}).tolist()
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
 
@@ -56,10 +56,10 @@ class GreyUNet(nn.Module):
         self.in_channels = in_channels
         features = [width * times for times in (1, 2, 4, 8, 16, 1)]
         self.unet = BasicUNet(spatial_dims=2, in_channels=in_channels, out_channels=out_channels, features=features)
-        remember_training(self, trained_with)
+        attach_training_record(self, trained_with)
         if start_checkpoint is not None:
             self._load_start(start_checkpoint)
-        check_views_shown(self)
+        check_trained_views(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
@@ -97,7 +97,7 @@ class GreyUNet(nn.Module):
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
         is_whole = own.keys() != contracting
-        is_of_any_object = "trained_with" in own and own["trained_with"].tolist() == OF_ANY_OBJECT
+        is_of_any_object = "trained_with" in own and own["trained_with"].tolist() == SHAPE_UNET_RECORD
         if is_of_any_object:
             own = _for_classes(own, self.unet.final_conv.out_channels, self.in_channels)
         if is_of_any_object or not is_whole:  # what was trained without these classes has no record of them either

@@ -10,15 +10,6 @@ picks and repeats subjects, so that all slices of a volume and both its phases s
 Numbers without a name in the painting functions are proportions and positions, in mm, chosen by eye from real slices.
 """
 
-import importlib
-from typing import Any
-
 import lazy_loader
 
-_offered, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"dataset": ["write_phantom_dataset"]})
-
-
-def __getattr__(name: str) -> Any:
-    if name == "mixing":  # the module's name in version 0.1, which users' configs may still contain
-        return importlib.import_module("components.training.phantom_mixing")
-    return _offered(name)
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"dataset": ["write_phantom_dataset"]})

@@ -28,13 +28,6 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 NECKS = {"phantom_unet": ("up_4", "neck")}  # what makes embeddings of the last block's features, if not `neck` alone
 UNUSED_KEYS = {"vit_t": CLASSIFIER_KEYS}  # of published checkpoints, which no forward pass uses: left out when loading
-# Encoders that came with former versions, by the first eight bytes of their fingerprint, and what heads on them need.
-FORMER_ENCODERS = {
-    "03ac9d181cea00ce": "it is that of the tiny encoder of version 0.1: take components/pretrained/phantom_encoder.pth "
-    "from that version, and give --model_type vit_tiny --sam_checkpoint FILE --image_size 192",
-    "390c1a5f3504f622": "it is that of the tiny encoder of version 0.2 and 0.3: take components/pretrained/"
-    "phantom_unet.pth from one of them, and give --sam_checkpoint FILE",
-}
 
 
 class SamEncoder(nn.Module):
@@ -339,10 +332,8 @@ def _check_fingerprint(
         for key, value in current.items():
             state[f"{prefix}image_encoder.{key}"] = value
     if stored is not None and not torch.equal(stored.cpu(), expected.cpu()):
-        former = FORMER_ENCODERS.get(_short_hex(stored))
         raise RuntimeError(
             f"the checkpoint's encoder fingerprint {_short_hex(stored)} is not {_short_hex(expected)}, that of {owner}"
-            + (f" ({former})" if former else "")
         )
 
 

@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checkpoints": ["TrainingCheckpoints"],
         "command_line": ["read_command_line"],
         "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler"],
-        "mean_teacher": ["MeanTeacherMixing", "RunningMean"],
+        "mean_teacher": ["PseudoLabelCutMix", "ExponentialMovingAverage"],
         "phantom_mixing": ["PhantomMixing"],
         "tracking": ["finish_mlflow_runs"],
     },

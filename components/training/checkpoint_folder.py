@@ -47,7 +47,7 @@ def remove_superseded(ckpt_dir: Path, *, epoch: int) -> None:
         checkpoint_path(ckpt_dir, old).unlink()
 
 
-def set_aside(ckpt_dir: Path) -> None:
+def archive_previous_run(ckpt_dir: Path) -> None:
     """Move an earlier run's checkpoints and copy its model to a new subfolder, from which that run can be resumed."""
     epochs = checkpoint_epochs(ckpt_dir)
     if not epochs:

@@ -22,14 +22,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from components.base.atomic_write import remove_partial_files, save_atomically, write_atomically
 from components.training.checkpoint_folder import (
     MODEL_FILENAME,
+    archive_previous_run,
     checkpoint_path,
     is_readable,
     newest_readable,
     read_training_checkpoint,
     remove_superseded,
-    set_aside,
 )
-from components.training.mean_teacher import RunningMean
+from components.training.mean_teacher import ExponentialMovingAverage
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class TrainingCheckpoints:
         evaluator: Evaluator | None = None,
         resume: bool = False,
         validate_start: bool = False,
-        teacher: RunningMean | None = None,
+        teacher: ExponentialMovingAverage | None = None,
     ) -> None:
         if isinstance(lr_scheduler, ReduceLROnPlateau):
             raise TypeError(
@@ -122,7 +122,7 @@ class TrainingCheckpoints:
             remove_partial_files(self.ckpt_dir, "checkpoint_epoch=*.pt")
         resumed = self.resume and self._resume(engine)
         if not resumed and _is_writer():
-            set_aside(self.ckpt_dir)
+            archive_previous_run(self.ckpt_dir)
         self._copy_best_to_evaluator()
         idist.barrier()
         if not resumed and self.validate_start and self.evaluator is not None:

@@ -11,7 +11,7 @@ from monai.engines import Evaluator
 from monai.handlers import ValidationHandler
 
 from components.data.slices import SliceDataset
-from components.training.mean_teacher import MeanTeacherMixing
+from components.training.mean_teacher import PseudoLabelCutMix
 from components.training.phantom_mixing import PhantomMixing
 
 
@@ -23,14 +23,14 @@ class EpochSeeds:
     Args:
         dataset: the training set, set to the number of each epoch before it starts.
         seed: of the order in which a `DataLoader` shuffles it.
-        prepare_batch: that of the trainer. A `PhantomMixing`, also within a `MeanTeacherMixing`, is set to the first
+        prepare_batch: that of the trainer. A `PhantomMixing`, also within a `PseudoLabelCutMix`, is set to the first
             phantoms of each epoch.
     """
 
     def __init__(self, dataset: SliceDataset, seed: int, prepare_batch: Callable[..., Any] | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
-        while isinstance(prepare_batch, MeanTeacherMixing):
+        while isinstance(prepare_batch, PseudoLabelCutMix):
             prepare_batch = prepare_batch.prepare_batch
         self.phantoms = prepare_batch if isinstance(prepare_batch, PhantomMixing) else None
 

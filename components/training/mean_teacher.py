@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from components.data.slices import UNLABELLED
 
 
-class RunningMean:
+class ExponentialMovingAverage:
     """A copy of a network whose trained weights are their running mean over the steps of a training.
 
     Differs: ignite's `EMAHandler` averages frozen weights as well, by which rounding slowly changes them, so that an
@@ -50,7 +50,7 @@ class RunningMean:
                 mean.get_buffer(name).copy_(value)
 
 
-class MeanTeacherMixing:
+class PseudoLabelCutMix:
     """A trainer's `prepare_batch` that has a teacher label the slices without a label, and mixes them.
 
     The teacher, the running mean of the network in training, first takes up the last step. Then it labels these slices
@@ -70,7 +70,9 @@ class MeanTeacherMixing:
             in whose label there is an `UNLABELLED` of `components.data.slices`.
     """
 
-    def __init__(self, teacher: RunningMean, prepare_batch: Callable[..., Any] = default_prepare_batch) -> None:
+    def __init__(
+        self, teacher: ExponentialMovingAverage, prepare_batch: Callable[..., Any] = default_prepare_batch
+    ) -> None:
         self.teacher = teacher
         self.prepare_batch = prepare_batch
 
@@ -96,11 +98,11 @@ class MeanTeacherMixing:
             shown = images[unlabelled]
             with torch.no_grad():
                 taught = self.teacher.mean(shown).argmax(dim=1, keepdim=True).to(labels)
-            images[unlabelled], labels[unlabelled] = _cut_into_one_another(shown, taught)
+            images[unlabelled], labels[unlabelled] = _cutmix(shown, taught)
         return images, labels
 
 
-def _cut_into_one_another(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _cutmix(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace a rectangle of each slice, half of its area, by the same one of the slice before it in the batch."""
     is_kept = torch.ones(len(images), 1, *images.shape[2:], dtype=torch.bool)
     for kept in is_kept[:, 0]:

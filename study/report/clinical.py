@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
+from components.base.volume_metadata import case_name
 from components.data.acdc import patient_of
-from components.data.volume_metadata import case_name
-from components.evaluation.function import MYOCARDIAL_DENSITY_G_PER_ML, ejection_fraction_percent, volumes_ml
+from components.function.measures import MYOCARDIAL_DENSITY_G_PER_ML, ejection_fraction_percent, volumes_ml
 from study.grid import Cell
 from study.report.scores import cell_labels, list_test_cases, prediction_file
 

@@ -16,9 +16,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
+from components.base.volume_metadata import case_name, header_spacing_mm, is_picture
 from components.data.cases import Case
 from components.data.transforms import LoadVolumed, SlicesLastd
-from components.data.volume_metadata import case_name, header_spacing_mm, is_picture
 from components.evaluation.overlays import (
     PREDICTION_STYLE,
     SMALLEST_WIDTH_INCH,

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from components.data.volume_metadata import case_name_of
+from components.base.volume_metadata import case_name_of
 from components.phantom.slices import FIELD_MM, phantom_slices
 from study.data import ACDC, StudyData
 from study.grid import Cell

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 from monai.bundle import ConfigParser
 
+from components.base.volume_metadata import case_name
 from components.data.cases import Case
-from components.data.volume_metadata import case_name
-from components.data.volumes import prediction_name
+from components.data.prediction_writer import prediction_name
 from study.cells import is_finished, list_cases_to_score, list_stages
 from study.data import ACDC, StudyData
 from study.grid import LABELLED_CASES, Cell

@@ -71,7 +71,7 @@ def _in_folder(case: Mapping[str, str], folder: str) -> dict[str, str]:
     return {**case, **paths} if folder else dict(case)
 
 
-class LabelledCases:
+class DatasetStatistics:
     """What the labelled cases of a training show, by which its preprocessing is chosen.
 
     Only these are looked at, so that "1 labelled case" means it. They are read when something is asked for.
@@ -111,13 +111,13 @@ class LabelledCases:
         )
 
     @cached_property
-    def _seen(self) -> list[_Seen]:
+    def _seen(self) -> list[CaseStatistics]:
         if not self.cases:
             raise ValueError(
                 "expected a labelled case by which to choose canvas, crop and grey values, received none: give "
                 "--labelled_cases 1 or more"
             )
-        seen = [_Seen(self.load(dict(case)), self.is_ct) for case in self.cases]
+        seen = [CaseStatistics(self.load(dict(case)), self.is_ct) for case in self.cases]
         shown = {value for each in seen for value in each.classes}
         if absent := [name for value, name in enumerate(self.class_names, start=1) if value not in shown]:
             raise ValueError(
@@ -151,7 +151,7 @@ class LabelledCases:
         return all(seen.is_one_component for seen in self._seen)
 
 
-class _Seen:
+class CaseStatistics:
     """What one case shows.
 
     Attributes:

@@ -9,15 +9,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from test_own_data import described, scores
+from test_custom_data import described, scores
 from test_own_networks import assert_complete, assert_workflows_are_whole, labels, parsed, run
 
 from adapt.new import new_bundle
 from adapt.template import networks
+from components.base.volume_metadata import case_name
 from components.data.acdc import list_patients
 from components.data.cases import list_cases
-from components.data.own_data import read_data
-from components.data.volume_metadata import case_name
+from components.data.custom_data import read_data
 from components.phantom.dataset import write_phantom_dataset
 from components.pretrained import pretrained_file
 

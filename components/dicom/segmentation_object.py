@@ -16,9 +16,9 @@ from monai.utils import OptionalImportError, optional_import
 
 import components
 from components.base.atomic_write import write_atomically
-from components.data.dicom import DicomImage
-from components.data.dicom_stack import DicomStack, read_stack
-from components.data.volume_metadata import FRAME, case_name, files_of
+from components.base.volume_metadata import FRAME, case_name, files_of
+from components.dicom.images import DicomImage
+from components.dicom.stack import DicomStack, read_stack
 
 pydicom, _ = optional_import("pydicom")
 highdicom, HAS_HIGHDICOM = optional_import("highdicom")

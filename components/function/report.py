@@ -16,13 +16,15 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 
+from components.base.volume_metadata import FRAME, case_name, files_of, header_spacing_mm
 from components.data.acdc import CLASS_NAMES, INFO, read_info
 from components.data.geometry import slices_last
+from components.data.prediction_writer import PREDICTION_POSTFIX
 from components.data.reader import FRAME_SECONDS, HEIGHT_CM, WEIGHT_KG
 from components.data.transforms import LoadVolumed
-from components.data.volume_metadata import FRAME, case_name, files_of, header_spacing_mm
-from components.data.volumes import PREDICTION_POSTFIX
-from components.evaluation.function import (
+from components.evaluation.overlays import draw_overlay, foreground_extent
+from components.evaluation.reports import Row, write_csv
+from components.function.measures import (
     NAN,
     body_surface_m2,
     find_phases,
@@ -30,7 +32,7 @@ from components.evaluation.function import (
     measure_function,
     volumes_ml,
 )
-from components.evaluation.function_page import (
+from components.function.page import (
     beating_picture,
     draw_bulls_eyes,
     draw_curve,
@@ -38,11 +40,9 @@ from components.evaluation.function_page import (
     write_case_page,
     write_summary_page,
 )
-from components.evaluation.overlays import draw_overlay, foreground_extent
-from components.evaluation.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
-from components.evaluation.quality import FLAG, FLAG_BELOW, Dice, expected_dice, predicted_dice
-from components.evaluation.reports import Row, write_csv
-from components.evaluation.wall import SEGMENTS, thickening_percent, wall_thickness_mm
+from components.function.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
+from components.function.quality import FLAG, FLAG_BELOW, Dice, expected_dice, predicted_dice
+from components.function.wall import SEGMENTS, thickening_percent, wall_thickness_mm
 
 logger = logging.getLogger(__name__)
 

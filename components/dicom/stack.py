@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from components.data.dicom import DicomImage, images_of, is_dicom, pixels_of, require_pydicom, study_of
+from components.dicom.images import DicomImage, images_of, is_dicom, pixels_of, require_pydicom, study_of
 
 FEWEST_SLICES = 4  # of a stack; perfusion has three
 EVEN_SHARE = 0.05  # of the distance of slices by which it may differ from slice to slice

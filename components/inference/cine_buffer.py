@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from components.base.atomic_write import write_atomically
-from components.evaluation.cycle import FEWEST_OF_A_CURVE, is_cycle
+from components.inference.cycle import FEWEST_OF_A_CURVE, is_cycle
 
 FRAMES_PER_SIGMA = 40  # of the smoothing that is chosen by the number of frames
 _REACH = 3.0  # standard deviations at which the Gaussian ends
 
 
-class FrameStore:
+class CineBuffer:
     """What the network says of a series' frames, from the first frame to the last.
 
     It lies in the hidden folder `.<case>_pred.frames` beside the predictions until `remove`. So a run that was killed

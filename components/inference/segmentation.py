@@ -14,10 +14,10 @@ from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from torch import Tensor
 
-from components.base.reasons import is_out_of_memory, reason_of
-from components.data.volume_metadata import FRAME, FRAMES, case_name, files_of
-from components.data.volumes import FAILURE
-from components.evaluation.frames import FrameStore
+from components.base.reasons import error_message, is_out_of_memory
+from components.base.volume_metadata import FRAME, FRAMES, case_name, files_of
+from components.data.volume_search import FAILURE
+from components.inference.cine_buffer import CineBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
     def __init__(
         self,
         *args: Any,
-        frames: FrameStore | None = None,
+        frames: CineBuffer | None = None,
         skipped: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -97,7 +97,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
             if self._files == 1 or is_out_of_memory(error):
                 raise
             logger.debug("%s failed", path, exc_info=True)
-            self.failed[path] = reason_of(error)
+            self.failed[path] = error_message(error)
             return {}
         if frame == frames - 1:
             self.segmented.append(path)
@@ -108,7 +108,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
     ) -> dict[str, Tensor]:
         """Segment a frame; after the last one all go through the postprocessing, as the output of their network."""
         if self.frames is None:
-            raise ValueError("a series needs a place for its frames: give the evaluator `frames`, a FrameStore")
+            raise ValueError("a series needs a place for its frames: give the evaluator `frames`, a CineBuffer")
         image = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[0]
 
         def predict(volume: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from scipy.ndimage import binary_erosion
 from components.base.atomic_write import write_atomically
 from components.data.pictures import CLASS_COLOURS
 from components.evaluation.overlays import WINDOW_PERCENTILES, Extent
-from components.evaluation.quality import SLICE_BELOW
+from components.function.quality import SLICE_BELOW
 
 MEASURES = {  # what a page shows: columns of `function.csv`
     "lv_edv_ml": "LV end-diastolic volume, ml",

@@ -25,7 +25,7 @@ from PIL import Image
 
 from adapt.new import new_bundle
 from components.data.cases import list_cases, list_unlabelled
-from components.data.own_data import LabelledCases, read_data
+from components.data.custom_data import DatasetStatistics, read_data
 from components.data.pictures import PictureReader
 from components.data.slices import SliceDataset
 from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
@@ -185,7 +185,7 @@ def test_a_trained_bundle_becomes_an_archive_that_segments_elsewhere(tmp_path, m
         assert workflow.check_properties() == []
     assert not list(root.glob("configs/.*"))
     assert (root / "models/model.pt").read_bytes() == (bundle / "models/model.pt").read_bytes()
-    assert (root / "components/data/own_data.py").is_file()
+    assert (root / "components/data/custom_data.py").is_file()
     assert described(root) == described(bundle) | {"dataset_dir": ""}
     with pytest.raises(
         ValueError, match=r"dataset_dir is not set: expected the folder of the data.*give --dataset_dir PATH"
@@ -551,14 +551,14 @@ def test_a_label_elsewhere_than_its_image_is_refused_with_both_affines(tmp_path)
         new_bundle("organ", folder, tmp_path)
 
 
-def seen(tmp_path, case=0, **changes) -> LabelledCases:
+def seen(tmp_path, case=0, **changes) -> DatasetStatistics:
     image, label = organ(case)
     paths = {
         "image": write_volume(tmp_path / "i.nii.gz", image * 10 - 400),
         "label": write_volume(tmp_path / "l.nii.gz", label),
     }
     options = {"class_names": ["A", "B"], "label_values": [0, 1, 2], "channels": 1, "slice_axis": 2, "modality": "MRI"}
-    return LabelledCases([paths], **(options | changes))
+    return DatasetStatistics([paths], **(options | changes))
 
 
 def test_the_crop_holds_every_label_of_the_training(tmp_path):
@@ -585,7 +585,7 @@ def test_a_ct_is_known_by_its_values_and_its_window_holds_the_organ_not_the_bone
     assert any("the values look like Hounsfield units" in sentence for sentence in said)
     cases = list_cases(read_data(bundle / "configs/data.json", str(folder)), "training", labelled_cases=1)
     options = {name: values[name] for name in ("class_names", "label_values", "channels", "slice_axis", "modality")}
-    kind, low, high = LabelledCases(cases, **options).normalisation
+    kind, low, high = DatasetStatistics(cases, **options).normalisation
     assert kind == "values"
     assert -80 < low < 10  # the cyst, darkest
     assert 110 < high < 250  # the liver, and no spine

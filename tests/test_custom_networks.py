@@ -21,12 +21,12 @@ import yaml
 from conftest import assert_readme_explains_knobs, run_monai_bundle, succeeds
 from monai.bundle import ConfigParser, ckpt_export, create_workflow, onnx_export, verify_metadata
 from PIL import Image
-from test_own_data import HIPPOCAMPUS, NUCLEI, decathlon, described, plain, scores, trained
+from test_custom_data import HIPPOCAMPUS, NUCLEI, decathlon, described, plain, scores, trained
 
 from adapt.__main__ import main
 from adapt.new import new_bundle
 from adapt.template import networks
-from components.data.volume_metadata import case_name
+from components.base.volume_metadata import case_name
 from components.networks.onnx_network import OnnxNetwork
 from components.pretrained import pretrained_file
 from components.sam.checkpoint import read_sam_checkpoint
@@ -96,7 +96,7 @@ def test_a_head_on_ones_own_data_trains_evaluates_and_infers(tmp_path, sam_check
     assert {row["case"] for row in scores(bundle / "eval")} == {case_name(case["image"])}
     run("inferring", bundle, "inference", dataset_dir=case["image"], output_dir=str(tmp_path / "out"))
     assert np.array_equal(labels(tmp_path / "out", case["image"]), labels(bundle / "eval", case["image"]))
-    record = parsed(bundle, "inference").get_parsed_content("as_trained")
+    record = parsed(bundle, "inference").get_parsed_content("settings")
     assert record["image_size"] == 64
     assert record["pictures"] == (kind != "volumes")
 
@@ -156,7 +156,7 @@ def test_an_exported_network_equals_the_trained_one_and_says_what_it_was_trained
     spread = float(expected.max() - expected.min())
     for logits in (*others, OnnxNetwork(onnx)(images)):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * spread)
-    of_both = [parser.get_parsed_content("as_trained") for parser in (eager, scripted)]
+    of_both = [parser.get_parsed_content("settings") for parser in (eager, scripted)]
     assert of_both[0] == of_both[1]
     assert of_both[1]["crop_size"] == 64
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import mark_finished, run_in_this_process
 from PIL import Image
-from test_own_data import HIPPOCAMPUS, decathlon, plain, write_volume
-from test_own_data import organ as block
+from test_custom_data import HIPPOCAMPUS, decathlon, plain, write_volume
+from test_custom_data import organ as block
 
 from adapt.new import new_bundle
+from components.base.volume_metadata import case_name
 from components.data.cases import list_cases
-from components.data.own_data import read_data
+from components.data.custom_data import read_data
+from components.data.prediction_writer import prediction_name
 from components.data.transforms import LoadVolumed
-from components.data.volume_metadata import case_name
-from components.data.volumes import prediction_name
 from components.networks.unet import GreyUNet
 from components.phantom.dataset import write_phantom_dataset
 from components.pretrained import pretrained_file

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 from components.data.acdc import CLASS_NAMES
-from components.evaluation.cycle import FEWEST_OF_A_CURVE, covers_cycle
+from components.inference.cycle import FEWEST_OF_A_CURVE, covers_cycle
 
 MYOCARDIAL_DENSITY_G_PER_ML = 1.05
 HEART_RATES_PER_MIN = (20.0, 250.0)  # beyond these a frame time is no cine's: many headers hold 0 or 1 s

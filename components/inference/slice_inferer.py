@@ -10,13 +10,13 @@ import torch
 from monai.inferers import SliceInferer
 from torch import Tensor
 
-from components.data.volume_metadata import files_of
+from components.base.volume_metadata import files_of
 
 VIEWS = (1, 2, 4, 8)
 _QUARTER_TURNS = (0, 2, 1, 3)
 
 
-class TurnedSliceInferer(SliceInferer):
+class TestTimeAugmentationInferer(SliceInferer):
     """MONAI's `SliceInferer` that averages class probabilities over turned and mirrored views of each slice.
 
     The views are the symmetries of a square, in this order: the slice itself, the slice turned by 180, 90 and 270

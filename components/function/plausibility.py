@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.ndimage import binary_dilation, binary_fill_holes, label
 
-from components.evaluation.cycle import FEWEST_OF_A_CURVE, covers_cycle
+from components.inference.cycle import FEWEST_OF_A_CURVE, covers_cycle
 
 NAMES = {"RV": "right ventricle", "Myo": "myocardium", "LV": "left ventricle"}
 EJECTION_PERCENT = (5, 85)  # beyond these no ejection fraction is believed

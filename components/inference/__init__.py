@@ -1,0 +1,13 @@
+"""From a trained network to label maps of volumes and cines."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "cine_buffer": ["CineBuffer"],
+        "model_loader": ["ModelCheckpointLoader"],
+        "segmentation": ["SegmentationEvaluator"],
+        "slice_inferer": ["TestTimeAugmentationInferer"],
+    },
+)
