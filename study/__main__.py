@@ -20,7 +20,6 @@ import fire
 from components.phantom.dataset import write_phantom_dataset
 from study.calibration import calibrate
 from study.cells import is_finished, last_error, run_cell
-from study.costs import cost_table, remaining_seconds
 from study.execution import (
     Task,
     chosen_tasks,
@@ -32,6 +31,7 @@ from study.execution import (
     worker_environments,
 )
 from study.grid import Grid, read_grid
+from study.progress import progress_table, remaining_seconds
 from study.report import write_report
 
 logger = logging.getLogger("study")
@@ -62,7 +62,7 @@ def run(
         scheduler: address of a Dask cluster to run on instead, such as `tcp://10.0.0.1:8786`.
         threads: CPU threads of a cell; by default the local workers share all cores equally.
         retry: run failed cells again; by default they are reported and skipped.
-        dry_run: only list what would be run and how long it would take.
+        dry_run: only list the cells and, judged by the finished ones, how long the others take.
     """
     _log_to_terminal()
     output = Path(output_dir).resolve()
@@ -70,7 +70,7 @@ def run(
     dataset = _dataset(grid, dataset_dir, output)
     tasks = chosen_tasks(with_preparations(grid.cells), only)
     if dry_run:
-        _show_costs(tasks, dataset, output, at_a_time=workers)
+        _show_progress(tasks, output, at_a_time=workers)
         return
     broken = {} if retry else _last_errors(tasks, output)
     for name, last in broken.items():
@@ -141,12 +141,13 @@ def _dataset(grid: Grid, dataset_dir: str, output: Path) -> str:
     return write_phantom_dataset(str(output / "phantoms"), **grid.dataset)
 
 
-def _show_costs(tasks: Sequence[Task], dataset: str, output: Path, *, at_a_time: int) -> None:
-    logging.getLogger("components").setLevel(logging.ERROR)  # the networks to be timed have random weights
-    table = cost_table(tasks, dataset_dir=dataset, output_dir=output)
-    total = 60 * float(table["minutes left"].sum())
-    print(table.to_markdown(index=False, floatfmt=".1f"))
-    print(f"\n{_duration(total / at_a_time)} left with {at_a_time} at a time. This is an estimate: nothing was run.")
+def _show_progress(tasks: Sequence[Task], output: Path, *, at_a_time: int) -> None:
+    print(progress_table(tasks, output).to_markdown(index=False, floatfmt=".1f", missingval=""))
+    left = remaining_seconds(tasks, output)
+    if left is None:
+        print("\nThe time is unknown until a cell is finished: run one with --only NAME, then ask again.")
+    else:
+        print(f"\nAbout {_duration(left / at_a_time)} left with {at_a_time} at a time, judged by the finished cells.")
 
 
 def _duration(seconds: float) -> str:

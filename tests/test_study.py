@@ -25,9 +25,9 @@ from components.pretrained import pretrained_file
 from study import execution
 from study.__main__ import _waiting, run
 from study.cells import CellError, has_failed, is_finished, list_stages, run_cell
-from study.costs import cost_table, measured_seconds, remaining_seconds
 from study.execution import chosen_tasks, run_locally, run_on_dask, with_preparations, worker_environments
 from study.grid import Cell, Method, Preparation, Start, read_grid
+from study.progress import measured_seconds, progress_table, remaining_seconds
 
 SMALL = {
     "test_time_views": 1,
@@ -461,18 +461,21 @@ def test_local_workers_have_a_gpu_each_and_share_the_cores(monkeypatch):
         worker_environments(3)
 
 
-def test_costs_come_from_finished_cells_and_else_from_a_step(phantoms, tmp_path):
-    cells = [
-        Cell(Method("m", "m", "linearhead_acdc", knobs=SMALL), count, split) for split in (0, 1) for count in (1, 2)
-    ]
-    write_record(tmp_path / cells[0].name, {"training": 600.0})
-    write_record(tmp_path / cells[2].name, {"training": 9000.0}, commands=("training", "evaluating"), error="no")
-    table = cost_table(cells, dataset_dir=phantoms, output_dir=tmp_path).set_index("run")
-    assert table.loc["m/patients_1"].tolist() == [2, 1, 1, 10.0, "finished cells"]
-    unknown = table.loc["m/patients_2"]
-    assert unknown["by"] == "a step on this machine"
-    assert 2 * 20 / 60 <= unknown["minutes left"] < 5
-    assert not (tmp_path / cells[1].name).exists()
+def test_a_dry_run_counts_cells_and_judges_the_time_by_finished_ones(phantoms, tmp_path, capsys):
+    grid = str(write_grid(tmp_path / "grid.json", splits=[0, 1], labelled_cases=[1, 2]))
+    cells = read_grid(grid).cells
+    run(grid, str(tmp_path), phantoms, dry_run=True)
+    assert "The time is unknown until a cell is finished" in capsys.readouterr().out
+    write_record(tmp_path / cells[0].name, {"training": 120.0})
+    write_record(tmp_path / cells[1].name, {"training": 9000.0}, commands=("training", "evaluating"), error="no")
+    table = progress_table(cells, tmp_path).set_index("run")
+    rows = table[["cells", "done", "failed"]].sum()
+    assert rows.tolist() == [len(cells), 1, 1]
+    assert table["minutes a cell"].max() == 2
+    assert table["minutes a cell"].isna().sum() == len(table) - 1
+    run(grid, str(tmp_path), phantoms, dry_run=True, workers=2)
+    assert f"About {len(cells) - 1} min left with 2 at a time" in capsys.readouterr().out
+    assert not (tmp_path / cells[-1].name).exists()
 
 
 def test_remaining_time_leaves_interrupted_cells_out(tmp_path):

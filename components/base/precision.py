@@ -62,7 +62,7 @@ def has_amx() -> bool:
 def _products_by_onednn() -> Iterator[None]:
     """Let oneDNN compute products of fp32 matrices instead of MKL.
 
-    The only switch for it is a permission to round to bf16, which oneDNN uses on CPUs with AMX: enter only where
+    The only switch for it permits rounding to bf16, which oneDNN does on CPUs with AMX. Enter this context only where
     `_onednn_is_better`.
     """
     switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -78,12 +78,12 @@ def _products_by_onednn() -> Iterator[None]:
 def _onednn_is_better() -> bool:
     """Return whether oneDNN's products of fp32 matrices are faster than MKL's and as exact on this CPU.
 
-    MKL is slow on CPUs that are not its maker's. Whether nothing is rounded is tried once, on the encoder's shapes.
+    MKL is slow on AMD's CPUs. A test on the encoder's shapes finds out once whether oneDNN rounds anything.
     """
     capabilities = torch.cpu.get_capabilities()
     amd = str(capabilities.get("cpu_name", "")).startswith("AMD") and capabilities.get("avx512_f", False)
     better = bool(amd) and not has_amx() and _onednn_rounds_nothing()
-    logger.info("products in fp32 on this CPU: by %s", "oneDNN, as exact as and faster than MKL" if better else "MKL")
+    logger.info("products in fp32 on this CPU: by %s", "oneDNN, faster than MKL and as exact" if better else "MKL")
     return better
 
 

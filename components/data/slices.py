@@ -11,36 +11,35 @@ from monai.data import Dataset
 from monai.transforms import Randomizable, apply_transform
 from tqdm import tqdm
 
-UNLABELLED = 255  # the label of every pixel of a slice without a label
+UNLABELLED = 255  # label of every pixel of a slice without a label: no class, so that no loss takes it for background
 _OUTNUMBERED_BY = 2  # unlabelled slices for each labelled one, at most
 
 
 class SliceDataset(Dataset):
     """The slices of volumes; each volume is loaded and transformed once.
 
-    With `views` = K, there are K augmented views of each slice, which take turns from epoch to epoch, so that a frozen
-    encoder's embeddings of them are cache hits from epoch K+1 on. Views are kept in memory. With `views` = 0, every
-    epoch has a new view. The seed of a view is a hash of the slice and of the number of the view (or epoch): views are
-    the same in every run, also in a resumed one.
+    With `views` = K, each slice has K augmented views, which take turns from epoch to epoch and are kept in memory. The
+    embeddings of a frozen encoder are then cache hits from epoch K+1 on. With `views` = 0, every epoch has a new view.
+    The seed of a view is a hash of the slice and of the number of the view or epoch. Views are the same in every run,
+    also in a resumed one.
 
     Args:
         data: one dictionary per volume, such as the paths `image` and `label`.
-        transform: loads and transforms a volume's dictionary; its result must have `keys` as CxHxWxD arrays of integers
+        transform: loads and transforms a volume's dictionary. Its result must have `keys` as CxHxWxD arrays of integers
             in 0..255, all with the same depth D.
-        slice_transform: the augmentation; takes and returns a dictionary with `keys` as float32 CxHxW tensors, and
-            with `views` must return integers in 0..255.
+        slice_transform: the augmentation of a dictionary with `keys` as float32 CxHxW tensors. With `views` it must
+            return integers in 0..255.
         views: number of augmented views per slice; 0 for a new augmentation in every epoch.
         final_transform: applied last, to each slice or view, at every access.
-        at_least: number of items of an epoch: fewer slices are repeated, each time as the next view.
+        at_least: minimum number of items in an epoch. Fewer slices are repeated, each time as the next view.
         keys: items of the dictionary that are sliced.
-        unlabelled: dictionaries of volumes without a `label`, which is UNLABELLED everywhere in their slices, but for
-            what the augmentation adds around them. The slices of `data` are repeated until these are at most about
-            twice as many.
+        unlabelled: dictionaries of volumes without a `label`, which is UNLABELLED in all pixels of their slices. The
+            augmentation pads it with 0. Slices of `data` are repeated until unlabelled ones are at most twice as many.
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is not a non-negative integer, when there is no volume at all, or when one of `data`
-            lacks an item of `keys`, such as its label.
+        ValueError: when `views` is no integer or negative. When there is no volume. When one of `data` lacks an item of
+            `keys`, such as its label.
     """
 
     def __init__(
@@ -85,10 +84,12 @@ class SliceDataset(Dataset):
         for item in tqdm(unlabelled, desc="Loading unlabelled", disable=not progress or not unlabelled):
             volume = _apply(transform, item)
             self._slices += self._cut({**volume, "label": np.full_like(_as_uint8(volume["image"][:1]), UNLABELLED)})
+        # An epoch shows each slice `repeats` times, labelled ones more often where unlabelled ones outnumber them.
+        without_label = len(self._slices) - labelled
         repeats = max(1, math.ceil(at_least / max(1, len(self._slices))))
-        of_labelled = repeats * max(1, (len(self._slices) - labelled) // (_OUTNUMBERED_BY * max(1, labelled)))
-        self._times = [of_labelled if index < labelled else repeats for index in range(len(self._slices))]
-        self._items = [(index, turn) for turn in range(of_labelled) for index, n in enumerate(self._times) if turn < n]
+        more_often = repeats * max(1, without_label // (_OUTNUMBERED_BY * max(1, labelled)))
+        self._times = [more_often] * labelled + [repeats] * without_label
+        self._items = [(index, turn) for turn in range(more_often) for index, n in enumerate(self._times) if turn < n]
 
     def __len__(self) -> int:
         return len(self._items)

@@ -1,4 +1,4 @@
-"""A series' frames between the network and their labels: kept on disk, and smoothed over time."""
+"""A buffer on disk for the network outputs of a cine's frames, and their smoothing over time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ _REACH = 3.0  # standard deviations at which the Gaussian ends
 
 
 class CineBuffer:
-    """What the network says of a series' frames, from the first frame to the last.
+    """The network's outputs for the frames of a series, from the first frame to the last.
 
-    It lies in the hidden folder `.<case>_pred.frames` beside the predictions until `remove`. So a run that was killed
-    goes on where it was when it is started again, as long as image and network are the same; and no more frames are in
-    memory than the smoothing spans.
+    They are kept in the hidden folder `.<case>_pred.frames` beside the predictions until `remove`. A killed run
+    continues from them when it is started again with the same image and network. Memory holds one frame at a time.
 
     Args:
         folder: of the predictions, made if missing.
-        smoothing: standard deviation in frames of the Gaussian over time, 0 for none; None for one by the number of
-            frames: a fortieth of it, and none where there are fewer than 10.
+        smoothing: standard deviation in frames of the Gaussian over time, 0 for none. None for a fortieth of the
+            number of frames, and for no smoothing of fewer than 10 frames.
 
     Raises:
         ValueError: when `smoothing` is negative or no number.
@@ -35,7 +34,7 @@ class CineBuffer:
     def __init__(self, folder: str, *, smoothing: float | None = None) -> None:
         if smoothing is not None and not smoothing >= 0:
             raise ValueError(
-                f"expected frame_smoothing of 0 frames or more, or null to go by their number, received {smoothing!r}"
+                f"expected frame_smoothing of 0 frames or more, or null for a fortieth of all, received {smoothing!r}"
             )
         self.folder = Path(folder)
         self.smoothing = smoothing
@@ -50,19 +49,18 @@ class CineBuffer:
 
         Args:
             case: its name.
-            probe: what the network says of a part of it. Where this differs from an earlier run's, nothing that was
-                kept from that run is used.
+            probe: the network's output for a part of it. Outputs of an earlier run are used only if its probe is equal.
         """
         self._place = self.folder / f".{case}_pred.frames"
         self._network = _bytes_of(probe)
         self._files, self._steps = [], []
 
     def add(self, image: np.ndarray, predict: Callable[[], np.ndarray]) -> None:
-        """Keep what the network says of the next frame.
+        """Keep the network's output for the next frame.
 
         Args:
-            image: what it is shown, of any shape.
-            predict: computes what it says, an array of floats; called only if that is not kept already.
+            image: the network's input, of any shape.
+            predict: computes the output, an array of floats; called only if the output is not kept already.
         """
         key = hashlib.sha256(self._network + _bytes_of(image)).hexdigest()
         path = self._place / f"{key}.npy"
@@ -80,8 +78,8 @@ class CineBuffer:
     def smoothed(self) -> Iterator[np.ndarray]:
         """Yield the frames in their order, each averaged with its neighbours in time.
 
-        The first and the last frame are neighbours where the series covers the heart's cycle (`is_cycle`, by the mean
-        absolute difference of frames), else they are neighbours of their own.
+        In a series that covers the cardiac cycle, the last frame is a neighbour of the first. `is_cycle` judges this by
+        the mean absolute difference of frames. In any other series the first and last frames are repeated outwards.
         """
         count = len(self._files)
         sigma = self.smoothing

@@ -1,4 +1,4 @@
-"""Segmentation of many volumes: one that fails does not stop the others."""
+"""Segmentation of many volumes, which continues after one that fails."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _IN_ERROR = 3  # failures that the error at the end repeats
 
 
 class SegmentationEvaluator(SupervisedEvaluator):
-    """MONAI's `SupervisedEvaluator` that goes on after a volume that fails.
+    """MONAI's `SupervisedEvaluator` that continues after a volume that fails.
 
-    A series comes frame by frame. When its last frame has been through the network, all frames are smoothed over time
-    and go through the postprocessing one after the other, each as a volume of its own.
+    A series is loaded frame by frame. After its last frame the network's outputs are smoothed over time. Then each
+    frame is postprocessed as a volume of its own.
 
-    At the end, or when it is stopped, it logs how many files were segmented, which files were skipped and why, and
-    which files failed and why. The error of an only file is raised as it is, and so is that of a lack of memory.
+    At the end, or when it is interrupted, it logs the number of segmented files, and the skipped and failed files with
+    their reasons. If there is only one file, its error is raised as it is. A lack of memory is raised at once.
 
     Args:
-        args: as `SupervisedEvaluator`; the loader gives one volume or frame at a time, of a `VolumeDataset`.
-        frames: keeps what the network says of a series' frames; needed where there are series.
-        skipped: reason by path of the files left out before.
+        args: as `SupervisedEvaluator`; the data loader yields one volume or frame of a `VolumeDataset` at a time.
+        frames: buffer of the network's outputs for the frames of a series; needed for series only.
+        skipped: reason by path of the files that the search left out.
         kwargs: as `SupervisedEvaluator`.
 
     Attributes:
-        segmented: the files, that of a series once.
+        segmented: the segmented files; a series counts once.
         failed: reason by file.
     """
 
@@ -106,9 +106,9 @@ class SegmentationEvaluator(SupervisedEvaluator):
     def _frame_iteration(
         self, engine: SupervisedEvaluator, batchdata: dict[str, Any], frame: int, frames: int
     ) -> dict[str, Tensor]:
-        """Segment a frame; after the last one all go through the postprocessing, as the output of their network."""
+        """Segment a frame; after the last one postprocess all frames as outputs of the network."""
         if self.frames is None:
-            raise ValueError("a series needs a place for its frames: give the evaluator `frames`, a CineBuffer")
+            raise ValueError("a series needs a buffer for its frames: give the evaluator `frames`, a CineBuffer")
         image = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)[0]
 
         def predict(volume: Tensor) -> np.ndarray:
@@ -123,12 +123,13 @@ class SegmentationEvaluator(SupervisedEvaluator):
         if frame < frames - 1:
             return {}
         for number, prediction in enumerate(self.frames.smoothed()):
-            # all frames lie on the same grid, so the last one's way to the network is that of all
+            # all frames lie on one grid, so the last one's transforms are inverted for each of them
             of_frame = image.clone()
             of_frame.meta[FRAME] = torch.tensor([number])
             output = MetaTensor(torch.from_numpy(prediction).to(image.device)).copy_meta_from(of_frame)
             engine.state.batch = {**batchdata, "image": of_frame}
-            engine.state.output = {"image": of_frame, "pred": output}  # as MONAI's evaluator has it at both events
+            # as in MONAI's evaluator: postprocessing and reports run at these events
+            engine.state.output = {"image": of_frame, "pred": output}
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
         self.frames.remove()
@@ -152,5 +153,5 @@ class SegmentationEvaluator(SupervisedEvaluator):
 
 
 def _naming(path: str, reason: str) -> str:
-    """Return the reason with the path before it, unless it names it itself."""
+    """Return the reason, preceded by the path unless it contains it."""
     return reason if path in reason else f"{path}: {reason}"

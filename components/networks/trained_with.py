@@ -68,16 +68,17 @@ def decode_record(values: torch.Tensor) -> dict[str, Any]:
 
 
 def attach_training_record(network: nn.Module, record: Mapping[str, Any] | None) -> None:
-    """Give a network the persistent buffer `trained_with`, which says what it is trained with.
+    """Give a network the persistent buffer `trained_with`, the record of what it is trained with.
 
-    The network then refuses to load what was trained otherwise, before anything is copied. What it has loaded keeps the
-    network's own record, but `trained_views` becomes the larger number of the two.
+    The network then refuses to load a state dict of another record, before anything is copied. After loading, it keeps
+    its own record, with the larger `trained_views` of the two. A buffer reaches TorchScript, resumed and federated
+    trainings like any weight, which a dictionary beside the weights does not.
 
     Args:
         network: receives the buffer, uint8 of 2048 bytes, and the check.
-        record: values that JSON has, by name; None is no value. What `test_time_views` says is compared with
-            `trained_views`, of how many of a slice's turned and mirrored views the training has shown the network; all
-            else with the value of the same name. None for no record: nothing is compared, and that of a file is taken.
+        record: values that JSON has, by name; None is no value. Values of the same name are compared. `test_time_views`
+            is compared with `trained_views`: the number of turned and mirrored views of a slice in training. None for
+            no record: nothing is compared, and the record of a loaded file is taken.
 
     Raises:
         ValueError: when the record is too long.

@@ -1,4 +1,4 @@
-"""SAM's image encoder as a module, frozen, trainable or in between, that verifies its weights by a fingerprint."""
+"""SAM's image encoder as a module, frozen or trained in part or in whole, with a fingerprint of its weights."""
 
 import hashlib
 import logging
@@ -37,11 +37,11 @@ class SamEncoder(nn.Module):
 
     A frozen encoder stays in eval mode and runs under `no_grad`. Its `state_dict()` holds only the fingerprint: 32
     bytes that identify the weights, independently of image size and precision. A trainable encoder's `state_dict()`
-    holds the weights as well. A state dict with encoder weights is loaded if it has all of them and its fingerprint
-    matches them; one without is accepted if its fingerprint matches the weights already in this encoder.
+    holds the weights as well. A state dict with encoder weights must have all of them and the fingerprint of these. A
+    state dict without encoder weights must have the fingerprint of the weights that this encoder has already.
 
-    With `cache_dir`, the embedding of an image that was encoded before, also by another run or process, is read from
-    the cache. Its key is the exact image, the fingerprint of the current weights, `image_size` and precision. New
+    With `cache_dir`, embeddings are read from the cache if this or another run or process has encoded the image before.
+    The key is the exact image, the fingerprint of the current weights, `image_size` and precision. New
     embeddings are rounded to `cache_dtype` too, so that the first epoch equals the later ones. Without `cache_dir`,
     only the last blank image is cached. When scripted, traced or exported, the encoder runs without cache, in fp32.
 
@@ -49,16 +49,15 @@ class SamEncoder(nn.Module):
         model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny` or `phantom_unet`.
         checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
         image_size: side in pixels to which images are resized, a multiple of 16.
-        trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"); `neck` for its last
-            layers alone: SAM's neck, which makes embeddings of the last block's features, or of `phantom_unet` the last
-            stage. The rest stays frozen.
+        trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"). `neck` trains its last
+            layers alone: SAM's neck, or the last stage of `phantom_unet`.
         cache_dir: folder of the embedding cache; None for no cache.
         cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
         cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).
 
     Raises:
         ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, another
-            `trainable`, or a cache for an encoder that is trained.
+            `trainable`. For a cache of an encoder that is trained.
         FileNotFoundError: when the checkpoint is not there.
     """
 

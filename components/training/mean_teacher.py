@@ -1,4 +1,4 @@
-"""Labels that the running mean of a network gives to slices without one, for the network to train on."""
+"""Pseudo-labels by a mean teacher: the exponential moving average of a network labels slices that have no label."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from components.data.slices import UNLABELLED
 
 
 class ExponentialMovingAverage:
-    """A copy of a network whose trained weights are their running mean over the steps of a training.
+    """A copy of a network whose trained weights are their exponential moving average over the steps of a training.
 
-    Differs: ignite's `EMAHandler` averages frozen weights as well, by which rounding slowly changes them, so that an
-    encoder is no longer the one that its fingerprint names. Here they are those of the network itself.
+    Differs: ignite's `EMAHandler` averages frozen weights as well. Rounding changes them slowly, so that they no longer
+    match the encoder's fingerprint. Here frozen weights are shared with the network.
 
     Args:
-        network: the network in training; of a `DistributedDataParallel` the inner module.
-        momentum: what each step leaves of the mean: 0.99 is a mean of about the last hundred steps.
+        network: the network in training; the inner module of a `DistributedDataParallel` is taken.
+        momentum: share of the average that a step keeps; 0.99 averages about the last hundred steps.
 
     Attributes:
         mean: the copy, in evaluation mode.
@@ -41,7 +41,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the mean towards the network; running statistics, such as those of a batch norm, are taken over."""
+        """Move the average towards the network, and copy running statistics such as those of batch norm."""
         for mean, module in zip(self.mean.modules(), self.network.modules(), strict=True):
             trained = {name for name, value in module.named_parameters(recurse=False) if value.requires_grad}
             for name in trained:
@@ -51,23 +51,22 @@ class ExponentialMovingAverage:
 
 
 class PseudoLabelCutMix:
-    """A trainer's `prepare_batch` that has a teacher label the slices without a label, and mixes them.
+    """A trainer's `prepare_batch` that gives slices without a label pseudo-labels of a teacher, and applies CutMix.
 
-    The teacher, the running mean of the network in training, first takes up the last step. Then it labels these slices
-    as they are. A rectangle of half the size of each is replaced by that of another one, with its labels (CutMix). So
-    the network sees in strange surroundings what its teacher has seen in the whole slice. All pixels count, also where
-    the teacher is not sure.
+    The teacher is first updated by the last step, and labels each slice as a whole. Then a rectangle of half the area
+    of each slice is replaced by that of another slice, with its labels. The network must find in new surroundings what
+    the teacher found in the whole slice. All pixels count, whatever the teacher's confidence.
 
     Sources: Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017; French et al.,
-    "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC 2020. MONAI's `CutMix` cuts all
-    slices of a batch at one place, and out of some of them nothing.
+    "Semi-supervised semantic segmentation needs strong, varied perturbations", BMVC 2020. Differs: MONAI's `CutMix`
+    cuts all slices of a batch at one place, and some of them not at all.
 
     The rectangles depend on the state of torch's global generator, which `components.training.EpochSeeds` sets.
 
     Args:
-        teacher: of the network in training, which maps images BxCxHxW to logits BxKxHxW.
-        prepare_batch: makes images BxCxHxW and labels Bx1xHxW of a batch, such as `PhantomMixing`. Unlabelled are those
-            in whose label there is an `UNLABELLED` of `components.data.slices`.
+        teacher: average of the network in training, which maps images BxCxHxW to logits BxKxHxW.
+        prepare_batch: makes images BxCxHxW and labels Bx1xHxW of a batch, such as `PhantomMixing`. A slice is
+            unlabelled if its label has a pixel `UNLABELLED` of `components.data.slices`.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class PseudoLabelCutMix:
     def __call__(
         self, batchdata: Any, device: str | torch.device | None = None, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prepare the batch of the next step, and label what is unlabelled.
+        """Prepare the batch of the next step, and give its unlabelled slices pseudo-labels.
 
         Args:
             batchdata: what `prepare_batch` takes.
@@ -103,7 +102,7 @@ class PseudoLabelCutMix:
 
 
 def _cutmix(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace a rectangle of each slice, half of its area, by the same one of the slice before it in the batch."""
+    """Replace a rectangle of each slice, half of its area, by that of the slice before it in the batch."""
     is_kept = torch.ones(len(images), 1, *images.shape[2:], dtype=torch.bool)
     for kept in is_kept[:, 0]:
         height = kept.shape[0] * 0.5 ** float(torch.rand(()))
