@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_custom_data import described, scores
-from test_own_networks import assert_complete, assert_workflows_are_whole, labels, parsed, run
+from test_custom_networks import assert_complete, assert_workflows_are_whole, labels, parsed, run
 
 from adapt.new import new_bundle
 from adapt.template import networks
@@ -23,7 +23,7 @@ from components.pretrained import pretrained_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SEEN = "RV, Myo and LV: training starts from what phantoms of hearts taught, and mixes them in"
+SEEN = "RV, Myo and LV: training starts from weights learned on heart phantoms, and mixes phantoms in"
 VALUES = {"RV": 3, "Myo": 2, "LV": 1}  # in a layout of another order than ACDC's
 
 

@@ -13,7 +13,7 @@ from monai.utils import OptionalImportError
 from test_cine import segment
 from test_function import GreyIsClass
 
-from components.data import dicom
+from components.dicom import images
 from components.data.volume_search import find_volumes
 from components.dicom.segmentation_object import SaveDicomSegd
 from components.dicom.stack import read_stack, read_voxels
@@ -270,9 +270,7 @@ def test_slices_that_do_not_lie_above_each_other_are_refused(beating, tmp_path):
     moved = beating.affine.copy()
     moved[:3, 3] += 20 * moved[:3, 0] / np.linalg.norm(moved[:3, 0])
     write_classic(tmp_path / "study", beating, depths=[2], number=9, affine=moved)
-    assert "do not lie above each other: their first pixels are up to 20.0 mm beside a line" in refused(
-        tmp_path / "study"
-    )
+    assert "are not in line: their first pixels are up to 20.0 mm beside a line" in refused(tmp_path / "study")
 
 
 def test_the_later_one_of_two_breath_holds_counts_and_phase_images_do_not(beating, tmp_path):
@@ -330,12 +328,12 @@ def test_dicom_beside_volumes_is_left_out_with_the_reason(beating, tmp_path):
     nib.save(beating, tmp_path / "in/cine.nii.gz")
     found = find_volumes(str(tmp_path / "in"))
     assert {Path(item["image"]).name for item in found} == {"cine.nii.gz"}
-    assert found.skipped == {"raw": "DICOM, since there are volumes: name its folder to segment it"}
+    assert found.skipped == {"raw": "DICOM files beside volumes: give this folder alone to segment them"}
 
 
 def test_without_pydicom_the_error_says_what_to_install(beating, tmp_path, monkeypatch):
     write_classic(tmp_path / "in", beating, depths=[0])
-    monkeypatch.setattr(dicom, "HAS_PYDICOM", False)
+    monkeypatch.setattr(images, "HAS_PYDICOM", False)
     with pytest.raises(OptionalImportError, match="pip install pydicom highdicom"):
         find_volumes(str(tmp_path / "in"))
 

@@ -83,7 +83,7 @@ def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
         weights = {*MODELS.values(), "phantom_unet.pth", "shape_unet.pt", "record.json"}
         assert packed == {
             *(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "components").rglob("*.py")),
-            "components/evaluation/predicted_dice.json",
+            "components/function/predicted_dice.json",
             *(f"components/pretrained/{name}" for name in weights),
         }
 
@@ -228,7 +228,7 @@ def test_trained_head_goes_into_the_archive_of_its_encoder_only(tmp_path):
 
 def test_model_needs_its_bundle_its_file_and_its_encoder(tmp_path):
     head = pretrained_file("linear_head.pt")
-    with pytest.raises(ValueError, match=r"say which of .* with --bundle"):
+    with pytest.raises(ValueError, match=r"choose one of .* with --bundle"):
         build(str(tmp_path), model=head)
     with pytest.raises(FileNotFoundError, match=r"there is no model nothing\.pt: .*give --model FILE"):
         build(str(tmp_path), bundle="linearhead_acdc", model="nothing.pt")
