@@ -21,14 +21,14 @@ Item = dict[str, Any]  # paths of an `image` and its `label`, and a `group` wher
 
 
 class Layout(NamedTuple):
-    """What a folder says of its data.
+    """The data that a folder describes.
 
     Attributes:
-        kind: of the layout, for people.
-        lists: labelled cases by subset, with paths that are absolute where the folder's is; as `unlabelled` images to
-            learn from without a label, where a `dataset.json` has this list.
-        class_names: by value in the label files, the background's among them; None where nothing says.
-        modality: of the images, or an empty string.
+        kind: name of the layout, for messages.
+        lists: labelled cases by subset, and the images of the list `unlabelled` of a `dataset.json`. Paths are absolute
+            if the folder's is.
+        class_names: names by value in the label files, background included; None if unknown.
+        modality: imaging modality, or an empty string.
     """
 
     kind: str
@@ -38,24 +38,24 @@ class Layout(NamedTuple):
 
 
 def read_layout(folder: str | os.PathLike[str]) -> Layout:
-    """Find out how a folder is laid out.
+    """Read the layout of a folder of labelled images.
 
     Args:
-        folder: a `dataset.json` may list its cases (Medical Segmentation Decathlon, Auto3DSeg) or not (nnU-Net). It may
-            have plain folders of images and labels with equal names. Or it has a folder for each patient, whose
-            `Info.cfg` names the frames of ED and ES (ACDC).
+        folder: it has a `dataset.json` that lists its cases (Medical Segmentation Decathlon, Auto3DSeg) or does not
+            (nnU-Net). Or it has folders of images and labels with equal names. Or it has a folder for each patient,
+            whose `Info.cfg` names the ED and ES frames (ACDC).
 
     Returns:
-        its labelled cases, and what else it says.
+        the labelled cases, class names and modality.
 
     Raises:
-        FileNotFoundError: when the folder, or a file that it lists, is not there.
-        ValueError: when nothing is found in it, its `dataset.json` is none, images have several channels, an image or
-            a label has no counterpart, or a case or a group is in two lists, or a case twice in one.
+        FileNotFoundError: if the folder, or a file that it lists, is missing.
+        ValueError: if there are no cases, `dataset.json` is invalid or an image has several channels. If an image or a
+            label has no counterpart. If a case is listed twice, or a group is in two lists.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"--data {root} is not a folder: expected one of labelled images")
+        raise FileNotFoundError(f"--data {root} is not a folder: expected a folder of labelled images")
     file = root / "dataset.json"
     described = _described(file) if file.is_file() else {}
     if described.get("training"):
@@ -72,7 +72,7 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
 
 
 def _described(file: Path) -> Item:
-    """Return what a `dataset.json` says."""
+    """Return the content of a `dataset.json`."""
     try:
         described = json.loads(file.read_text())
     except ValueError as error:
@@ -94,7 +94,7 @@ def _classes(described: Item) -> tuple[dict[int, str], str]:
     if regions or not pairs:
         raise ValueError(
             f"`labels` of dataset.json is {labels}: expected a whole number and a name for each class; regions of "
-            "several values are not known here"
+            "several values are not supported"
         )
     channels = described.get("modality") or described.get("channel_names") or {}
     names = list(channels.values()) if isinstance(channels, dict) else [str(channels)]
@@ -102,7 +102,7 @@ def _classes(described: Item) -> tuple[dict[int, str], str]:
 
 
 def _listed(file: Path, described: Item) -> dict[str, list[Item]]:
-    """Return the labelled cases of the lists of a `dataset.json`; images without labels are for inference."""
+    """Return the labelled cases of the lists of a `dataset.json`, and the images of its list `unlabelled`."""
     lists: dict[str, list[Item]] = {}
     for name in SUBSETS:
         items = load_decathlon_datalist(file, data_list_key=name) if described.get(name) else []
@@ -125,7 +125,7 @@ def _listed(file: Path, described: Item) -> dict[str, list[Item]]:
 
 
 def _pairs(root: Path, *, by_channel: bool) -> list[Item]:
-    """Return the images of a folder with their labels, by equal names."""
+    """Return the images of a folder, each with the label of the same name."""
     images_dir, labels_dir = (
         next((root / name for name in names if (root / name).is_dir()), None) for names in (IMAGES, LABELS)
     )
@@ -144,7 +144,7 @@ def _pairs(root: Path, *, by_channel: bool) -> list[Item]:
         if alone := sorted(set(names) - set(others)):
             raise ValueError(
                 f"{len(alone)} files have no {role}, such as {names[alone[0]]}: expected a file of the same name in "
-                f"{where}; add it or take the other one out"
+                f"{where}; add it or remove the file without a counterpart"
             )
     if not images:
         raise ValueError(f"{images_dir} is empty: expected volumes or pictures")
@@ -152,7 +152,7 @@ def _pairs(root: Path, *, by_channel: bool) -> list[Item]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the images below a folder by the name of their case, with its sub-folders."""
+    """Return the images below a folder, by sub-folder and case name."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.name.startswith(".") or not (is_picture(path) or volume_suffix(path)) or path.suffix.lower() == ".img":
@@ -164,10 +164,10 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _check(lists: dict[str, list[Item]]) -> None:
-    """Check that the files of all cases are there, that none is listed twice, and no group in two lists."""
+    """Check that all files exist, that no case is listed twice and that no group is in two lists."""
     for name, items in lists.items():
         for item in items:
             for role in ("image", "label") if name in SUBSETS else ("image",):
                 if not Path(item[role]).is_file():
-                    raise FileNotFoundError(f"there is no {role} {item[role]}, which the list `{name}` names")
+                    raise FileNotFoundError(f"the {role} {item[role]} in the list `{name}` is missing: add it")
     check_no_leakage(lists)

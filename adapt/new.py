@@ -16,7 +16,7 @@ from components.data.acdc import CLASS_NAMES
 from components.sam.encoder import SamEncoder
 
 REPOSITORY = Path(__file__).parents[1]
-DATA_FILE = "configs/data.json"  # which only bundles for one's own data have
+DATA_FILE = "configs/data.json"  # only in bundles for a user's own data
 DEFAULT_NETWORK = "unet"
 
 
@@ -32,41 +32,41 @@ def new_bundle(
     """Write a bundle that trains, evaluates and infers on the labelled images of a folder.
 
     Args:
-        name: of the bundle and of its folder; letters, digits and underscores.
+        name: name of the bundle and its folder; letters, digits and underscores.
         data: the folder, see `adapt.layouts.read_layout`.
         output_dir: where the bundle's folder is made.
         network: `autosam`, `cnnhead`, `linearhead` or `unet`.
-        model_type: of the encoder under a head.
-        sam_checkpoint: file of that encoder; None for the place of the published one in the bundle's `models`.
+        model_type: the encoder below a head.
+        sam_checkpoint: file of that encoder; None for the published one in the bundle's `models` folder.
 
     Returns:
-        the bundle's folder, and sentences on what was seen and chosen.
+        the bundle's folder, and sentences on the data and the chosen settings.
 
     Raises:
-        ValueError: for another name, network or encoder, a file that does not fit it, or data that cannot be used.
-        FileExistsError: when the bundle is there already.
-        FileNotFoundError: when the data or the encoder's file are not there.
+        ValueError: if the name, network, encoder or data are invalid, or the file does not fit the encoder.
+        FileExistsError: if the bundle already exists.
+        FileNotFoundError: if the data or the encoder's file are missing.
     """
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"expected a name of letters, digits and underscores, received {name!r}")
     bundle = Path(output_dir) / name
     if bundle.exists():
-        raise FileExistsError(f"{bundle} is there already: remove it, or give another name")
+        raise FileExistsError(f"{bundle} already exists: remove it, or choose another name")
     if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
         raise FileNotFoundError(f"there is no SAM checkpoint {sam_checkpoint}: give --sam_checkpoint FILE")
     file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100
     encoder: dict[str, Any] = {"model_type": model_type, "sam_checkpoint": file}
-    Instance(network, cases="custom", hearts=False, **encoder)  # checks them before the data are read
+    Instance(network, cases="custom", hearts=False, **encoder)  # checks the arguments before the data are read
     if sam_checkpoint is not None:
         SamEncoder(model_type, sam_checkpoint)
-    folder = Path(os.path.abspath(data))  # noqa: PTH100  # links are followed, and stay as they are named
+    folder = Path(os.path.abspath(data))  # noqa: PTH100  # symbolic links stay in the path
     description, said = survey(read_layout(folder), folder)
     hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
     if hearts:
-        said.append("RV, Myo and LV: training starts from what phantoms of hearts taught, and mixes them in")
+        said.append("RV, Myo and LV: training starts from weights learned on heart phantoms, and mixes phantoms in")
     elif network != DEFAULT_NETWORK and model_type == SHIPPED_ENCODER and sam_checkpoint is None:
         said.append(
-            f"{SHIPPED_ENCODER} has learned hearts alone: train its neck along with the head (configs/neck.json)"
+            f"{SHIPPED_ENCODER} was trained on hearts only: train its neck along with the head (configs/neck.json)"
         )
     instance = Instance(network, cases="custom", hearts=hearts, **encoder, texts=_texts(name, description, said))
     bundle.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def new_bundle(
 
 
 def acdc_bundles() -> dict[Path, str]:
-    """Return the text of every file of the bundles for ACDC, and of the page of knobs, by path."""
+    """Return the text of every file of the ACDC bundles and of `docs/knobs.md`, by path."""
     instances = {f"{network}_acdc": Instance(network, cases="acdc", hearts=True) for network in networks()}
     files = {
         REPOSITORY / "bundles" / bundle / name: text
@@ -94,14 +94,14 @@ def acdc_bundles() -> dict[Path, str]:
 
 
 def _value(value: Any) -> str:
-    """Return JSON of one line, or of one line for each case of a list of cases."""
+    """Return a value as JSON on one line, or a list of cases as one line for each case."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n" + ",\n".join(f"        {json.dumps(item)}" for item in value) + "\n    ]"
     return json.dumps(value)
 
 
 def _texts(name: str, description: dict[str, Any], said: list[str]) -> dict[str, Any]:
-    """Return the parts of documents and metadata that say what the data are."""
+    """Return the parts of documents and metadata that describe the data."""
     classes = ["background", *description["class_names"]]
     kind = "2D pictures" if description["pictures"] else "3D volumes"
     grey = "grey values" if description["channels"] == 1 else "colours"

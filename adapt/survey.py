@@ -1,4 +1,4 @@
-"""What the files of a data set hold: read once, checked, and summed up for the bundle's `data.json`."""
+"""Read a data set once, check it, and summarise it for the bundle's `data.json`."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
 
 SIDES = re.compile(r"(left|right|anterior|posterior|superior|inferior|upper|lower|dorsal|ventral|l|r)", re.IGNORECASE)
-MOST_CLASSES = 64  # more different values are no classes
-AIR_HU = -500  # below which only CT has values
+MOST_CLASSES = 64  # a label map with more different values is rejected
+AIR_HU = -500  # only CT has values below it
 load_volume = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float64)
 
 _COLOURS = {1: "grey values", 3: "colours"}
 
 
 def survey(layout: Layout, data: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read every labelled case, and choose what the bundle goes by.
+    """Read every labelled case and choose the bundle's settings.
 
     Args:
         layout: the cases.
-        data: the folder that paths are to be relative to, absolute.
+        data: absolute path of the folder that the listed paths will be relative to.
 
     Returns:
-        the values of `data.json`, and sentences on what was seen and chosen.
+        the values of `data.json`, and sentences on the data and the chosen settings.
 
     Raises:
-        ValueError: when a label does not fit its image, images are of several kinds, a label has a value that is not
-            listed, or a class is in no case that training may use.
+        ValueError: if a label does not fit its image or has a value that is not listed. If images are of several
+            kinds, or no training case shows a class.
     """
     said: list[str] = []
     seen = {
-        name: [_look(item) for item in tqdm(layout.lists.get(name, []), desc=f"Reading {name}")] for name in SUBSETS
+        name: [_look(item) for item in tqdm(layout.lists.get(name, []), desc=f"Reading {name}", disable=None)]
+        for name in SUBSETS
     }
     cases = [case for items in seen.values() for case in items]
     channels = _only(cases, "channels", lambda value: _COLOURS[value])
@@ -55,7 +56,7 @@ def survey(layout: Layout, data: Path) -> tuple[dict[str, Any], list[str]]:
     for value, name in zip(label_values[1:], class_names, strict=True):
         if value not in in_training:
             raise ValueError(
-                f"class {name} ({value}) is in no training case: expected some; take it out of dataset.json"
+                f"class {name} ({value}) is in no training case: add cases that show it, or remove it from dataset.json"
             )
     modality = layout.modality or ("CT" if not pictures and all(case["is_like_ct"] for case in cases) else "")
     if modality.upper() == "CT" and not layout.modality:
@@ -92,12 +93,12 @@ def survey(layout: Layout, data: Path) -> tuple[dict[str, Any], list[str]]:
     if not description["validation"] and not description["test"]:
         said.append("validation and test are split off training, 70:15:15 (`split_seed`)")
     elif not description["test"]:
-        said.append("there is no test list: training works, evaluation will refuse")
+        said.append("there is no test list: training works, evaluation stops with an error")
     return description, said
 
 
 def _look(item: Item) -> dict[str, Any]:
-    """Return what one case holds."""
+    """Return the properties of one case."""
     image, label = (
         load_volume(item[role], PictureReader(is_label=role == "label") if is_picture(item[role]) else VolumeReader())
         for role in ("image", "label")
@@ -121,7 +122,7 @@ def _look(item: Item) -> dict[str, Any]:
 
 
 def _only(cases: list[dict[str, Any]], key: str, in_words: Any) -> Any:
-    """Return the value that all cases have."""
+    """Return the value that all cases share."""
     first: dict[Any, str] = {}
     for case in cases:
         first.setdefault(case[key], case["image"])
@@ -134,7 +135,7 @@ def _only(cases: list[dict[str, Any]], key: str, in_words: Any) -> Any:
 def _classes(
     layout: Layout, values: list[int], cases: list[dict[str, Any]], said: list[str]
 ) -> tuple[list[int], list[str]]:
-    """Return the value of each class in the files, the background's first, and the names of the others."""
+    """Return the value of each class in the files, background first, and the names of the other classes."""
     if layout.class_names is None:
         label_values = [0, *(value for value in values if value != 0)]
         names = [f"class_{index}" for index in range(1, len(label_values))] if len(label_values) > 2 else ["foreground"]
@@ -144,15 +145,15 @@ def _classes(
         if unknown := [value for value in values if value not in label_values]:
             path = next(case["image"] for case in cases if unknown[0] in case["values"])
             raise ValueError(
-                f"the label of {path} has the value {unknown[0]}: expected those of dataset.json, {label_values}; "
-                "name it there"
+                f"the label of {path} has the value {unknown[0]}: expected one of those in dataset.json, "
+                f"{label_values}; add it there"
             )
-    if sorted(map(str.lower, names)) == sorted(map(str.lower, CLASS_NAMES)):  # hearts, in the order of their phantoms
+    if sorted(map(str.lower, names)) == sorted(map(str.lower, CLASS_NAMES)):  # hearts: use the phantoms' class order
         by_name = dict(zip(map(str.lower, names), label_values[1:], strict=True))
         label_values = [0, *(by_name[name.lower()] for name in CLASS_NAMES)]
         names = list(CLASS_NAMES)
     if len(label_values) == 1:
-        raise ValueError("all labels are 0: expected a whole number from 1 on where a class is")
+        raise ValueError("all labels are 0: expected a whole number from 1 for each class")
     if label_values != list(range(len(label_values))):
         said.append(
             "labels in the files: " + ", ".join(f"{value} -> {index}" for index, value in enumerate(label_values))
@@ -161,7 +162,7 @@ def _classes(
 
 
 def _relative(item: Item, data: Path) -> Item:
-    """Return a case with paths relative to the folder."""
+    """Return a case with paths relative to the folder, if they lie in it."""
     kept: Item = {key: item[key] for key in ("image", "label", "group") if key in item}
     return kept | {
         key: str(Path(item[key]).relative_to(data))

@@ -1,8 +1,8 @@
-"""The template of all bundles: JSON and Markdown with places, which the parts of a network and of its data fill.
+"""The template of all bundles: JSON and Markdown files with placeholders for parts of a network and its data.
 
-In a config, `"...name"` is the place of the part `name`: as a key it is replaced by the part's entries, in a list by
-its items, elsewhere by the part itself. Within text, `{{name}}` is the place of a part that is text or lines of text.
-What is for some bundles alone says so by their tags: a config under `_only_for_`, Markdown between comments.
+In a config, `"...name"` is the placeholder of the part `name`. As a key it is replaced by the part's entries, in a list
+by its items, elsewhere by the part itself. In text, `{{name}}` is the placeholder of a text or of lines of text.
+Parts for some bundles only have tags: `_only_for_` in a config, comments in Markdown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from components.sam.checkpoint import CHECKPOINT_FILES
 from components.sam.defaults import PHANTOM_UNET as SHIPPED_ENCODER
 
 FOLDER = Path(__file__).parent / "template"
-WIDTH, LIST_ITEM_WIDTH = 120, 250  # columns: a transform or handler of a list stands on one line
+WIDTH, LIST_ITEM_WIDTH = 120, 250  # columns; a transform or handler in a list is kept on one line
 _PLACE, _ONLY_FOR = "...", "_only_for_"
 _NAME = re.compile(r"\{\{(\w+)\}\}")
 _ONLY_FOR_BLOCK = re.compile(r"<!-- only for ([\w ]+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
@@ -30,7 +30,7 @@ Parts = dict[str, Any]
 
 
 def networks() -> dict[str, Parts]:
-    """Return what `networks.json` says of each network, by name."""
+    """Return the entry of each network in `networks.json`, by name."""
     return _read("networks.json")["networks"]
 
 
@@ -41,25 +41,25 @@ def encoders() -> dict[str, dict[str, str]]:
 
 
 def knob_meanings() -> dict[str, list[str]]:
-    """Return what each knob means, and a text for a default that is computed, by knob."""
+    """Return each knob's meaning, followed by a text for its default if that is computed, by knob."""
     meanings = _read("knobs.json")
     del meanings["_desc_"]
     return meanings
 
 
 class Instance:
-    """A bundle of the template.
+    """A bundle made from the template.
 
     Args:
         network: name of a network.
-        cases: `acdc` for a folder of ACDC's layout, `custom` for cases that `data.json` lists.
-        hearts: whether the classes are RV, Myo and LV, of which there are phantoms and pretrained weights.
-        model_type: the encoder; any but the shipped one makes the paper's recipe, `sam.json`, the bundle's own.
-        sam_checkpoint: path of that encoder's file, None for where `download_large_files` puts SAM's own.
+        cases: `acdc` for a folder in ACDC's layout, `custom` for the cases in `data.json`.
+        hearts: whether the classes are RV, Myo and LV, for which phantoms and pretrained weights exist.
+        model_type: the encoder; any but the shipped one makes the paper's recipe, `sam.json`, the bundle's default.
+        sam_checkpoint: path of the encoder's file; None for the path at which `download_large_files` stores SAM's.
         texts: further parts for documents and metadata.
 
     Raises:
-        ValueError: for an unknown network, or an encoder for one that has none.
+        ValueError: if the network or encoder is unknown, or the network has no encoder.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Instance:
             self.tags.add("published")
 
     def files(self) -> dict[str, str]:
-        """Return the texts of all files of the bundle by path, `configs/data.json` of one's own data apart."""
+        """Return the text of every file of the bundle except `configs/data.json`, by path."""
         files = {}
         for path in sorted(FOLDER.rglob("*")):
             name = path.relative_to(FOLDER).as_posix()
@@ -120,21 +120,21 @@ class Instance:
         return files
 
     def write(self, folder: Path) -> None:
-        """Write the bundle's files into a folder, which is made if missing; what else is there stays."""
+        """Write the bundle's files into a folder, which is created if missing; other files in it are kept."""
         for name, text in self.files().items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
     def _filled(self, text: str, *, is_config: bool) -> str | None:
-        """Return the text of a file with its places filled; None for one that is for other bundles."""
+        """Return the text of a file with its placeholders filled; None for a file of other bundles."""
         if not is_config:
             return self._text(_ONLY_FOR_BLOCK.sub(lambda match: match[2] if self._has(match[1]) else "", text))
         template = json.loads(text)
         if not self.tags.issuperset(template.pop(_ONLY_FOR, ())):
             return None
         spaced = set()
-        for key in _TOP_LEVEL_AFTER_BLANK_LINE.findall(text):  # of a place that is empty the next entry's
+        for key in _TOP_LEVEL_AFTER_BLANK_LINE.findall(text):  # an empty placeholder passes its line to the next entry
             keys = list(template)[list(template).index(key) :]
             spaced.update([next(name for each in keys for name in self._config({each: template[each]}))])
         return as_text(self._config(template), spaced)
@@ -143,7 +143,7 @@ class Instance:
         return self.tags.issuperset(tags.split())
 
     def _config(self, value: Any) -> Any:
-        """Return a part of a config with its places filled."""
+        """Return a part of a config with its placeholders filled."""
         if isinstance(value, str) and value.startswith(_PLACE):
             return self._config(self.parts[value.removeprefix(_PLACE)])
         if isinstance(value, str):
@@ -170,7 +170,7 @@ class Instance:
         return _NAME.sub(part, text)
 
     def _make_the_papers(self, files: dict[str, str]) -> None:
-        """Put the overlay of the paper's recipe into the configs, and the encoder's name."""
+        """Merge the overlay of the paper's recipe into the configs, and set the encoder."""
         recipe = json.loads(files.pop("configs/sam.json")) | self.model
         del recipe["_desc_"]
         for name, knobs in (("train", recipe), ("inference", self.model | {"start_checkpoint": None})):
@@ -182,7 +182,7 @@ class Instance:
 
 
 def _of_head(network: Parts) -> Parts:
-    """Return the parts that follow from a head's own: its knobs as a training records them, and as inference reads."""
+    """Return the parts derived from a head: its knobs as training records them and as inference reads them."""
     if "head" not in network:
         return {}
     knobs = network.get("head_knobs", {})
@@ -200,16 +200,16 @@ def _read(name: str) -> Parts:
 
 
 def with_values(text: str, values: Mapping[str, Any]) -> str:
-    """Return the text of a config with other values of top-level keys; its blank lines stay."""
+    """Return the text of a config with new values of top-level keys; blank lines are kept."""
     return as_text(json.loads(text) | dict(values), _TOP_LEVEL_AFTER_BLANK_LINE.findall(text))
 
 
 def as_text(config: Mapping[str, Any], spaced: Iterable[str] = ()) -> str:
-    """Lay a config out: a value that fits stands on one line.
+    """Format a config, with every value that fits on one line.
 
     Args:
         config: parsed JSON.
-        spaced: top-level keys that a blank line precedes.
+        spaced: top-level keys that follow a blank line.
 
     Returns:
         the text of the file.
@@ -250,12 +250,12 @@ def _default(value: Any, computed: list[str]) -> str:
 
 
 def knobs_page(page: str, folders: Mapping[str, Path], texts: Mapping[Path, str]) -> str:
-    """Return docs/knobs.md with its table: each knob with its configs, and the bundles with another default.
+    """Return `docs/knobs.md` with a new table: each knob, its configs, and the bundles with another default.
 
     Args:
-        page: its text, with the table between the comments `knobs` and `end of knobs`.
-        folders: of configs, by bundle.
-        texts: of configs by path; others are read.
+        page: text of the page, with the table between the comments `knobs` and `end of knobs`.
+        folders: folder of configs, by bundle.
+        texts: texts of configs, by path; others are read from disk.
     """
     configs: dict[str, dict[str, Parts]] = {}
     for bundle, folder in folders.items():
@@ -268,7 +268,7 @@ def knobs_page(page: str, folders: Mapping[str, Path], texts: Mapping[Path, str]
     for knob, (meaning, *computed) in knob_meanings().items():
         having = {bundle: [name for name in each if knob in each[name]] for bundle, each in configs.items()}
         having = {bundle: names for bundle, names in having.items() if names}
-        if not having:  # of one's own data alone
+        if not having:  # only in bundles for a user's own data
             continue
         values = {bundle: _default(configs[bundle][names[0]][knob], computed) for bundle, names in having.items()}
         default = next(iter(values.values()))

@@ -18,7 +18,7 @@ PAPER = [str(CONFIGS / name) for name in ("train.json", "sam.json")]
 
 
 def _heads() -> dict[str, dict[str, Any]]:
-    """List every head with the knobs of the paper's recipe, and with the default ones where they are others."""
+    """List every head with the knobs of the paper's recipe, and with the default ones if they differ."""
     heads = {}
     for entry in (entry for entry in networks().values() if "head" in entry):
         defaults = entry.get("head_knobs", {})
@@ -41,7 +41,7 @@ def training_knobs(*names: str) -> dict[str, int]:
     """Read top-level numbers of the paper's recipe."""
     parser = ConfigParser()
     parser.read_config(PAPER)
-    parser["train"]["dataloader"] = ["one batch"]  # by whose number epochs are counted; no data are at hand
+    parser["train"]["dataloader"] = ["one batch"]  # epochs are computed from the number of batches; no data are needed
     return {name: parser.get_parsed_content(name) for name in names}
 
 
@@ -82,12 +82,12 @@ def _parser(files: list[str], settings: Settings, encoder: nn.Module, *, head: s
     parser.read_config(files)
     parser["network_def"] |= {"encoder": encoder, "head": HEADS[head], "precision": precision}
     parser.update({"canvas_size": settings.canvas_size, "sam_checkpoint": None, "device": settings.device})
-    parser.update(training_knobs("out_channels"))  # which inference would take from a trained model
+    parser.update(training_knobs("out_channels"))  # inference otherwise reads it from a trained model
     return parser
 
 
 class StoredEmbeddings(nn.Module):
-    """Replaces an encoder: returns stored embeddings, whatever the images."""
+    """Replaces an encoder: returns stored embeddings and ignores the images."""
 
     def __init__(self) -> None:
         super().__init__()

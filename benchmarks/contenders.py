@@ -26,10 +26,10 @@ from components.sam.tiny_vit import TinyViT
 
 REFERENCE = "segment_anything"
 OURS = "ours"
-BF16 = " bf16"  # ends the names of contenders in bf16
+BF16 = " bf16"  # suffix of the names of contenders in bf16
 OURS_BF16 = OURS + BF16
 REFERENCE_BF16 = REFERENCE + BF16
-OURS_VIT_T = "ours vit_t"  # MobileSAM's encoder, of weights of its own
+OURS_VIT_T = "ours vit_t"  # MobileSAM's encoder, with its own weights
 OURS_VIT_T_BF16 = OURS_VIT_T + BF16
 HUGGING_FACE = {"transformers eager": "eager", "transformers sdpa": "sdpa"}
 
@@ -71,8 +71,8 @@ def silence_random_weights() -> None:
 def random_state_dict(model_type: str) -> dict[str, torch.Tensor]:
     """Draw random weights of an image encoder, the same in every call.
 
-    Positional embeddings, which are initialised with zeros, are drawn too, so that encoders that treat them differently
-    do not agree.
+    Positional embeddings are initialised with zeros, so they are drawn too. Otherwise encoders that treat them
+    differently would agree.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -92,8 +92,8 @@ def build_encoder(
         name: one of `encoder_names`.
         model_type: the architecture.
         weights: its state dict with SAM's parameter names, at the native size; `vit_t` has random ones instead.
-        image_size: side in pixels of the images, for which absolute positions are interpolated here. All contenders
-            interpolate relative positions themselves.
+        image_size: side of the images in pixels. Absolute positions are interpolated here, relative ones by each
+            contender.
         device: the device to run on.
 
     Returns:
@@ -122,7 +122,7 @@ def build_encoder(
 
 
 def _precision(name: str, device_type: str) -> AbstractContextManager:
-    """Return the context that a contender computes in; only ours chooses its library for products."""
+    """Return the autocast context of a contender; only ours chooses the library of matrix products."""
     if name == OURS:
         return autocast_to("fp32", device_type)
     return torch.autocast(device_type, torch.bfloat16, enabled=name.endswith(BF16))

@@ -72,7 +72,7 @@ def _prepare_forward(settings: Settings, name: str, case: tuple[int, int]) -> Wo
 
 
 def _check_agreement(encoders: Mapping[str, Encode], images: torch.Tensor) -> dict[str, float]:
-    """Return the largest difference from ours, as a fraction of our output's range, of each encoder of its weights."""
+    """Return each encoder's largest difference from ours, as a fraction of our output's range, except MobileSAM's."""
     expected = encoders[OURS](images)
     span = float(expected.max() - expected.min())
     errors = {

@@ -33,7 +33,7 @@ that of an epoch that augments and encodes every slice anew with `segment_anythi
 def run(settings: Settings) -> Table:
     """Measure all heads, in fp32 and, if the device supports it natively, in bf16."""
     table = Table("epoch", BASELINE, NOTE, "an epoch")
-    unseen = itertools.count(2)  # epoch 1 is the one whose embeddings are read from the cache
+    unseen = itertools.count(2)  # epoch 1 is read from the cache
     with tempfile.TemporaryDirectory() as folder:
         dataset_dir = write_patients(folder, settings)
         encoder = SamEncoder(settings.model_type, image_size=settings.image_size, cache_dir=f"{folder}/embeddings")
@@ -65,7 +65,7 @@ def _compare(
         contenders[f"{LATER} {precision}"] = Contender(partial(_epoch, parser, itertools.repeat(1)))
         contenders[f"{FIRST} {precision}"] = Contender(
             partial(_epoch, parser, unseen),
-            warm_up=lambda: None,  # the batches in memory have warmed up the encoder, later epochs the head
+            warm_up=lambda: None,  # encoder and head are warm from `_batches_in_memory` and the later epochs
         )
     times = measure(
         contenders,

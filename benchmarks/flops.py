@@ -1,4 +1,4 @@
-"""The number of operations that SAM's image encoder needs at least."""
+"""The minimum number of operations of SAM's image encoder."""
 
 from components.sam.image_encoder import EMBEDDING_CHANNELS, PATCH_SIZE, WINDOW_SIZE, Architecture
 
@@ -6,18 +6,17 @@ MLP_RATIO = 4
 
 
 def encoder_flops(architecture: Architecture, image_size: int) -> int:
-    """Count the useful floating-point operations of encoding one image, a multiply-add as two.
+    """Count the useful floating-point operations of encoding one image; a multiply-add counts as two.
 
-    With N tokens of D channels on a grid of side g = `image_size` / 16:
+    With N = (`image_size` / 16)^2 tokens of D channels:
 
     - patch embedding: 2 N (3 * 16 * 16) D;
-    - each block's linear layers (qkv 3 D^2, projection D^2, MLP 8 D^2): 24 N D^2;
-    - each block's attention: 2 D in the scores and 2 D in the weighted sum for every pair of a query and a key of the
-      same window, and 2 D in the relative positions for every query and each row and each column of its window;
+    - linear layers of a block (qkv 3 D^2, projection D^2, MLP 8 D^2): 24 N D^2;
+    - attention of a block: 4 D for each pair of query and key in a window (scores and weighted sum);
+    - relative positions of a block: 2 D for each query and each row and column of its window;
     - neck: 2 N (256 D + 9 * 256^2).
 
-    The window of a global block is the whole grid. Only tokens within the grid count: padding is no useful work. Norms,
-    activations, softmax and biases are left out.
+    The window of a global block is the whole grid. Padding tokens, norms, activations, softmax and biases are excluded.
 
     Args:
         architecture: the encoder's architecture.

@@ -20,7 +20,7 @@ Work = Callable[[], object]
 
 
 def peak_mib(prepare: Callable[[], Work]) -> float | None:
-    """Measure in a fresh process by how much some work raises the memory in use.
+    """Measure in a fresh process how much memory some work adds.
 
     This is resident memory on a CPU, memory of allocated tensors on a GPU.
 
@@ -42,8 +42,8 @@ def peak_mib(prepare: Callable[[], Work]) -> float | None:
 def _peak_here(prepare: Callable[[], Work], threads: int) -> float | None:
     """Prepare the work, do it, and measure this process's peak memory meanwhile.
 
-    On a CPU that is the kernel's `VmHWM`, reset before the work. `ru_maxrss` cannot be reset: it would include the peak
-    of the parent process and that of building the network.
+    On a CPU, the peak is the kernel's `VmHWM`, reset before the work. `ru_maxrss` cannot be reset: it would include the
+    peaks of the parent process and of building the network.
     """
     torch.set_num_threads(threads)
     silence_random_weights()

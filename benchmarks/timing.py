@@ -1,4 +1,4 @@
-"""Interleaved timing: each contender runs once per round, so that changes of the machine's load affect all alike."""
+"""Interleaved timing: each contender runs once per round, so that changes in machine load affect all equally."""
 
 import math
 import statistics
@@ -91,7 +91,7 @@ def ratio_of(seconds: list[float], baseline: list[float]) -> Ratio:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """Return the clock for a device: on one thread of a CPU its own time, of which other processes take nothing."""
+    """Return process time for one CPU thread, which other processes do not affect, else wall time."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 

@@ -13,7 +13,7 @@ class Plan:
         epochs: number of epochs.
         batch_size: slices per training step and per forward pass in validation.
         val_interval: epochs between validations.
-        views: number of different augmented views of each slice; after as many epochs they repeat.
+        views: number of different augmented views of each slice; they repeat after that many epochs.
     """
 
     slices: int

@@ -26,7 +26,7 @@ One call on a single element, which never leaves the calling thread, takes that 
 computation.
 
 In a process that is `python -m monai.bundle` it does two things more. The last line of an error becomes one sentence,
-by `components.base.error_line`. The process ends without a last collection of garbage. A program that imports the
+by `components.base.errors`. The process ends without a last collection of garbage. A program that imports the
 package keeps its own exception hook.
 """
 
@@ -56,7 +56,7 @@ def is_bundle_command() -> bool:
 
 def _end_with_error_line() -> None:
     if is_bundle_command() and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has a report of its own
-        sys.excepthook = importlib.import_module("components.base.error_line").ErrorLine()
+        sys.excepthook = importlib.import_module("components.base.errors").ErrorLine()
 
 
 def _end_quickly() -> None:

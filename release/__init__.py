@@ -1,1 +1,1 @@
-"""Packaging: each bundle as an archive that needs nothing of this repository, in the layout of MONAI's model zoo."""
+"""Packaging: each bundle as a self-contained archive, in the layout of MONAI's model zoo."""

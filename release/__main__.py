@@ -1,8 +1,8 @@
 """Package every bundle.
 
-From the repository's root: `python -m release --output_dir dist` for archives that segment the moment they are
+From the repository's root: `python -m release --output_dir dist` for archives that segment as soon as they are
 unpacked; `--model_type vit_b` (`vit_l`, `vit_h`, `vit_t`) for the paper's form, on SAM's own weights. `--bundle FOLDER`
-for a trained bundle that `python -m adapt new` has made. `--huggingface DIR` writes folders for the Hugging Face Hub.
+packages a trained bundle of `python -m adapt new`. `--huggingface DIR` writes folders for the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def build(
     base_url: str = "",
     huggingface: str | None = None,
 ) -> None:
-    """Write `<bundle>_v<version>.zip` of every bundle, and `model_info.json` with their checksums; or for the Hub.
+    """Write `<bundle>_v<version>.zip` of every bundle and `model_info.json` with checksums, or folders for the Hub.
 
     The same sources give the same bytes.
 
@@ -39,11 +39,11 @@ def build(
         output_dir: folder of the archives, made if missing; None for no archives.
         model_type: `phantom_unet` for archives with the shipped weights; `vit_b`, `vit_l`, `vit_h` or `vit_t` for
             archives named `<bundle>_<model_type>` that download SAM's checkpoint, or MobileSAM's.
-        bundle: package this one only; also the folder of a bundle for one's own data.
-        model: a trained `model.pt` to put into the archive of `bundle`; None for what comes with the package, or what a
-            bundle for one's own data has trained.
-        encoder_url: address of the encoder's file, if it is one of your own that is too large for an archive.
-        base_url: address at which the archives will lie; `model_info.json` points there.
+        bundle: the only bundle to package, by name, or by folder for a user's own data.
+        model: a trained `model.pt` for the archive of `bundle`; None for the package's, or for the one that a bundle
+            for a user's own data has trained.
+        encoder_url: address of the file of your own encoder, if it is too large for an archive.
+        base_url: address of the archives, for `model_info.json`.
         huggingface: folder in which each bundle becomes a folder that is ready to push to the Hugging Face Hub.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -56,7 +56,7 @@ def build(
     with_encoder = [f"{name}_acdc" for name, network in networks().items() if network["kind"] == "encoder"]
     names = [bundle] if bundle else PACKED if model_type == SHIPPED_ENCODER else with_encoder
     if model is not None and len(names) != 1:
-        raise ValueError(f"a model belongs to one bundle: say which of {', '.join(names)} with --bundle")
+        raise ValueError(f"a model belongs to one bundle: choose one of {', '.join(names)} with --bundle")
     archives = []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:

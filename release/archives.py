@@ -1,4 +1,4 @@
-"""Reproducible zip archives, and the list of them that MONAI's model zoo keeps."""
+"""Reproducible zip archives, and their list in the format of MONAI's model zoo."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from components.base.atomic_write import write_atomically
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can hold
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
 _MODE = 0o644
-FILE_LIMIT = 25 * 10**6  # bytes, of the zoo for each file
+FILE_LIMIT = 25 * 10**6  # bytes, the zoo's limit for each file
 
 
 def write_archive(root: Path, path: Path) -> Path:
@@ -20,13 +20,13 @@ def write_archive(root: Path, path: Path) -> Path:
 
     Args:
         root: folder to pack, which becomes the archive's one top-level folder.
-        path: of the archive, replaced in one step.
+        path: the archive, replaced in one step.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: for a symbolic link, or a file larger than 25 MB.
+        ValueError: if there is a symbolic link, or a file larger than 25 MB.
     """
     files = sorted(file for file in root.rglob("*") if file.is_symlink() or not file.is_dir())
     for file in files:
@@ -38,7 +38,7 @@ def write_archive(root: Path, path: Path) -> Path:
         if file.stat().st_size > FILE_LIMIT:
             raise ValueError(
                 f"{name} has {file.stat().st_size / 1e6:.1f} MB: expected at most {FILE_LIMIT / 1e6:.0f} MB, "
-                "the model zoo's limit; larger ones belong into large_files.yml"
+                "the model zoo's limit; list larger ones in large_files.yml"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as partial, zipfile.ZipFile(partial, "w") as archive:
@@ -51,12 +51,12 @@ def write_archive(root: Path, path: Path) -> Path:
 
 
 def write_model_info(archives: Sequence[Path], path: Path, *, base_url: str) -> Path:
-    """Write the zoo's list of archives, keeping what it says of others.
+    """Write the zoo's list of archives; entries of other archives are kept.
 
     Args:
-        archives: named `<bundle>_v<version>.zip`.
-        path: of the list.
-        base_url: address of the folder where they will lie; without one, `source` is the file's name alone.
+        archives: archives named `<bundle>_v<version>.zip`.
+        path: file of the list.
+        base_url: address of the archives' folder; without one, `source` is the file's name alone.
 
     Returns:
         `path`.

@@ -1,4 +1,4 @@
-"""What an archive holds: a bundle's folder, a copy of `components` with its weights, and a trained model."""
+"""The content of an archive: a bundle's folder, a copy of `components` with its weights, and a trained model."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from release.archives import FILE_LIMIT
 
 REPOSITORY = Path(__file__).parents[1]
 BUNDLES = REPOSITORY / "bundles"
-PACKED = tuple(f"{network}_acdc" for network in networks())  # segment as they are packed
+PACKED = tuple(f"{network}_acdc" for network in networks())  # they segment without training
 MODEL = "models/model.pt"
 ENCODER_KNOB = "sam_checkpoint"
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 
 
 def check_release_facts() -> None:
-    """Check that every bundle has the package's version, with a line of its changelog, and pins the tested packages.
+    """Check that every bundle has the package's version, a changelog line of it, and pins of the tested packages.
 
     Raises:
-        ValueError: naming the bundle that has not, and what it should have.
+        ValueError: if a bundle has not; the message names it and what it should have.
     """
     for path in sorted(BUNDLES.glob("*/configs/metadata.json")):
         bundle = path.parents[1]
-        if own_bundle(bundle):  # that is no part of a release
+        if own_bundle(bundle):  # not part of a release
             continue
         version = _metadata(bundle)["version"]
         if version != components.__version__:
@@ -46,7 +46,7 @@ def check_release_facts() -> None:
 
 
 def _check_metadata(bundle: Path) -> None:
-    """Check that a bundle's version has a line of its changelog, and that it pins the tested packages."""
+    """Check that a bundle's changelog has a line of its version, and that it pins the tested packages."""
     metadata = _metadata(bundle)
     if metadata["version"] not in metadata["changelog"]:
         raise ValueError(
@@ -78,29 +78,29 @@ def _tested_versions() -> dict[str, str]:
 
 
 def own_bundle(bundle: str | Path) -> Path | None:
-    """Return the folder of a bundle for one's own data, given it or its name in `bundles`; None for another bundle."""
+    """Return the folder of a bundle for a user's own data, by folder or by name in `bundles`; None for others."""
     folders = (Path(bundle), BUNDLES / bundle)
     return next((folder.resolve() for folder in folders if (folder / DATA_FILE).is_file()), None)
 
 
 def assemble(bundle: str, folder: Path, *, model_type: str = SHIPPED_ENCODER, model: str | None = None) -> Path:
-    """Write a bundle's folder with all that it needs but an encoder that is no part of the package.
+    """Write a bundle's folder with all that it needs, except an encoder that is not in the package.
 
-    The names of one's own cases stay in `data.json`; where they lie on this computer does not.
+    The names of a user's own cases stay in `data.json`; the path of their folder is removed.
 
     Args:
-        bundle: name of a bundle for ACDC, or the folder of one for one's own data.
-        folder: where to write, empty.
+        bundle: name of a bundle for ACDC, or the folder of one for a user's own data.
+        folder: an empty folder to write to.
         model_type: for ACDC another encoder than the shipped one: `vit_b`, `vit_l`, `vit_h` or `vit_t`.
-        model: the trained `model.pt` to put in; None for a bundle's own, for ACDC for what comes with the package.
+        model: the trained `model.pt` to include; None for the bundle's own, or for ACDC the package's.
 
     Returns:
         the bundle's folder below `folder`, named after the model type unless that is the shipped one.
 
     Raises:
-        FileNotFoundError: when a bundle of one's own has not been trained, or a file is missing.
-        ValueError: for a bundle of which there is no archive, or metadata that are not those of a release.
-        RuntimeError: of MONAI's, around the reason why a model does not fit its configs.
+        FileNotFoundError: if a bundle for a user's own data has not been trained, or a file is missing.
+        ValueError: if the bundle has no archive, or its metadata are not those of a release.
+        RuntimeError: from MONAI, around the reason why a model does not fit its configs.
     """
     own = own_bundle(bundle)
     source = own or BUNDLES / bundle
@@ -139,19 +139,19 @@ def weights_of(bundle: Path) -> dict[str, Path]:
 
 
 def take_encoder_along(root: Path, url: str) -> None:
-    """Put an encoder that is a file of one's own into an archive, or its address and hash if it is large.
+    """Put a user's own encoder into an archive, or its address and hash if it is large.
 
     Args:
         root: the bundle's folder, as `assemble` has written it.
-        url: address of the file, for one that is larger than an archive's files may be.
+        url: address of the file, if it is larger than an archive's files may be.
 
     Raises:
-        ValueError: for such a file without an address.
+        ValueError: if such a file has no address.
     """
     if not isinstance(json.loads((root / "configs/train.json").read_text()).get(ENCODER_KNOB), str):
         return  # it comes with the package, or large_files.yml says where it is published
     path = weights_of(root)[ENCODER_KNOB]
-    place = f"models/{path.stem}.pth"  # MONAI Label takes any *.pt there for a model
+    place = f"models/{path.stem}.pth"  # MONAI Label treats any *.pt there as a model
     if path.stat().st_size <= FILE_LIMIT:
         _copy(path, root / place)
     elif url:
@@ -167,34 +167,34 @@ def take_encoder_along(root: Path, url: str) -> None:
 
 
 def set_encoder(root: Path, file: str) -> None:
-    """Set in a bundle's configs which file its encoder is."""
+    """Set the encoder's file in a bundle's configs."""
     for name in ("train", "inference"):
         set_values(root / f"configs/{name}.json", {ENCODER_KNOB: file})
 
 
 def set_values(config: Path, values: dict[str, Any]) -> None:
-    """Give top-level keys of a config other values."""
+    """Set top-level keys of a config."""
     config.write_text(with_values(config.read_text(), values))
 
 
 def _copy_bundle(source: Path, root: Path) -> None:
-    """Copy a bundle's files, without what an editor has left among them, and what runs have written."""
+    """Copy a bundle's files, without files of editors and outputs of runs."""
     is_shipped = json.loads((source / "configs/train.json").read_text()).get("model_type") == SHIPPED_ENCODER
-    encoder = () if is_shipped else ("large_files.yml",)  # of the zoo's, which else would be downloaded for nothing
+    encoder = () if is_shipped else ("large_files.yml",)  # else the zoo would download SAM's file without need
     patterns = ("LICENSE", *encoder, "configs/[!.]*", "docs/[!.]*")
     for path in (path for pattern in patterns for path in source.glob(pattern) if path.is_file()):
         _copy(path, root / path.relative_to(source))
 
 
 def _copy_components(root: Path) -> None:
-    """Copy `components` with all its weights: a host imports one bundle's copy, and uses it for all that it serves."""
+    """Copy `components` with all its weights: a host imports one bundle's copy and uses it for all bundles."""
     for path in (REPOSITORY / "components").rglob("*"):
         if path.suffix in (".py", ".json", ".pt", ".pth"):
             _copy(path, root / path.relative_to(REPOSITORY))
 
 
 def _put_in(root: Path, source: Path, model: Path) -> None:
-    """Make a trained model the archive's own, once it has been loaded as the bundle's configs load it."""
+    """Copy a trained model into the archive, after loading it with the bundle's configs."""
     if not model.is_file():
         raise FileNotFoundError(f"there is no model {model}: run training in {source} first, or give --model FILE")
     parser = ConfigParser()

@@ -28,18 +28,18 @@ commands below are typed inside it.
 
 
 def write_repository(root: Path, folder: Path) -> Path:
-    """Write what is pushed to the Hub: a bundle's files, and a card made of its README and metadata.
+    """Write a repository of the Hub: a bundle's files, and a model card from its README and metadata.
 
     Args:
         root: the bundle's folder, as `assemble` has written it.
-        folder: where the repository's folder is made; one of that name from before is replaced.
+        folder: where the repository's folder is made; an older one of that name is replaced.
 
     Returns:
         the repository's folder, named after the bundle.
 
     Raises:
-        OptionalImportError: where `huggingface_hub` is not installed.
-        ValueError: when it finds the card's metadata at fault.
+        OptionalImportError: if `huggingface_hub` is not installed.
+        ValueError: if it rejects the card's metadata.
     """
     from monai.utils import optional_import
 
@@ -67,7 +67,7 @@ def write_repository(root: Path, folder: Path) -> Path:
 
 
 def _results(root: Path) -> list[EvalResult]:
-    """Return the scores on record of a bundle's head, none unless it is the one that comes with the package."""
+    """Return the recorded scores of a bundle's head; none unless it is the head in the package."""
     from huggingface_hub import EvalResult
 
     record = json.loads(Path(pretrained_file("phantom_unet.pth")).with_name("record.json").read_text())

@@ -1,7 +1,7 @@
 """Studies: a grid of trainings, each an unchanged bundle run in a folder of its own, and one report of them all.
 
 Raises:
-    ModuleNotFoundError: on import, when a package of the `study` extra is not installed.
+    ModuleNotFoundError: on import, if a package of the `study` extra is not installed.
 """
 
 from importlib.util import find_spec

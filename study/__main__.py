@@ -1,11 +1,11 @@
 """Run a study and write its report.
 
 From the repository's root: `python -m study run --config study/quick.json --output_dir DIR`, with `--dataset_dir ACDC`
-if the study uses ACDC's patients; bundles for one's own data know where these are. The same command continues a study
+if the study uses ACDC's patients; bundles for a user's own data name their folder. The same command continues a study
 that was killed. `python -m study report` with the same arguments writes the report of the cells that are finished so
 far.
 
-`python -m study calibrate --output_dir DIR` makes the calibration of the predicted Dice anew.
+`python -m study calibrate --output_dir DIR` repeats the calibration of the predicted Dice.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def run(
     Args:
         config: JSON file of the grid.
         output_dir: folder of the study, in which each cell has its own folder.
-        dataset_dir: folder of ACDC, or of a data set in its layout; not needed if the grid defines phantoms, or if its
-            bundles are those of one's own data, whose `data.json` names it.
+        dataset_dir: folder of ACDC, or of a data set in its layout. It is not needed if the grid defines phantoms, or
+            if `data.json` of the bundles names a user's own data.
         sam_dir: folder of SAM's checkpoints; by default each bundle's `models`.
-        only: run only the cells whose folder begins with this, and what they start from.
+        only: run only the cells whose folder begins with this, and the cells that they start from.
         workers: cells to run at a time on this computer, each on a GPU of its own if there are any.
         scheduler: address of a Dask cluster to run on instead, such as `tcp://10.0.0.1:8786`.
         threads: CPU threads of a cell; by default the local workers share all cores equally.
@@ -118,7 +118,7 @@ def _last_errors(tasks: Sequence[Task], output: Path) -> dict[str, str]:
 
 
 def _waiting(tasks: Sequence[Task], output: Path, broken: Iterable[str]) -> list[Task]:
-    """List the tasks to run: those that are not finished, not broken, and do not start from one that is left out."""
+    """List the tasks to run: unfinished ones that are not broken and do not start from one that is left out."""
     waiting, left_out = [], set(broken)
     for task in tasks:
         if is_finished(output / task.name):

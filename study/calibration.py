@@ -1,4 +1,4 @@
-"""How good a segmentation probably is: the lines from what a network expects of itself to its true Dice."""
+"""Calibration of the predicted Dice: the lines from the Dice that a network expects to its true Dice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUNDLES = ("linearhead_acdc", "unet_acdc")  # one with the encoder, one without
 _FOLDER = Path(__file__).parents[1] / "bundles"
 _SEED = 1
 _DECIMALS = 3
-_OF_WHOLE = -1  # as a slice's number: the whole volume
+_OF_WHOLE = -1  # slice number of the whole volume
 
 Case = tuple[Path, Path]  # files of an image and of its labels
 
@@ -38,16 +38,16 @@ def calibrate(
     bundles: Sequence[str] = BUNDLES,
     path: str = str(CALIBRATION),
 ) -> None:
-    """Fit the lines of `components/evaluation/predicted_dice.json` to segmentations of degraded phantoms.
+    """Fit the lines of `components/function/predicted_dice.json` to segmentations of degraded phantoms.
 
-    Every bundle segments the same volumes as it comes; one line is fitted to the volumes of all bundles, and one to
-    their slices, by Theil and Sen's estimator, which a few odd ones do not move.
+    Every bundle segments the same volumes with its shipped weights. One line is fitted to the volumes of all bundles,
+    and one to their slices, by Theil and Sen's estimator, which is robust to outliers.
 
     Args:
         output_dir: folder of the volumes, of the label maps, and of `phantoms.csv` with every volume and slice.
         volumes: number of phantoms.
-        dataset_dir: folder of real volumes with their truth beside them as `<name>_gt.nii.gz`, such as ACDC; these do
-            not take part in the fit, and `real.csv` says how far the lines hold for them.
+        dataset_dir: folder of real volumes with their truth beside them as `<name>_gt.nii.gz`, such as ACDC. They are
+            not part of the fit; `real.csv` shows how well the lines hold for them.
         bundles: names of the bundles.
         path: the file to write.
     """
@@ -84,13 +84,13 @@ def _voxels(path: Path) -> np.ndarray:
 
 
 def _segmented(bundle: str, cases: Iterable[Case], output: Path) -> pd.DataFrame:
-    """Segment volumes with a bundle, and return what is expected and what is true of each and of its slices."""
+    """Segment volumes with a bundle, and return the expected and the true Dice of each and of its slices."""
     truths = dict(cases)
     config = ConfigParser()
     config.read_config(str(_FOLDER / bundle / "configs/inference.json"))
     config["bundle_root"] = str(_FOLDER / bundle)
     config["output_dir"] = str(output)
-    config["ckpt_path"] = "@start_checkpoint"  # whatever has been trained in the bundle's folder
+    config["ckpt_path"] = "@start_checkpoint"  # the shipped weights, whatever was trained in the bundle's folder
     config["dataset"]["data"] = [{"image": str(image)} for image in truths]
     evaluator: Any = config.get_parsed_content("evaluator")
     rows: list[dict[str, Any]] = []
@@ -117,7 +117,7 @@ def _segmented(bundle: str, cases: Iterable[Case], output: Path) -> pd.DataFrame
 
 
 def _true_dice(labels: np.ndarray, truth: np.ndarray, *, only_shown: bool) -> float:
-    """Return the mean Dice over the classes, or over those that one of both shows; 1 for a class that none shows."""
+    """Return the mean Dice over all classes, or over those in either map; 1 for a class in neither."""
     sizes = {label: np.count_nonzero(labels == label) + np.count_nonzero(truth == label) for label in (1, 2, 3)}
     both = {label: np.count_nonzero((labels == label) & (truth == label)) for label in sizes}
     dice = [2 * both[label] / size if size else 1.0 for label, size in sizes.items() if size or not only_shown]
@@ -130,7 +130,7 @@ def _line(table: pd.DataFrame) -> dict[str, float]:
 
 
 def _describe(table: pd.DataFrame, lines: Mapping[str, Mapping[str, float]]) -> None:
-    """Log for each bundle how volumes and slices rank, and how far their predicted Dice is from the true one."""
+    """Log each bundle's rank correlation, and the errors of its predicted Dice, for volumes and slices."""
     for bundle, of_bundle in table.groupby("bundle"):
         for name, line in lines.items():
             part = of_bundle[(of_bundle["slice"] == _OF_WHOLE) == (name == "volume")]

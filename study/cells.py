@@ -1,4 +1,4 @@
-"""Runs one cell: MONAI's runner on an unchanged bundle, in a folder with a record of the stages that are done."""
+"""Runs one cell: MONAI's runner on an unchanged bundle, in a folder with a record of the finished stages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LOG = "log.txt"
 _LOCK = "lock"
 _PACKAGES = ("autosam-bundles", "monai", "torch", "numpy")
 _POLL_S = 0.2  # between checks of a sub-process or a lock
-_LAST_LINE = re.compile(r"^error: (.*)$", re.MULTILINE)  # of `components.base.error_line`
+_LAST_LINE = re.compile(r"^error: (.*)$", re.MULTILINE)  # of `components.base.errors`
 
 
 class CellError(RuntimeError):
@@ -77,8 +77,8 @@ def list_stages(
 
     Args:
         cell: the cell or preparation.
-        dataset_dir: folder of ACDC, or of a data set in its layout; of a user's own data empty for the folder that
-            `data.json` names.
+        dataset_dir: folder of ACDC, or of a data set in its layout; empty for the folder that `data.json` of a user's
+            own data names.
         output_dir: folder of the study.
         sam_dir: folder of SAM's checkpoints; None for each bundle's own `models`.
     """
@@ -97,7 +97,7 @@ def list_stages(
     start = {START_CHECKPOINT: str(output_dir / cell.starts_from / "models/model.pt")} if cell.starts_from else {}
     knobs |= {"ckpt_dir": str(folder / "models"), **method.knobs}
     evaluate = ("train", "evaluate", *method.overlays)
-    if not cell.trains:  # then what training would start from is taken for the trained model
+    if not cell.trains:  # evaluates the weights that a training would start from
         return [Stage("evaluating", method, evaluate, knobs | start)]
     knobs[LABELLED_CASES] = cell.labelled_cases
     return [
@@ -115,7 +115,7 @@ def list_cases_to_score(parser: ConfigParser) -> list[Case]:
     Returns:
         dictionaries with the paths `image` and `label`.
     """
-    own_list = "test" in parser.get()  # that of a bundle that does not train is in `validate`
+    own_list = "test" in parser.get()  # a bundle that does not train has its list in `validate`
     return list(parser.get_parsed_content("test#data" if own_list else "validate#dataset#data"))
 
 
@@ -130,10 +130,10 @@ def run_cell(
 ) -> bool:
     """Run a cell or a preparation, or continue one that was interrupted.
 
-    Its folder below `output_dir` holds `models`, `eval` with the scores of every volume, the log of the runner, the
-    merged config of each stage, and `cell.json` with the commands, their seconds and the versions. The folder is locked
-    meanwhile: another process, also on another computer if the shared disk supports POSIX locks, waits until the cell
-    is done.
+    Its folder below `output_dir` holds `models`, `eval` with the scores of every volume, the log of the runner and the
+    merged config of each stage. `cell.json` holds the commands, their seconds and the versions. The folder is locked
+    meanwhile. Another process waits until the cell is done, also on another computer if the shared disk supports POSIX
+    locks.
 
     Args:
         cell: the cell or preparation.
@@ -144,12 +144,12 @@ def run_cell(
         interrupt: once set, from another thread, the sub-process is ended.
 
     Returns:
-        whether anything was run: a finished cell is left as it is.
+        whether anything was run; a finished cell is left as it is.
 
     Raises:
-        CellError: when a stage fails. Its results are kept; the message and `cell.json` hold the error from the log.
-        KeyboardInterrupt: when `interrupt` or Ctrl-C has ended a stage, which is not recorded as a failure.
-        ValueError: when the folder holds the cell with other settings.
+        CellError: if a stage fails. Its results are kept; the message and `cell.json` hold the error from the log.
+        KeyboardInterrupt: if `interrupt` or Ctrl-C ends a stage, which is not recorded as a failure.
+        ValueError: if the folder holds the cell with other settings.
     """
     folder = output_dir / cell.name
     stages = list_stages(cell, dataset_dir=dataset_dir, output_dir=output_dir, sam_dir=sam_dir)
@@ -166,7 +166,7 @@ def run_cell(
         if is_finished(folder):
             return False
         record.pop("error", None)
-        record["interrupted"] |= _has_results(folder)  # then the recorded seconds are less than the cell takes
+        record["interrupted"] |= _has_results(folder)  # the recorded seconds are then too few
         record |= {"bundle": cell.method.bundle, "versions": {name: version(name) for name in _PACKAGES}}
         for stage in stages:
             if stage.name in record["seconds"]:
@@ -184,7 +184,7 @@ def run_cell(
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read a cell's record; None when none of its stages is done or has failed."""
+    """Read a cell's record; None if none of its stages is done or has failed."""
     file = folder / _RECORD
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -238,8 +238,8 @@ def _as_text(value: Any) -> str:
 def _locked(folder: Path, interrupt: threading.Event) -> Iterator[int]:
     """Lock a cell's folder and yield the lock's file descriptor.
 
-    The runner's sub-process inherits the descriptor. If the study is killed and the sub-process lives on, the folder
-    stays locked until that ends.
+    The runner's sub-process inherits the descriptor. If the study is killed but not the sub-process, the folder stays
+    locked until the sub-process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("w") as file:

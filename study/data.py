@@ -10,22 +10,22 @@ from components.data.acdc import patient_of
 from components.data.cases import SUBSETS, groups_of_cases
 from components.data.custom_data import read_data
 
-OWN_COUNTS = "cases"  # what labelled ones of a user's own data are called
+OWN_COUNTS = "cases"  # name of the labelled ones of a user's own data
 _MUST_AGREE = ("dataset_dir", "class_names", "label_values", *SUBSETS)  # between bundles of one study
 
 
 @dataclass(frozen=True)
 class StudyData:
-    """What all methods of a study are trained and tested on, and what its report calls it.
+    """The data set of a study, and the words for it in the report.
 
     Args:
-        title: of the report.
-        counts: what its labelled cases are called, `patients` or `cases`; a case is a `group` of images, if
-            `data.json` has such.
-        item: one image, `volume` or `picture`.
-        element: of an image, `voxel` or `pixel`.
+        title: title of the report.
+        counts: word for its labelled cases, `patients` or `cases`; a case is a `group` of images, if `data.json` has
+            groups.
+        item: word for one image, `volume` or `picture`.
+        element: word for an element of an image, `voxel` or `pixel`.
         length: unit of distances, `mm` or `pixels`.
-        groups: of a user's own data the group of each case; None for ACDC.
+        groups: group of each case of a user's own data; None for ACDC.
     """
 
     title: str = "Adapting SAM to cardiac MR"
@@ -37,7 +37,7 @@ class StudyData:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a user's own data."""
+        """Whether the data are a user's own."""
         return self.groups is not None
 
     @property
@@ -47,12 +47,12 @@ class StudyData:
 
     @property
     def seen(self) -> str:
-        """What a network sees of these images, in the plural."""
+        """Word for a network's input images, in the plural."""
         return "slices" if self.item == "volume" else "pictures"
 
     @property
     def labelled(self) -> str:
-        """What this number is called in tables and figures."""
+        """Words for the number of labelled cases in tables and figures."""
         return f"labelled {self.counts}"
 
     def group_of(self, case: str) -> str:
@@ -70,7 +70,7 @@ def own_study_data(file: Path) -> StudyData:
         file: `data.json` of a bundle.
 
     Raises:
-        ValueError: when it lacks something, or two cases have the same name.
+        ValueError: if a field is missing, or two cases have the same name.
     """
     title, data = f"Study of {file.parents[1].name}", read_data(file)
     groups = groups_of_cases(data)
@@ -80,6 +80,6 @@ def own_study_data(file: Path) -> StudyData:
 
 
 def differences(file: Path, other: Path) -> list[str]:
-    """List the keys by which the `data.json` of two bundles describe different data; none where they are the same."""
+    """List the keys in which the `data.json` of two bundles describe different data; none if they agree."""
     one, two = read_data(file), read_data(other)
     return [name for name in _MUST_AGREE if one[name] != two[name]]

@@ -39,11 +39,11 @@ def required_task(task: Task) -> str | None:
 
 
 def chosen_tasks(tasks: Sequence[Task], beginning: str) -> list[Task]:
-    """List the tasks whose name begins so, and those that they start from.
+    """List the tasks whose name has a given beginning, and those that they start from.
 
     Args:
         tasks: each after the one that it starts from.
-        beginning: of the names; all tasks are listed if it is empty.
+        beginning: beginning of the names; empty for all tasks.
     """
     names: set[str | None] = {task.name for task in tasks if task.name.startswith(beginning)}
     for task in reversed(tasks):
@@ -57,14 +57,14 @@ def run_locally(
 ) -> Iterator[Result]:
     """Run tasks on this computer, and yield each when it has ended.
 
-    Whenever a worker is free it takes the first task that does not wait for the one that it starts from. When the
-    caller stops early, as by Ctrl-C, the running tasks are interrupted.
+    A free worker takes the first task that does not wait for the one that it starts from. If the caller stops early, as
+    by Ctrl-C, the running tasks are interrupted.
 
     Args:
-        tasks: what to run, each after the one that it starts from, if that is to be run too.
-        run_task: called in a thread as `run_task(task, environment=..., interrupt=...)`; it waits for a sub-process
-            with these environment variables, and ends it as soon as the event `interrupt` is set.
-        environments: of each worker; see `worker_environments`.
+        tasks: tasks to run, each after the one that it starts from, if that is to be run too.
+        run_task: called in a thread as `run_task(task, environment=..., interrupt=...)`. It waits for a sub-process
+            with these environment variables, and ends it when the event `interrupt` is set.
+        environments: environment variables of each worker; see `worker_environments`.
     """
     waiting, unfinished = list(tasks), {task.name for task in tasks}
     idle = list(environments)
@@ -98,12 +98,12 @@ def run_on_dask(tasks: Sequence[Task], run_task: Callable[[Task], object], sched
     the same paths, and have this project installed.
 
     Args:
-        tasks: what to run, each after the one that it starts from, if that is to be run too.
+        tasks: tasks to run, each after the one that it starts from, if that is to be run too.
         run_task: runs one task; must be picklable.
         scheduler: address of the cluster, such as `tcp://10.0.0.1:8786`.
 
     Raises:
-        ModuleNotFoundError: when Dask is not installed.
+        ModuleNotFoundError: if Dask is not installed.
     """
     try:
         from distributed import Client, as_completed
@@ -132,7 +132,7 @@ def worker_environments(workers: int, threads: int | None = None) -> list[dict[s
         threads: CPU threads of each; None for an equal share of the cores, and for torch's own choice with one worker.
 
     Raises:
-        ValueError: when `workers` is not positive, or there are fewer GPUs than workers.
+        ValueError: if `workers` is not positive, or there are fewer GPUs than workers.
     """
     gpus = torch.cuda.device_count()
     if workers < 1:
@@ -147,7 +147,7 @@ def worker_environments(workers: int, threads: int | None = None) -> list[dict[s
 
 
 def thread_limits(threads: int | None) -> dict[str, str]:
-    """Return the environment variables that limit a process to a number of CPU threads, none for None."""
+    """Return the environment variables that limit a process to a number of CPU threads; empty for None."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {} if threads is None else {name: str(threads) for name in names}
 

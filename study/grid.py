@@ -14,8 +14,8 @@ from study.data import ACDC, OWN_COUNTS, StudyData, differences, own_study_data
 from study.published import TABLE_1
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
-UNLABELLED = "unlabelled"  # the overlay of all bundles that trains on cases without labels too
-_CHOSEN_BY_LABELS = "labelled"  # in the configs of bundles whose labelled cases choose the preprocessing
+UNLABELLED = "unlabelled"  # the overlay of all bundles for training on cases without labels, too
+_CHOSEN_BY_LABELS = "labelled"  # key of configs whose preprocessing is chosen from the labelled cases
 LABELLED_CASES, START_CHECKPOINT = "labelled_cases", "start_checkpoint"  # knobs of all bundles that train
 _GRID_KEYS = {"_desc_", "methods", "splits", "dataset", "ablations", LABELLED_CASES}
 _METHOD_KEYS = {"title", "bundle", "overlays", "knobs", "start", "continues", "paper", LABELLED_CASES}
@@ -49,8 +49,8 @@ class Method:
         overlays: names of the configs that are merged after the bundle's own.
         knobs: values by top-level key, which override the configs.
         start: the pre-training that its trainings start from, if that is part of the study.
-        continues: key of the method from whose trained model, of the same number and split, each training starts; with
-            0 labelled ones there is no such model, and the bundle's own start is taken.
+        continues: key of another method, from whose trained model of the same number and split each training starts.
+            With 0 labelled cases there is no such model, and the bundle's own start is taken.
         paper: name of the row in the paper's tables to compare with; None if there is none.
     """
 
@@ -75,7 +75,7 @@ class Method:
 
     @property
     def trains_without_labels(self) -> bool:
-        """Whether it is trained with 0 labelled cases too, on unlabelled ones, rather than evaluated as it is."""
+        """Whether it is also trained with 0 labelled cases, on unlabelled ones, instead of only evaluated."""
         return UNLABELLED in self.overlays
 
     @property
@@ -86,17 +86,17 @@ class Method:
 
     @property
     def counts(self) -> str:
-        """What its labelled cases are called: `cases` of a user's own data, else `patients`."""
+        """Word for its labelled cases: `cases` of a user's own data, else `patients`."""
         return OWN_COUNTS if self.data_file else ACDC.counts
 
     @property
     def segments_as_it_comes(self) -> bool:
-        """Whether its trainings start from weights that segment these data, as those do that inference takes."""
+        """Whether its trainings, like its inference, start from weights that segment these data."""
         parser = ConfigParser({**self.merged("train", "inference", *self.overlays), **self.knobs})
         return parser.get_parsed_content(START_CHECKPOINT, default=None) is not None
 
     def merged(self, *names: str) -> dict[str, Any]:
-        """Return the top-level keys of some of the bundle's configs, the later ones' values counting."""
+        """Return the top-level keys of some of the bundle's configs; values of later ones override."""
         return ConfigParser.load_config_files([str(self.config(name)) for name in names])
 
     def config(self, name: str) -> Path:
@@ -119,14 +119,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and its evaluation; with 0 labelled cases, only an evaluation, unless it can train without.
+    """One training and its evaluation; only an evaluation with 0 labelled cases, unless it can train without labels.
 
     Args:
         method: the method, including the knobs of the variant.
-        labelled_cases: number of cases to train on, at ACDC patients with both frames, None for all; 0 to train on
-            unlabelled ones alone, or to evaluate the weights that training would start from.
+        labelled_cases: number of cases to train on, for ACDC patients with both frames; None for all. 0 trains on
+            unlabelled ones alone, or evaluates the weights that training would start from.
         split: seed of the split by patient, or `ssl4mis`.
-        variant: the ablation's value, None for the method without changes.
+        variant: the ablation's value; None for the unchanged method.
     """
 
     method: Method
@@ -148,14 +148,14 @@ class Cell:
 
     @property
     def trains(self) -> bool:
-        """Whether it is a training and its evaluation, not an evaluation alone."""
+        """Whether it is a training and its evaluation, not only an evaluation."""
         return self.method.trains and (self.labelled_cases != 0 or self.method.trains_without_labels)
 
     @property
     def starts_from(self) -> str | None:
-        """The folder of the run whose model it starts from, relative to the study's; None for the bundle's own start.
+        """The folder of its preparation, or of the cell that it continues; None for the bundle's own start.
 
-        That is its preparation, or the cell that it continues.
+        The folder is relative to the study's.
         """
         if self.method.continues and self.labelled_cases != 0:
             return f"{self.method.continues}/{self._of_method}"
@@ -209,11 +209,11 @@ class Grid:
 
     Args:
         description: the purpose of the study.
-        methods: in the order of the tables.
-        cells: ordered by split, so that an unfinished study can already compare its methods.
+        methods: methods in the order of the tables.
+        cells: cells ordered by split, so that an unfinished study can already compare its methods.
         ablations: the tables in addition to the main one.
         dataset: arguments of `write_phantom_dataset`, for the phantoms to use if no `dataset_dir` is given.
-        data: what all methods are trained and tested on.
+        data: the data that all methods are trained and tested on.
     """
 
     description: str
@@ -232,17 +232,16 @@ def read_grid(path: str | Path) -> Grid:
             `dataset` of phantoms are optional. A method has a `title` and a `bundle`; `overlays`, `knobs`, `start`,
             `continues`, `paper` and its own `labelled_cases` are optional. An ablation has a `title`, `methods`, and
             `values` with the knobs of each; its own `labelled_cases` are optional. A value without knobs is the method
-            without changes. A `bundle` with a slash is a path, relative to this file's folder; any other is a folder
+            unchanged method. A `bundle` with a slash is a path, relative to this file's folder; any other is a folder
             below `bundles`.
 
     Returns:
         the study.
 
     Raises:
-        ValueError: when a key is unknown or missing. When something that is named does not exist: a bundle, an overlay,
-            an ablation's method, the method that one continues, or a row of the paper. When two methods have the same
-            title, or different data. When labelled cases are set for a bundle that does not train. When nothing is
-            there to evaluate with 0 labelled cases.
+        ValueError: if a key is unknown or missing. If a named bundle, overlay, method or row of the paper does not
+            exist. If two methods have the same title, or different data. If labelled cases are set for a bundle that
+            does not train. If there are no weights to evaluate with 0 labelled cases.
     """
     grid = json.loads(Path(path).read_text())
     _check_keys(grid, f"{path}", required={"methods", "splits", LABELLED_CASES}, known=_GRID_KEYS)
@@ -253,7 +252,7 @@ def read_grid(path: str | Path) -> Grid:
     data = _study_data(list(methods.values()), f"{path}")
     if data.is_own and "dataset" in grid:
         raise ValueError(
-            f"{path}: unknown dataset; expected no phantoms, which are hearts, in a study of one's own data"
+            f"{path}: unknown dataset; expected no phantoms, which are hearts, in a study of a user's own data"
         )
     ablations = grid.get("ablations", {})
     counts = {key: settings.get(LABELLED_CASES, grid[LABELLED_CASES]) for key, settings in grid["methods"].items()}
@@ -306,7 +305,7 @@ def _read_method(key: str, settings: dict[str, Any], path: str, folder: Path) ->
 
 
 def _study_data(methods: Sequence[Method], path: str) -> StudyData:
-    """Return the data of all methods, or raise where they differ."""
+    """Return the data of all methods, or raise if they differ."""
     if not methods:
         return ACDC
     first, *others = methods
@@ -352,22 +351,22 @@ def _check_methods(methods: Mapping[str, Method], counts: Mapping[str, list[int 
 
 
 def _check_start_without_labels(method: Method, where: str) -> None:
-    """Raise where a method cannot do with 0 labelled cases."""
+    """Raise if a method cannot run with 0 labelled cases."""
     if method.trains_without_labels and _CHOSEN_BY_LABELS in method.merged("train", *method.overlays):
-        raise ValueError(f"{where} trains on one's own data, which needs a labelled case: leave out {LABELLED_CASES} 0")
+        raise ValueError(f"{where} trains on a user's data, which needs a labelled case: leave out {LABELLED_CASES} 0")
     if method.start is None and not method.segments_as_it_comes:
         raise ValueError(
-            f"{where} has 0 in {LABELLED_CASES}, but nothing that its training starts from: set {START_CHECKPOINT} in "
+            f"{where} has 0 in {LABELLED_CASES}, but no weights to start from: set {START_CHECKPOINT} in "
             "its knobs or by an overlay, or leave out 0"
         )
 
 
 def _check_continued(cells: Mapping[str, Cell], path: str) -> None:
-    """Raise where a cell continues another one that the study does not have."""
+    """Raise if a cell continues a cell that is not in the study."""
     for cell in cells.values():
         if cell.method.continues and cell.starts_from not in (None, *cells):
             raise ValueError(
-                f"{path}: {cell.name} starts from {cell.starts_from}, which is no cell of the study: give method "
+                f"{path}: {cell.name} starts from {cell.starts_from}, which is not a cell of the study: give method "
                 f"{cell.method.continues} the same {LABELLED_CASES}"
             )
 

@@ -4,8 +4,8 @@ Source: Hu, Xu and Shi, "How to Efficiently Adapt Large Segmentation Model (SAM)
 arXiv 2306.13731. Mean and standard deviation over four random splits, with 15 test patients each. The paper does not
 name these patients, so a study's test patients differ.
 
-What the paper calls ASSD is not the average symmetric surface distance: its authors' code computes the 95th percentile
-of the Hausdorff distance in pixels of a 224x224 grid, and counts a class without any predicted pixel as 0. It cannot be
+The paper's ASSD is not the average symmetric surface distance. Its authors' code computes the 95th percentile of the
+Hausdorff distance in pixels of a 224x224 grid. A class without any predicted pixel counts as 0. These scores cannot be
 compared with a distance in mm.
 """
 

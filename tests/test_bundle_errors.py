@@ -83,7 +83,7 @@ def test_lists_of_ones_own_are_scored_by_their_test_list_alone(overlays, tmp_pat
     mine.write_text(json.dumps(lists))
     with pytest.raises(Exception) as caught:
         monai.bundle.run("evaluating", config_file=files, ckpt_path="no such file", output_dir=str(tmp_path), **TINY)
-    assert "give --dataset_dir PATH, or lists of cases of your own: " in messages_of(caught.value)
+    assert "give --dataset_dir PATH, or your own lists of cases: " in messages_of(caught.value)
     assert "test#data for evaluation" in messages_of(caught.value)
     scored = [{"image": "08.nii.gz", "label": "08_seg.nii.gz"}]
     mine.write_text(json.dumps(lists | {"test#data": scored}))

@@ -25,7 +25,7 @@ from components.base.atomic_write import save_atomically, write_atomically
 from components.inference.model_loader import ModelCheckpointLoader
 from components.networks.trained_with import attach_training_record
 from components.training.checkpoints import TrainingCheckpoints
-from components.training.epoch_handlers import LastEpochValidationHandler
+from components.training.epoch_handlers import LastEpochValidationHandler, StepLimit
 
 NAN = float("nan")
 BATCHES = [{"image": torch.ones(2, 3), "label": torch.zeros(2, 1)}] * 2
@@ -140,7 +140,7 @@ def same(a, b):
 
 
 def names(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".training.lock")
 
 
 def truncate(path):
@@ -305,6 +305,16 @@ def test_lost_best_model_resets_the_best_score(tmp_path, caplog, damage):
     assert "model.pt, is missing or unreadable" in caplog.text
     assert same(load(tmp_path / "model.pt"), weights(resumed.network))
     assert (resumed.evaluator.state.best_metric, resumed.evaluator.state.best_metric_epoch) == (0.1, 4)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_a_training_makes_as_many_steps_as_it_is_given_and_the_last_epoch_is_validated(tmp_path, steps):
+    run = build(tmp_path, scores=[0.1, 0.2, 0.3], batches=[BATCHES[0]] * 2, epochs=-(-steps // 2))
+    StepLimit(steps).attach(run.trainer)
+    run.trainer.run()
+    assert run.trainer.state.iteration == steps
+    assert run.evaluator.state.epoch == run.trainer.state.max_epochs == len(run.seen)
+    assert load(tmp_path / f"checkpoint_epoch={len(run.seen)}.pt")["iteration"] == steps
 
 
 def test_resume_in_an_empty_folder_says_so_and_starts_fresh(tmp_path, caplog):
@@ -493,7 +503,7 @@ def test_partial_files_of_a_killed_run_are_removed_at_start(tmp_path):
     assert names(tmp_path) == ["checkpoint_epoch=1.pt", "mine.pt", "model.pt"]
 
 
-def test_run_killed_while_training_resumes(tmp_path):
+def test_a_second_training_is_refused_and_a_killed_one_resumes(tmp_path):
     script = (
         "import sys, time; sys.path[:0] = sys.argv[2:]; import test_checkpoints as t\n"
         "from ignite.engine import Events\n"
@@ -510,6 +520,8 @@ def test_run_killed_while_training_resumes(tmp_path):
         while not list(tmp_path.glob("checkpoint_epoch=[4-9].pt")):
             assert killed.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        with pytest.raises(RuntimeError, match=rf"process {killed.pid} on .* trains in {tmp_path}.*--ckpt_dir FOLDER"):
+            train(tmp_path, scores=[0.9])
     finally:
         killed.send_signal(signal.SIGKILL)
         killed.wait()

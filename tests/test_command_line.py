@@ -1,5 +1,8 @@
 """What is read from the command line: which options are refused, and which text a path keeps."""
 
+import contextlib
+import functools
+import inspect
 import json
 import os
 import re
@@ -7,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fire
 import monai.bundle
 import pytest
 
-from components.training.command_line import read_command_line, refuse_unknown_knobs
+from components.training.command_line import _read_options, read_command_line, refuse_unknown_knobs
 
 ROOT = Path(__file__).parents[1]
 READ = {"_target_": "components.training.read_command_line", "names": "$globals()", "debug": "@debug"}
@@ -85,6 +89,8 @@ def test_every_form_of_a_known_option_passes(configs):
 def test_tracking_settings_pass(configs):
     settings = ["--tracking", "mlflow", "--experiment_name", "a", "--run_name=b", "--tracking_uri", "c"]
     judge("run", "--config_file", configs / "train.json", *settings)
+    with pytest.raises(ValueError, match="got '--experiment_name'"):
+        judge("run", "--config_file", configs / "train.json", "--experiment_name", "a")
 
 
 def test_custom_tracking_settings_pass(configs):
@@ -161,6 +167,33 @@ def test_options_are_the_names_that_python_fire_reads(tmp_path, line, keys, capf
         with pytest.raises(ValueError, match=f"no config has the key '{key}'"):
             judge_line(*(set(keys.split()) - {key}))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("command", [monai.bundle.run, monai.bundle.run_workflow])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x --a 1e5 -b=[y] --c-d {e: 1} z --run_id",
+        "--a --nob --normal --notracking --args_file a#b --a",
+        "--a=--b --x#y::z -1 u --config_file= v",
+        "- --a 1",
+        "--a 1 --b 2 -- --trace",
+        "--workflow_name None --a None",
+    ],
+)
+def test_options_have_the_values_that_python_fire_binds(line, command):
+    bound = {}
+
+    @functools.wraps(command)
+    def record(*values, **options):
+        given = zip(inspect.signature(command).parameters, values, strict=False)
+        bound.update({name: value for name, value in given if value is not None}, **options)
+
+    arguments = line.split(" ")
+    with contextlib.suppress(fire.core.FireExit):
+        fire.Fire(record, command=[*fire.parser.SeparateFlagArgs(arguments)[0], "--"])
+    options = _read_options(["", command.__name__, *arguments])
+    assert {name: option.value for name, option in options.items()} == bound
 
 
 def test_arguments_file_by_position_is_read(configs):

@@ -224,7 +224,7 @@ def test_monai_labels_app_trains_on_from_the_model_with_indices_as_labels(tmp_pa
     with pytest.raises(ValueError, match="expected bundles of different names, received cells, cells: rename"):
         assemble_app(tmp_path / "other", [str(bundle), str(bundle)])
     bundle.rename(tmp_path / "cell_detection")
-    with pytest.raises(ValueError, match="MONAI Label takes cell_detection for detection by its name: rename"):
+    with pytest.raises(ValueError, match="MONAI Label would use cell_detection for detection by its name: rename"):
         assemble_app(tmp_path / "other", [str(tmp_path / "cell_detection")])
 
 
@@ -265,7 +265,7 @@ def test_without_a_test_list_of_its_own_a_validation_list_is_no_test(tmp_path):
     listed |= {"validation": listed["training"][:2], "training": listed["training"][2:]}
     (folder / "dataset.json").write_text(json.dumps(listed))
     bundle, said = new_bundle("organ", folder, tmp_path)
-    assert "there is no test list: training works, evaluation will refuse" in said
+    assert "there is no test list: training works, evaluation stops with an error" in said
     with pytest.raises(ValueError, match=r"no labelled cases to test on in .*: expected a list `test` with labels"):
         list_cases(read_data(bundle / "configs/data.json", str(folder)), "test")
     assert len(list_cases(read_data(bundle / "configs/data.json", str(folder)), "validation")) == 2
@@ -316,7 +316,7 @@ def test_cases_that_are_not_labelled_or_listed_as_unlabelled_can_be_learned_from
     with pytest.raises(ValueError, match=r"unlabelled_cases must be between 1 and 5, .* received 6"):
         unlabelled_of(bundle, folder, labelled_cases=2, cases=6)
     (folder / "more/case_9.nii.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no image .*case_9.nii.gz, which the data list"):
+    with pytest.raises(FileNotFoundError, match=r"the listed image .*case_9.nii.gz is missing: add it"):
         unlabelled_of(bundle, folder, labelled_cases=6)
 
 
@@ -448,7 +448,7 @@ def test_a_fault_of_a_folder_of_pictures_has_one_clear_error(tmp_path, fault, me
 
 
 def test_labels_outside_the_list_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"has the value 2: expected those of dataset.json, \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"has the value 2: expected one of those in dataset.json, \[0, 1\]"):
         new_bundle("organ", decathlon(tmp_path / "data", labels={"0": "background", "1": "A"}), tmp_path)
 
 
@@ -547,7 +547,7 @@ def test_a_label_elsewhere_than_its_image_is_refused_with_both_affines(tmp_path)
     write_volume(
         folder / "labelsTr/case_0.nii.gz", label.get_fdata().astype(np.uint8), image.affine @ np.diag([2, 1, 1, 1])
     )
-    with pytest.raises(ValueError, match=r"does not lie where its image does: expected the affine .* received"):
+    with pytest.raises(ValueError, match=r"is not on the grid of its image: expected the affine .* received"):
         new_bundle("organ", folder, tmp_path)
 
 

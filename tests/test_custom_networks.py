@@ -350,7 +350,7 @@ def test_the_command_line_makes_a_bundle_of_a_network_and_says_what_it_refuses(t
         adapt("--model_type", "vit_b")
     said = adapt("--network", "linearhead")
     assert "the network is linearhead; --network also takes autosam, cnnhead, unet" in said
-    assert "phantom_unet has learned hearts alone: train its neck along" in said
+    assert "phantom_unet was trained on hearts only: train its neck along" in said
     target = json.loads((tmp_path / "cells/configs/train.json").read_text())["network_def"]["head"]["_target_"]
     assert target == "components.networks.LinearHead"
 

@@ -8,10 +8,11 @@ import torch
 from conftest import REPOSITORY
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
+from monai.transforms import Lambdad, SaveImage
 from tqdm import tqdm
 
 import components  # noqa: F401 - which sets a hook, but only for MONAI's runner
-from components.base.error_line import ErrorLine
+from components.base.errors import ErrorLine, error_message
 from components.base.weights import load_weights
 from components.data.transforms import LoadVolumed
 
@@ -45,6 +46,22 @@ def test_error_of_a_transform_in_a_loader_of_a_config_is_its_message_alone(damag
     line = last_line(evaluate("$list(@loader)", loader=loader), capsys, with_traceback=False)
     reason = "is not a NIfTI file but something that begins with b'junk': expected a volume as .nii.gz or .nii"
     assert line == f"error: {damaged} {reason}"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_of_others_in_a_loader_has_its_type(num_workers, capsys):
+    dataset = Dataset([{"image": 1}], transform=Lambdad("image", func=lambda number: number // 0))
+    line = last_line(lambda: list(DataLoader(dataset, num_workers=num_workers)), capsys)
+    assert line == "error: ZeroDivisionError: integer division or modulo by zero"
+
+
+def test_volume_that_cannot_be_written_is_named_without_what_monai_advises(tmp_path):
+    (tmp_path / "0.nii.gz").mkdir()
+    save = SaveImage(output_dir=tmp_path, output_postfix="", separate_folder=False, print_log=False)
+    with pytest.raises(RuntimeError) as caught:
+        save(torch.zeros(1, 2, 2, 2))
+    message = error_message(caught.value)
+    assert message.startswith(f"{tmp_path / '0.nii.gz'} cannot be written: IsADirectoryError: ")
 
 
 def test_error_of_a_component_is_its_message_alone(capsys):

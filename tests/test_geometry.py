@@ -248,7 +248,7 @@ def _of_other_spacing(affine):
 def test_label_elsewhere_is_refused_with_both_affines(tmp_path, changed):
     case = pair(tmp_path, oblique(17), truth(), changed(oblique(17)))
     with pytest.raises(
-        ValueError, match=r"x_gt\.nii\.gz does not lie where its image does: expected the affine"
+        ValueError, match=r"x_gt\.nii\.gz is not on the grid of its image: expected the affine"
     ) as error:
         LoadVolumed(["image", "label"])(case)
     for affine in (nib.load(case["image"]).affine, nib.load(case["label"]).affine):
@@ -299,4 +299,4 @@ def test_form_that_is_no_affine_counts_as_not_set(tmp_path, caplog):
     path.write_bytes(content)
     image = LoadVolumed("image")({"image": str(path)})["image"]
     assert np.allclose(image.affine, oblique(0), atol=1e-5)
-    assert "the sform of its header is no affine" in caplog.text
+    assert "the sform of its header is not an affine" in caplog.text

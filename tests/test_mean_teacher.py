@@ -85,7 +85,7 @@ def test_unlabelled_cases_count_groups_and_those_of_the_list_come_last(tmp_path)
     with pytest.raises(ValueError, match="received w of the test subset"):
         list_unlabelled(data, labelled=cases[6:])
     files[5].unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no image .*v0\.nii"):
+    with pytest.raises(FileNotFoundError, match=r"the listed image .*v0\.nii.* is missing"):
         list_unlabelled(data, labelled=[])
 
 

@@ -125,7 +125,7 @@ def test_what_is_missing_is_a_fault():
     [
         (60, 50, []),
         (float("nan"), float("nan"), []),
-        (90, 3, ["left ventricle of 90%, beyond 5 to 85%", "right ventricle of 3%, beyond 5 to 85%"]),
+        (90, 3, ["left ventricle of 90%, outside 5 to 85%", "right ventricle of 3%, outside 5 to 85%"]),
         (60, -1, ["the right ventricle is larger at ES than at ED"]),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_case_of_odd_anatomy_is_flagged_whatever_its_predicted_dice(tmp_path):
     assert row["flag"] == "check"
     reasons = row["reason"].split("; ")
     assert "ES: no right ventricle" in reasons
-    assert "an ejection fraction of the right ventricle of 100%, beyond 5 to 85%" in reasons
+    assert "an ejection fraction of the right ventricle of 100%, outside 5 to 85%" in reasons
     assert "<li>ES: no right ventricle</li>" in page
 
 

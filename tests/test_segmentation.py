@@ -82,7 +82,7 @@ def test_good_volumes_are_segmented_and_the_others_named(study, tmp_path, caplog
     for reason in (
         "b_broken.nii.gz cannot be read: expected a complete NIfTI file",
         "c_hot.nii.gz has no segmentation: expected finite values from the network",
-        "z_gone.nii.gz is a link whose target is not there: fetch it",
+        "z_gone.nii.gz is a link whose target is missing: fetch it",
     ):
         assert reason in str(error.value)
         assert f"failed: {study}/{reason}" in caplog.text

@@ -121,7 +121,7 @@ def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path
         ),
         (
             {"methods": METHODS | {"m": {"title": "m", "bundle": "linearhead_acdc", "continues": "as_it_comes"}}},
-            "m/patients_1/split_0 starts from as_it_comes/patients_1/split_0, which is no cell of the study: give "
+            "m/patients_1/split_0 starts from as_it_comes/patients_1/split_0, which is not a cell of the study: give "
             "method as_it_comes the same labelled_cases",
         ),
         (
@@ -134,11 +134,11 @@ def test_an_ablation_adds_a_cell_for_every_value_that_changes_something(tmp_path
                     "m": {"title": "m", "bundle": "unet_acdc", "overlays": ["from_scratch"], "labelled_cases": [0]}
                 }
             },
-            "has 0 in labelled_cases, but nothing that its training starts from: set start_checkpoint",
+            "has 0 in labelled_cases, but no weights to start from: set start_checkpoint",
         ),
         (
             {"methods": {"m": {**METHODS["as_it_comes"], "knobs": {"model_type": "vit_b"}}}},
-            "has 0 in labelled_cases, but nothing that its training starts from",
+            "has 0 in labelled_cases, but no weights to start from",
         ),
         ({"labelled_patients": [1]}, "unknown labelled_patients; expected some of .*labelled_cases"),
     ],

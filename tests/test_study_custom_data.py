@@ -110,11 +110,11 @@ def method(bundle: str, **settings) -> dict:
         ({"methods": {"a": method("./organs")}}, "needs .*organs/configs/evaluate.json, which does not exist"),
         (
             {"labelled_cases": [0]},
-            "has 0 in labelled_cases, but nothing that its training starts from: set start_check",
+            "has 0 in labelled_cases, but no weights to start from: set start_check",
         ),
         (
             {"methods": {"a": method("./organ", overlays=["unlabelled"], labelled_cases=[0])}},
-            "one's own data, which needs a labelled case: leave out labelled_cases 0",
+            "a user's data, which needs a labelled case: leave out labelled_cases 0",
         ),
         ({"dataset": {"patients": 4}}, "unknown dataset; expected no phantoms"),
         ({"methods": {"a": method("./organ", paper="UNET")}}, "has paper 'UNET', whose scores are of hearts: leave it"),

@@ -68,8 +68,8 @@ def test_start_of_a_unet_is_unwrapped(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": SAM, "ema": SAM, "epoch": 3}, r"with 2 and the keys model \(dict\), ema \(dict\), epoch \(int\)"),
-        ({"outer": {"inner": {"w": [1]}}, "epoch": 3}, r"with 0 and the keys outer \(dict\), epoch \(int\)"),
+        ({"model": SAM, "ema": SAM, "epoch": 3}, r"with 2 of them and the keys model \(dict\), ema \(dict\), epoch"),
+        ({"outer": {"inner": {"w": [1]}}, "epoch": 3}, r"with 0 of them and the keys outer \(dict\), epoch \(int\)"),
         ([torch.ones(1)], "expected a state dict of tensors, got a list; give another"),
         ({"model": SAM, "arguments": argparse.Namespace(lr=1)}, "it holds a argparse.Namespace, which is not loaded"),
     ],

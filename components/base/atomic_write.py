@@ -1,4 +1,4 @@
-"""Atomic writing: after a crash a path holds the previous file or the whole new one."""
+"""Atomic writing: after a crash, a path holds either the previous file or the complete new one."""
 
 import errno
 import os
@@ -22,11 +22,11 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: file to create or replace; missing folders are created.
 
     Yields:
-        The temporary file's path: hidden, in the same folder, so that the replacement stays within one file system, and
-        with the same suffix, from which writers infer the format.
+        Path of a hidden temporary file in the same folder, so that the replacement stays within one file system. It has
+        the same suffix, from which writers infer the format.
 
     Raises:
-        OSError: when there is no space; the message names the file and the free space. Other errors pass through.
+        OSError: if there is no space; the message names the file and the free space. Other errors pass through.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,14 +42,14 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free / 2**20
         raise OSError(
             f"{target} cannot be written: the disk, or a quota on it, is full ({free:.0f} MiB free). An older file of "
-            "that name is as it was. Free some space, or write to another folder."
+            "that name is unchanged. Free some space, or write to another folder."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _is_full(error: Exception) -> bool:
-    # torch's writer of archives does not say why the position in its file is not what it wrote
+    # torch's archive writer reports a full disk only as an unexpected position in its file
     return getattr(error, "errno", None) in _NO_SPACE or "unexpected pos" in str(error)
 
 
@@ -68,7 +68,7 @@ def remove_partial_files(folder: Path, pattern: str) -> None:
     """Remove the temporary files of processes that were killed while writing.
 
     Args:
-        folder: where they were writing.
+        folder: folder of the files.
         pattern: glob pattern of the final names, such as `model.pt`.
     """
     for path in folder.glob(f"{_PARTIAL_PREFIX}*-{pattern}"):

@@ -18,22 +18,21 @@ logger = logging.getLogger(__name__)
 def read_state_dict(path: str, *, kind: str, remedy: str, is_key: Callable[[str], bool]) -> Mapping[str, torch.Tensor]:
     """Read the state dict of a file onto the CPU, weights only.
 
-    Files of other programs are unwrapped where that is unmistakable: of a dictionary that holds exactly one state dict,
-    or exactly one with the keys that are expected, beside numbers, texts or the state of an optimizer, that one is
-    taken; and a prefix that all keys share, such as `module.`, is removed if every key without it, and none with it, is
-    one that is expected.
+    Files of other programs are unwrapped if this is unambiguous. A dictionary's state dict is taken if it is the only
+    one, or the only one with the expected keys; numbers, texts and optimizer states beside it are ignored. A prefix
+    that all keys share, such as `module.`, is removed if all keys are expected without it and none with it.
 
     Args:
         path: an existing file.
         kind: what the file should be, such as `SAM checkpoint`, for messages.
         remedy: what to do if it is something else, for messages.
-        is_key: whether a key is one that is expected.
+        is_key: returns whether a key is expected.
 
     Returns:
         tensors by key.
 
     Raises:
-        ValueError: when the file cannot be read, holds no or several state dicts, or has weights that are not finite.
+        ValueError: if the file cannot be read, has no state dict or several, or has weights that are not finite.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,7 +62,7 @@ def _reason(error: Exception) -> str:
 def _state_dict_in(
     content: object, *, path: str, kind: str, remedy: str, is_key: Callable[[str], bool]
 ) -> Mapping[str, torch.Tensor]:
-    """Return what a file holds if that is a state dict, or else the only state dict in it, or the only that fits."""
+    """Return the content if it is a state dict, else the only state dict in it, or the only one that fits."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} is not a {kind}: expected a state dict of tensors, got a {_name(content)}; {remedy}")
     if _is_state_dict(content):
@@ -74,8 +73,8 @@ def _state_dict_in(
     if len(nested) != 1:
         keys = join_keys([f"{key} ({_name(value)})" for key, value in content.items()])
         raise ValueError(
-            f"{path} is not a {kind}: expected a flat state dict of tensors, or a dictionary with exactly one, got one "
-            f"with {len(nested)} and the keys {keys}; {remedy}"
+            f"{path} is not a {kind}: expected a flat state dict of tensors, or a dictionary with exactly one, got a "
+            f"dictionary with {len(nested)} of them and the keys {keys}; {remedy}"
         )
     return nested[0]
 
@@ -89,7 +88,7 @@ def _name(value: object) -> str:
 
 
 def _without_prefix(state: Mapping[str, torch.Tensor], is_key: Callable[[str], bool]) -> Mapping[str, torch.Tensor]:
-    """Remove the prefix that all keys share if only without it they are as expected."""
+    """Remove the prefix that all keys share if the keys are expected only without it."""
     parts = next(iter(state), "").split(".")
     for count in range(1, len(parts)):
         prefix = ".".join(parts[:count]) + "."
@@ -102,13 +101,13 @@ def _without_prefix(state: Mapping[str, torch.Tensor], is_key: Callable[[str], b
 
 
 def key_test(network: nn.Module) -> Callable[[str], bool]:
-    """Return whether a key begins with the name of a part of a network, as `is_key` of `read_state_dict`."""
+    """Return a test, for `is_key`, of whether a key begins with the name of a part of a network."""
     names = {name.partition(".")[0] for name, _ in (*network.named_parameters(), *network.named_buffers())}
     return lambda key: key.partition(".")[0] in names
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    # the sum of finite values may overflow, that of others is never finite; it takes no memory
+    # the sum takes no memory and is never finite for other values; that of finite values may overflow
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
@@ -124,7 +123,7 @@ def read_starting_weights(
     """Read the weights from which a network starts; arguments as for `read_state_dict`.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file is missing.
         ValueError: as for `read_state_dict`.
     """
     if not Path(path).is_file():
@@ -145,7 +144,7 @@ def load_weights(
         strict: whether every key of the network must be in `state`.
 
     Raises:
-        ValueError: when `state` does not fit; the message names the first keys that are missing, extra or misshapen.
+        ValueError: if `state` does not fit; the message names the first keys that are missing, extra or misshapen.
     """
     try:
         network.load_state_dict(state, strict=strict)
@@ -154,7 +153,7 @@ def load_weights(
 
 
 def _brief(message: str, limit: int = 8) -> str:
-    """Cut the lists of keys in the message of `load_state_dict`, one line a fault."""
+    """Shorten the lists of keys in the message of `load_state_dict`; each line is one fault."""
     lines = []
     for line in message.strip().splitlines():
         fault, separator, keys = line.strip().partition(" in state_dict: ")

@@ -1,4 +1,4 @@
-"""From files to slices: lists of cases, images and labels, transforms, a training set of slices, predictions."""
+"""Lists of cases, images and labels, transforms, a training set of slices, and predictions."""
 
 import lazy_loader
 

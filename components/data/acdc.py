@@ -1,4 +1,4 @@
-"""The ACDC release: its layout, its patients and what is known of them.
+"""The ACDC release: its layout, patients and `Info.cfg` files.
 
 Layout: `<root>/training/patient001/` holds `Info.cfg`, which names the end-diastolic (ED) and end-systolic (ES) frames,
 a `patient001_frame<NN>.nii.gz` and `patient001_frame<NN>_gt.nii.gz` for each, and the whole 4D series. Folders and
@@ -21,15 +21,15 @@ def read_acdc(dataset_dir: str, include_testing: bool = False) -> dict[str, Any]
     """Describe an ACDC release as `components.data.read_data` describes a user's own data.
 
     Args:
-        dataset_dir: the release's root or its `training` folder; empty where no case is going to be listed.
-        include_testing: whether the patients in the release's `testing` folder are taken as well.
+        dataset_dir: the release's root or its `training` folder; empty if no case will be listed.
+        include_testing: whether to include the patients in the release's `testing` folder.
 
     Returns:
-        what `data.json` holds, by name: `training` has the ED and ES case of every patient, whose name is their
-        `group`, sorted by patient; the other lists are empty, so that validation and test are split off.
+        the content of a `data.json`, by name. `training` has the ED and ES case of every patient, sorted by patient,
+        with the patient's name as `group`. The other lists are empty, so that validation and test are split off.
 
     Raises:
-        ValueError: as `list_patients`, but for an empty `dataset_dir`.
+        ValueError: as `list_patients`, except for an empty `dataset_dir`.
         FileNotFoundError: as `list_patients`.
     """
     patients = list_patients(dataset_dir, include_testing=include_testing) if dataset_dir else {}
@@ -65,8 +65,8 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
         the ED and ES case of every patient, by patient name, sorted by name.
 
     Raises:
-        ValueError: when no folder is given, or it has no patients in ACDC's layout.
-        FileNotFoundError: when the folder, a frame or a label, or what a link to one leads to is missing.
+        ValueError: if no folder is given, or it has no patients in ACDC's layout.
+        FileNotFoundError: if the folder, a frame, a label or the target of a link is missing.
     """
     check_dataset_dir(dataset_dir)
     root = Path(dataset_dir)
@@ -81,7 +81,7 @@ def list_patients(dataset_dir: str, *, include_testing: bool = False) -> dict[st
         found_here = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         raise ValueError(
             f"dataset_dir {root} is not the ACDC release: expected folders patient001, patient002, ..., or others with "
-            f"an {INFO}, in it or in its training folder, found {found_here}; of other data give {OWN_LISTS}"
+            f"an {INFO}, in it or in its training folder, found {found_here}; for other data give {OWN_LISTS}"
         )
     return {patient.name: _list_frames(patient) for patient in patients}
 
@@ -101,7 +101,7 @@ def _list_frames(patient: Path) -> list[Case]:
     if not info.is_file():
         raise ValueError(f"{patient} is not an ACDC patient: expected an Info.cfg that names its ED and ES frames")
     fields = read_info(patient)
-    by_name: dict[str, Path] = {}  # of several files of one name the one with the release's suffix, which comes first
+    by_name: dict[str, Path] = {}  # of files with one name, the one with the release's suffix, which is sorted first
     volumes = [path for path in patient.iterdir() if volume_suffix(path)]
     for path in sorted(volumes, key=lambda path: (VOLUME_SUFFIXES.index(volume_suffix(path)), path)):
         by_name.setdefault(case_name(path), path)
@@ -124,16 +124,16 @@ def _list_frames(patient: Path) -> list[Case]:
 
 
 def read_info(patient: Path) -> dict[str, str]:
-    """Return what the `Info.cfg` in a patient's folder says: `ED` and `ES`, `Height` in cm, `Weight` in kg and others.
+    """Return the fields of a patient's `Info.cfg`: `ED`, `ES`, `Height` in cm, `Weight` in kg and others.
 
     Raises:
-        ValueError: when the file is no text.
+        ValueError: if the file is not text.
     """
     return dict(re.findall(r"^\s*(\w+)\s*:\s*(\S+)", _read_text(patient / INFO), flags=re.MULTILINE))
 
 
 def _read_text(file: Path) -> str:
-    """Read text in UTF-8, in UTF-16 with its mark, or else in Latin-1."""
+    """Read text in UTF-8, in UTF-16 with a byte order mark, or else in Latin-1."""
     content = file.read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

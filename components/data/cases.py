@@ -1,8 +1,8 @@
-"""Which cases train, validate and test: the split of a data set by group, and the choice of the labelled cases.
+"""The split of a data set by group into training, validation and test, and the choice of the labelled cases.
 
 A data set is described by the dictionary that `components.data.read_acdc` and `components.data.read_data` return. Its
-lists `training`, `validation`, `test` and `unlabelled` hold cases: dictionaries with the paths `image` and `label`, and
-maybe a `group`, such as the patient to whom several images belong. A case without one is a group of its own.
+lists `training`, `validation`, `test` and `unlabelled` hold cases: dictionaries with the paths `image` and `label`. A
+`group` may name what several cases belong to, such as their patient. A case without it is a group of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SUBSETS = ("training", "validation", "test")
 LABEL_UNITS = ("cases", "frames")
-OWN_LISTS = "lists of cases of your own: train#dataset#data, validate#dataset#data, and test#data for evaluation"
+OWN_LISTS = "your own lists of cases: train#dataset#data, validate#dataset#data, and test#data for evaluation"
 _NAMES_LOGGED = 20
 
 Case = dict[str, str]  # paths of an `image` and its `label`, and maybe a `group`
@@ -36,7 +36,7 @@ def list_cases(
 ) -> list[Case]:
     """List image and label of every case of a subset, as a data list for MONAI's datasets.
 
-    Where the data list no case for validation or test, both are split off `training`, 70:15:15, by group.
+    If the data list no validation and no test case, both are split off `training`, 70:15:15, by group.
 
     Source: paper sections 4.1 and 4.4.
 
@@ -44,18 +44,18 @@ def list_cases(
         data: as `components.data.read_acdc` or `components.data.read_data` returns it.
         subset: `training`, `validation` or `test`.
         split_seed: seed of the split and of the choice of labelled cases; or `ssl4mis`, see `components.data.split`.
-        labelled_cases: how many groups of the training subset count as labelled, 0 for a training on unlabelled ones;
-            None for all. A smaller selection is part of every larger one.
-        label_unit: what `labelled_cases` counts: `cases`, which are groups with all their images, such as a patient
-            with both frames, or single `frames`.
+        labelled_cases: number of labelled groups of the training subset, 0 for training on unlabelled ones; None for
+            all. A smaller selection is part of every larger one.
+        label_unit: what `labelled_cases` counts. `cases` are groups with all their images, such as a patient with both
+            frames; `frames` are single images.
 
     Returns:
         dictionaries with the paths `image` and `label`.
 
     Raises:
-        ValueError: when the folder of the data is not set. For an unknown subset or unit. For more labelled cases than
-            the training subset has, or a training or test subset without cases. For a case without a label, a case
-            listed twice, or a group in two lists.
+        ValueError: if the folder of the data is not set, or the subset or unit is unknown. If too many labelled cases
+            are requested, or the training or test subset is empty. If a case has no label or is listed twice, or a
+            group is in two lists.
     """
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r}: expected one of {', '.join(SUBSETS)}")
@@ -79,23 +79,23 @@ def list_unlabelled(
     cases: int | None = None,
     split_seed: int | str = 0,
 ) -> list[Case]:
-    """List the images to learn from without a label; labels on disk are not looked at.
+    """List the images to learn from without a label; labels on disk are not read.
 
-    They are those of the training groups of which no case is labelled, then those of the list `unlabelled`.
+    The training groups without a labelled case come first, then the list `unlabelled`.
 
     Args:
         data: as for `list_cases`.
         labelled: the labelled cases of the training, which must belong to the same split.
-        cases: how many groups to list, the first ones; None for all.
+        cases: number of groups to list, from the first; None for all.
         split_seed: as for `list_cases`.
 
     Returns:
         dictionaries with the path `image`.
 
     Raises:
-        ValueError: as `list_cases`; when a labelled case is one of validation or test, or when there are fewer such
-            groups than asked for, or none.
-        FileNotFoundError: for an image that is not there.
+        ValueError: as `list_cases`. If a labelled case belongs to validation or test, or there are fewer such groups
+            than requested, or none.
+        FileNotFoundError: if an image is missing.
     """
     split = _split(data, split_seed)
     labelled_images = {case["image"] for case in labelled}
@@ -117,29 +117,29 @@ def list_unlabelled(
         )
     found = [{"image": case["image"]} for group in groups[:count] for case in group]
     if gone := [case["image"] for case in found if not Path(case["image"]).is_file()]:
-        raise FileNotFoundError(f"there is no image {gone[0]}, which the data list: complete them, or take it out")
+        raise FileNotFoundError(f"the listed image {gone[0]} is missing: add it, or remove it from the list")
     _log(data, "unlabelled", found)
     return found
 
 
 def groups_of_cases(data: Mapping[str, Any]) -> dict[str, str]:
-    """Return the group of every labelled case, such as the patient whose images it has; itself where none is named.
+    """Return the group of every labelled case, such as its patient; by default the case itself.
 
     Args:
         data: as for `list_cases`.
 
     Returns:
-        groups by the name of the case, by which scores and predictions go.
+        groups by case name, as in scores and predictions.
 
     Raises:
-        ValueError: when two cases have the same name.
+        ValueError: if two cases have the same name.
     """
     groups: dict[str, str] = {}
     for case in (case for subset in SUBSETS for case in data[subset]):
         name = case_name(case["image"])
         if name in groups:
             raise ValueError(
-                f"two cases have the name {name}, as {case['image']} has, so that their scores cannot be told apart: "
+                f"two cases have the name {name}, such as {case['image']}, so that their scores cannot be told apart: "
                 "rename one"
             )
         groups[name] = str(case.get("group", name))
@@ -150,19 +150,19 @@ def check_dataset_dir(dataset_dir: str) -> None:
     """Raise ValueError if the folder of the data is not set."""
     if not dataset_dir:
         raise ValueError(
-            "dataset_dir is not set: expected the folder of the data, of ACDC the release's root or its training "
+            "dataset_dir is not set: expected the folder of the data, for ACDC the release's root or its training "
             f"folder; give --dataset_dir PATH, or {OWN_LISTS}"
         )
 
 
 def check_no_leakage(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Check that no case is listed twice, and no group in two lists: what has trained or chosen a model is no test.
+    """Check that no case is listed twice and no group is in two lists, so that test cases are new to the model.
 
     Args:
-        lists: dictionaries with the path `image`, and a `group` where one is given, by subset.
+        lists: dictionaries with the path `image`, and a `group` if it has one, by subset.
 
     Raises:
-        ValueError: naming the image or the group, and the lists.
+        ValueError: if so; the message names the image or group, and the lists.
     """
     place: dict[str, str] = {}
     of_group: dict[str, str] = {}
@@ -179,7 +179,7 @@ def check_no_leakage(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
 
 
 def _split(data: Mapping[str, Any], seed: int | str) -> dict[str, list[Case]]:
-    """Return the cases of each subset and the unlabelled ones; those of a training group follow each other."""
+    """Return the cases of each subset and the unlabelled ones; the cases of a training group are adjacent."""
     check_dataset_dir(data["dataset_dir"])
     listed: dict[str, list[Case]] = {name: list(data[name]) for name in (*SUBSETS, "unlabelled")}
     check_no_leakage(listed)
@@ -187,7 +187,7 @@ def _split(data: Mapping[str, Any], seed: int | str) -> dict[str, list[Case]]:
     if listed["validation"] or listed["test"]:
         if isinstance(seed, str):
             raise ValueError(
-                f"expected split_seed to be an integer, since the data list who validates or tests, received {seed!r}"
+                f"expected split_seed to be an integer, since the data list validation or test cases, received {seed!r}"
             )
         split = {"training": shuffled(sorted(groups), seed)}
     else:
@@ -196,7 +196,7 @@ def _split(data: Mapping[str, Any], seed: int | str) -> dict[str, list[Case]]:
 
 
 def _grouped(cases: Sequence[Case]) -> dict[str, list[Case]]:
-    """Return cases by group, groups in the order of their first case."""
+    """Return cases by group, with groups in the order of their first case."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(_group_of(case), []).append(case)
@@ -208,12 +208,12 @@ def _group_of(case: Mapping[str, str]) -> str:
 
 
 def _choose_labelled(training: Sequence[Case], count: int, unit: str) -> list[Case]:
-    """Return the cases of the first `count` groups of the training subset, or the first `count` frames of all."""
+    """Return the cases of the first `count` groups of the training subset, or its first `count` frames."""
     if unit not in LABEL_UNITS:
         raise ValueError(f"unknown label_unit {unit!r}: expected one of {', '.join(LABEL_UNITS)}")
     groups = list(_grouped(training).values())
     if unit == "frames":
-        # First one frame of each group, alternating, of a patient of ACDC between ED and ES, then the others.
+        # First one frame of each group, then the others; in ACDC, ED and ES alternate from patient to patient.
         turns = [(turn, *each) for turn in range(max(map(len, groups))) for each in enumerate(groups)]
         groups = [[cases[(index + turn) % len(cases)]] for turn, index, cases in turns if turn < len(cases)]
     if not 0 <= count <= len(groups):
@@ -224,14 +224,14 @@ def _choose_labelled(training: Sequence[Case], count: int, unit: str) -> list[Ca
 
 
 def _nothing_left(data: Mapping[str, Any], subset: str) -> str:
-    """Return what to do where a subset has no cases."""
+    """Return the message for a subset without cases."""
     if subset == "training":
         return f"there are no cases to train on in {data['dataset_dir']}: expected some in the list `training`"
     return (
         f"there are no labelled cases to test on in {data['dataset_dir']}: expected a list `test` with labels, or at "
         "least 4 cases or patients in `training` and neither `validation` nor `test`, so that both are split off, "
-        f"received {len(_grouped(data['training']))}; the validation cases have chosen the model, so their score is "
-        "no test"
+        f"received {len(_grouped(data['training']))}; validation cases cannot be tested on, since they have chosen the "
+        "model"
     )
 
 

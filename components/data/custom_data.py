@@ -1,8 +1,8 @@
-"""A user's own data, as `configs/data.json` of their bundle describes them, and what their labelled cases show.
+"""A user's own data: the bundle's `configs/data.json`, and statistics of the labelled cases.
 
-`data.json` is a data list as of the Medical Segmentation Decathlon, with lists `training`, `validation` and `test`
-whose paths are relative to `dataset_dir`, maybe `unlabelled`, images that nobody has labelled, and beside them what all
-workflows go by. `python -m adapt new` writes it.
+`data.json` is a data list in the format of the Medical Segmentation Decathlon, written by `python -m adapt new`. Paths
+in its lists `training`, `validation`, `test` and, optionally, `unlabelled` are relative to `dataset_dir`. It also holds
+the settings that all workflows share.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ FIELDS = (
     "turned_views",
     *SUBSETS,
 )
-STEP = 16  # of the sides of canvas and crop, which four poolings halve
-LARGEST_CANVAS = 256  # beyond it training takes too long without a GPU
+STEP = 16  # sides of canvas and crop are multiples of it, since four poolings halve them
+LARGEST_CANVAS = 256  # a larger canvas trains too slowly without a GPU
 SMALLEST_CANVAS = 64
-MARGIN = 1 / 8  # of the canvas, around all labels: other cases lie elsewhere
+MARGIN = 1 / 8  # share of the canvas around all labels, since other cases lie elsewhere
 
 
 def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> dict[str, Any]:
@@ -43,15 +43,15 @@ def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> d
 
     Args:
         path: the file.
-        dataset_dir: the folder that its paths are relative to; None for that which the file names.
+        dataset_dir: folder that its paths are relative to; None for the folder that the file names.
 
     Returns:
-        its values by name. Paths are joined with `dataset_dir`; where that is empty, as in an archive, they stay
-        relative, and listing cases is an error.
+        its values by name. Paths are joined with `dataset_dir`. If that is empty, as in an archive, they stay relative,
+        and listing cases raises an error.
 
     Raises:
-        FileNotFoundError: when it is not there.
-        ValueError: when it lacks something.
+        FileNotFoundError: if the file is missing.
+        ValueError: if a field is missing.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -66,26 +66,26 @@ def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> d
 
 
 def _in_folder(case: Mapping[str, str], folder: str) -> dict[str, str]:
-    """Return a case with the paths of its files in a folder, if that is known."""
+    """Return a case with its paths joined to a folder, if that is known."""
     paths = {key: os.path.normpath(Path(folder, case[key])) for key in ("image", "label") if key in case}
     return {**case, **paths} if folder else dict(case)
 
 
 class DatasetStatistics:
-    """What the labelled cases of a training show, by which its preprocessing is chosen.
+    """Statistics of a training's labelled cases, from which its preprocessing is chosen.
 
-    Only these are looked at, so that "1 labelled case" means it. They are read when something is asked for.
+    No other cases are read, so that "1 labelled case" is true. They are read on first use.
 
     Args:
         cases: dictionaries with the paths `image` and `label`.
-        class_names: of the labels but the background's, all of which some case must show.
+        class_names: names of the classes without the background; each must be in some case.
         label_values: see `components.data.LoadVolumed`.
         channels: see `components.data.LoadVolumed`.
         slice_axis: see `components.data.transforms.SlicesLastd`.
         modality: `CT` for Hounsfield units, else any.
 
     Raises:
-        ValueError: when they are read and there is none, or none shows a class.
+        ValueError: on first use, if there are no cases, or a class is in none of them.
     """
 
     def __init__(
@@ -114,32 +114,32 @@ class DatasetStatistics:
     def _seen(self) -> list[CaseStatistics]:
         if not self.cases:
             raise ValueError(
-                "expected a labelled case by which to choose canvas, crop and grey values, received none: give "
+                "expected labelled cases from which to choose canvas, crop and grey values, received none: give "
                 "--labelled_cases 1 or more"
             )
         seen = [CaseStatistics(self.load(dict(case)), self.is_ct) for case in self.cases]
         shown = {value for each in seen for value in each.classes}
         if absent := [name for value, name in enumerate(self.class_names, start=1) if value not in shown]:
             raise ValueError(
-                f"{', '.join(absent)} is in none of the {len(seen)} labelled cases: expected every class in some; give "
-                "more with --labelled_cases, or others with --split_seed"
+                f"{', '.join(absent)} is in none of the {len(seen)} labelled cases: expected every class in at least "
+                "one; give more with --labelled_cases, or others with --split_seed"
             )
         return seen
 
     @property
     def canvas_size(self) -> int:
-        """The side of the square to which slices are resized: the median of theirs, within limits, in pixels."""
+        """Side in pixels of the square to which slices are resized: the median of theirs, within limits."""
         side = float(np.median([seen.side for seen in self._seen]))
         return int(np.clip(STEP * round(side / STEP), SMALLEST_CANVAS, LARGEST_CANVAS))
 
     def crop_size(self, canvas_size: int) -> int:
-        """Return the side of the central square of a canvas that holds all labels with a margin, in pixels."""
+        """Return the side in pixels of the canvas's central square that holds all labels with a margin."""
         reach = max(seen.reach for seen in self._seen) + 2 * MARGIN
         return int(min(canvas_size, max(SMALLEST_CANVAS, STEP * np.ceil(reach * canvas_size / STEP))))
 
     @property
     def normalisation(self) -> list[float | str]:
-        """What `scaled_grey_values` takes: for CT the range of the labelled voxels, else percentiles of each case."""
+        """The argument of `scaled_grey_values`: the range of labelled voxels for CT, else percentiles of each case."""
         if not self.is_ct:
             return list(PERCENTILES)
         values = np.concatenate([seen.foreground for seen in self._seen])
@@ -147,19 +147,19 @@ class DatasetStatistics:
 
     @property
     def largest_component(self) -> bool:
-        """Whether each class of each case is one connected component."""
+        """Whether every class is one connected component in every case."""
         return all(seen.is_one_component for seen in self._seen)
 
 
 class CaseStatistics:
-    """What one case shows.
+    """Statistics of one case.
 
     Attributes:
-        side: of its padded slices, in pixels.
-        reach: the side of the smallest central square that holds its labels, as a share of `side`.
-        foreground: the image's values within its labels; read for CT only.
-        classes: the labels that it has.
-        is_one_component: whether no class has two components.
+        side: side of its padded slices, in pixels.
+        reach: side of the smallest central square that holds its labels, as a share of `side`.
+        foreground: image values within its labels; for CT only.
+        classes: label values of the case.
+        is_one_component: whether every class is one connected component.
     """
 
     def __init__(self, case: Mapping[str, Any], is_ct: bool) -> None:

@@ -1,4 +1,4 @@
-"""2D pictures: read as volumes one slice deep, and label maps of them written as indexed PNG files."""
+"""2D pictures: read as volumes one slice deep, with label maps written as indexed PNG files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ _AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # columns to the patient's left, rows
 
 
 class PictureReader(ContentReader):
-    """Read one picture as a volume one slice deep, (W, H, 1), or (W, H, 1, 3) for colours, by Pillow.
+    """Read one picture as a volume one slice deep with Pillow: (W, H, 1), or (W, H, 1, 3) for colours.
 
-    Grey values have 8, 16 or 32 bits, colours 8; transparency is left out. Colours all of which are grey stay colours:
-    what the others of a data set look like does not matter here. A label map may have indexed colours, whose indices
-    are its values.
+    Grey values have 8, 16 or 32 bits, colours 8; transparency is dropped. A colour picture stays one even if all its
+    pixels are grey. A label map may have indexed colours; the indices are its values.
 
     Args:
         is_label: whether pictures are label maps.
@@ -51,8 +50,8 @@ class PictureReader(ContentReader):
             what `get_data` takes.
 
         Raises:
-            ValueError: for a file that is no picture, of several pages, or with colours of more than 8 bits; for a
-                label map that was compressed with loss or has colours that are no indices.
+            ValueError: if the file is not a picture, has several pages, or has colours of more than 8 bits. If a label
+                map has lossy compression, or colours that are not indices.
         """
         (path,) = (Path(name) for name in ensure_tuple(data))
         try:
@@ -97,7 +96,7 @@ class PictureReader(ContentReader):
             )
 
     def _plain(self, picture: Image.Image, path: Path) -> Image.Image:
-        """Return a picture in a mode whose array is what is wanted."""
+        """Return a picture in a mode whose array has the wanted values."""
         if picture.mode in _DEEP_GREY or (self.is_label and picture.mode == "P"):
             return picture.copy()
         if picture.mode in _GREY:
@@ -116,7 +115,7 @@ class PictureReader(ContentReader):
 
 
 def _bits_of_png(path: Path) -> int:
-    """Return the bits of a channel that a PNG file's header gives, 0 for another file: Pillow makes 16 of colours 8."""
+    """Return the bits per channel in a PNG file's header, 0 for other files: Pillow makes 16-bit colours 8-bit."""
     with path.open("rb") as file:
         head = file.read(25)
     return head[24] if head.startswith(b"\x89PNG") else 0
@@ -125,7 +124,7 @@ def _bits_of_png(path: Path) -> int:
 class PictureWriter(ImageWriter):
     """Write a label map of a picture as a PNG file, atomically: each pixel's value is the index of its class.
 
-    Differs: MONAI's `PILWriter` rescales values and knows no palette.
+    Differs: MONAI's `PILWriter` rescales values and has no palette.
     """
 
     def set_data_array(self, data_array: NdarrayOrTensor, channel_dim: int | None = 0, **_: Any) -> None:
@@ -137,7 +136,7 @@ class PictureWriter(ImageWriter):
             _: MONAI's other options, ignored.
 
         Raises:
-            ValueError: for another number of axes, channels or slices.
+            ValueError: if the number of axes, channels or slices differs.
         """
         if channel_dim != 0 or data_array.ndim != 4 or (data_array.shape[0], data_array.shape[3]) != (1, 1):
             raise ValueError(f"expected a label map (1, W, H, 1) of a picture, received {tuple(data_array.shape)}")
@@ -151,7 +150,7 @@ class PictureWriter(ImageWriter):
             _: MONAI's options for resampling, ignored.
 
         Raises:
-            ValueError: when it has another size.
+            ValueError: if the sizes differ.
         """
         expected = tuple(int(size) for size in (meta_dict or {}).get("spatial_shape", ()))[:2]
         if tuple(self.data_obj.shape) != expected:

@@ -1,4 +1,4 @@
-"""Label maps as files with the geometry of their images."""
+"""Writing of label maps with the geometry of their images."""
 
 import logging
 import os
@@ -29,15 +29,15 @@ GEOMETRY_FIELDS = (
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("srow_x", "srow_y", "srow_z"),
 )
-_ITK_EXTENSIONS = {".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}  # of predictions, by the image's
+_ITK_EXTENSIONS = {".mha": ".mha", ".mhd": ".mha", ".nrrd": ".nrrd", ".nhdr": ".nrrd"}  # of the prediction, by image
 
 
 class VolumeWriter(NibabelWriter):
-    """Write a label map atomically with the shape and the geometry of its image's: as NIfTI, MetaImage or NRRD.
+    """Write a label map atomically as NIfTI, MetaImage or NRRD, with the shape and geometry of its image.
 
-    In NIfTI both forms, their codes, voxel sizes and units are those of the image's header, bit for bit. Differs:
-    MONAI's writer makes both forms of one affine, drops a last axis of length 1, so that a volume of a single slice
-    becomes a 2D image, and leaves a partial file when the run is killed while writing.
+    In NIfTI, sform, qform, their codes, voxel sizes and units equal those of the image's header, bit for bit. Differs:
+    MONAI's writer sets both forms from one affine. It drops a last axis of length 1, so that a volume of one slice
+    becomes a 2D image. It leaves a partial file if the run is killed while writing.
     """
 
     header: bytes | None = None
@@ -48,12 +48,12 @@ class VolumeWriter(NibabelWriter):
         """Set the label map from a channel-first array with one channel.
 
         Args:
-            data_array: 1xHxWxD, or 1xHxWxDxT of a series.
+            data_array: 1xHxWxD, or 1xHxWxDxT for a series.
             channel_dim: must be 0.
             _: MONAI's other options, ignored: all three spatial axes are kept.
 
         Raises:
-            ValueError: when the array has another number of axes or channels.
+            ValueError: if the array has another number of axes or channels.
         """
         if channel_dim != 0 or data_array.ndim not in (4, 5) or data_array.shape[0] != 1:
             raise ValueError(
@@ -62,7 +62,7 @@ class VolumeWriter(NibabelWriter):
         self.data_obj = data_array[0]
 
     def set_metadata(self, meta_dict: Mapping | None, **_: Any) -> None:  # type: ignore[override]
-        """Take the geometry of the image's file, and give the label map the shape of its array.
+        """Take the geometry of the image's file, and reshape the label map to the file's array.
 
         Args:
             meta_dict: metadata of the image as `VolumeReader` sets them: `original_affine` and `spatial_shape`, and for
@@ -70,7 +70,7 @@ class VolumeWriter(NibabelWriter):
             _: MONAI's options for resampling, ignored: the label map must already be on the image's grid.
 
         Raises:
-            ValueError: when the label map is on another grid.
+            ValueError: if the label map is on another grid.
         """
         meta = meta_dict or {}
         expected = tuple(int(size) for size in meta.get("spatial_shape", ()))
@@ -116,30 +116,30 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
     image_class = nib.Nifti1Image if len(header) == nib.Nifti1Header.sizeof_hdr else nib.Nifti2Image
     of_image = image_class.header_class(header, check=False).as_byteswapped("<")
     image = image_class(labels, None)
-    for field in GEOMETRY_FIELDS:  # set one by one, since nibabel mends what it finds unusual in a whole header
+    for field in GEOMETRY_FIELDS:  # set one by one, since nibabel repairs unusual values in a whole header
         image.header[field] = of_image[field]
     return image
 
 
 def prediction_name(image: str | os.PathLike[str]) -> str:
-    """Return the name of the file in which `SavePredictiond` saves the label map of an image, given the image's."""
+    """Return the file name under which `SavePredictiond` saves the label map of an image."""
     return f"{case_name(image)}_{PREDICTION_POSTFIX}{_other_extension(image) or '.nii.gz'}"
 
 
 def _other_extension(image: str | os.PathLike[str]) -> str | None:
-    """Return the suffix of an image's prediction if that is no NIfTI file, else None."""
+    """Return the suffix of an image's prediction if it is not NIfTI, else None."""
     return ".png" if is_picture(image) else _ITK_EXTENSIONS.get(volume_suffix(image))
 
 
 class SavePredictiond(SaveImaged):
     """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`; those of pictures as indexed PNG.
 
-    Those of MetaImages become `.mha`, and those of NRRD files `.nrrd`, header and voxels in one file.
-    Those of a series' frames, given one after the other, become one file when the last of them comes.
-    Differs: MONAI's own name keeps a part of a suffix such as that of `X.NII.GZ`.
+    Those of MetaImages become `.mha`, and those of NRRD files `.nrrd`, with header and voxels in one file. The frames
+    of a series, given one after the other, are saved as one file after the last frame.
+    Differs: MONAI's file name keeps a part of a suffix such as that of `X.NII.GZ`.
 
     Args:
-        keys: the item 1xHxWxD on its image's grid, with its metadata.
+        keys: item 1xHxWxD on its image's grid, with its metadata.
         output_dir: folder of the files, made if missing.
     """
 

@@ -1,4 +1,4 @@
-"""What all workflows do to volumes: grey values are scaled to 0..255, slices brought to a square canvas."""
+"""Preprocessing of all workflows: grey values are scaled to 0..255, slices are brought to a square canvas."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _LIMITS = {"b_min": 0, "b_max": 255, "clip": True}
 
 
 def scaled_grey_values(keys: KeysCollection, normalisation: Sequence[float | str]) -> Transform:
-    """Return the transform of grey values, or colours, to 0..255.
+    """Return the transform that scales grey values, or colours, to 0..255.
 
     Args:
         keys: the items with images.
         normalisation: `[lower, upper]`, percentiles of each image, such as `[0.5, 99.5]`; or
-            `["values", lowest, highest]` of all alike, as for CT. What lies beyond is clipped.
+            `["values", lowest, highest]`, equal for all images, as for CT. Values outside are clipped.
 
     Returns:
         a dictionary transform of MONAI.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if `normalisation` has another form.
     """
     *kind, low, high = normalisation if len(normalisation) > 1 else ("", "", "")
     if isinstance(low, Real) and isinstance(high, Real):
@@ -61,23 +61,23 @@ def square_canvas(
     slice_axis: int | None = None,
     neighbours: bool = False,
 ) -> Compose:
-    """Return the transform of volumes to slices on a square canvas, of which the central square is kept.
+    """Return the transform of volumes to slices on a square canvas, cropped to its central square.
 
     Slices become the last axis and are padded to squares, resized to the canvas and cropped; grey values are rounded.
     An absent item, such as the label of an unlabelled case, is skipped. `Invertd` undoes all but the rounding.
 
     Args:
-        keys: `image` alone, or with `label`, whose values stay classes: items CxHxWxD, MetaTensors with an affine.
+        keys: `image`, or `image` and `label`, which is resized by nearest neighbours: MetaTensors CxHxWxD with affine.
         canvas_size: side of the canvas, in pixels.
         crop_size: side of the central square that is kept, in pixels.
         slice_axis: as for `components.data.transforms.SlicesLastd`.
         neighbours: whether each slice of the image gets the ones before and after it as channels.
 
     Returns:
-        a transform of dictionaries; its items are CxSxSxD, S being `crop_size`.
+        a dictionary transform; its items are CxSxSxD, where S is `crop_size`.
 
     Raises:
-        ValueError: for another `slice_axis`.
+        ValueError: if `slice_axis` is invalid.
     """
     keys = ensure_tuple(keys)
     is_image = [key == IMAGE for key in keys]

@@ -72,7 +72,7 @@ class SliceDataset(Dataset):
         self._epoch = 1
         self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
         self._slices: list[dict[str, np.ndarray]] = []
-        for item in tqdm(data, desc="Loading volumes", disable=not progress):
+        for item in tqdm(data, desc="Loading volumes", disable=None if progress else True):
             volume = _apply(transform, item)
             if missing := [key for key in self.keys if key not in volume]:
                 raise ValueError(
@@ -81,7 +81,7 @@ class SliceDataset(Dataset):
                 )
             self._slices += self._cut(volume)
         labelled = len(self._slices)
-        for item in tqdm(unlabelled, desc="Loading unlabelled", disable=not progress or not unlabelled):
+        for item in tqdm(unlabelled, desc="Loading unlabelled", disable=None if progress and unlabelled else True):
             volume = _apply(transform, item)
             self._slices += self._cut({**volume, "label": np.full_like(_as_uint8(volume["image"][:1]), UNLABELLED)})
         # An epoch shows each slice `repeats` times, labelled ones more often where unlabelled ones outnumber them.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-HELD_OUT_PERCENT = 15  # of the groups for validation, and the same for test (paper section 4.1)
+HELD_OUT_PERCENT = 15  # of the groups, for validation and for test each (paper section 4.1)
 
-# The 70:10:20 split of the benchmark SSL4MIS, by which semi-supervised methods are compared, in the order of its lists
-# data/ACDC/*.list (https://github.com/HiLab-git/SSL4MIS): its first training patients are the labelled ones.
+# The 70:10:20 split of SSL4MIS, a benchmark of semi-supervised methods (https://github.com/HiLab-git/SSL4MIS), in the
+# order of its lists data/ACDC/*.list: its first training patients are the labelled ones.
 SSL4MIS = "ssl4mis"
 _SSL4MIS_NUMBERS = {
     "training": (
@@ -23,7 +23,7 @@ _SSL4MIS_NUMBERS = {
 
 
 def shuffled(names: Sequence[str], seed: int) -> list[str]:
-    """Return names in an order that only the seed decides."""
+    """Return names in an order that depends on the seed only."""
     return [names[index] for index in np.random.RandomState(seed).permutation(len(names))]
 
 
@@ -31,14 +31,14 @@ def split_patients(patients: Sequence[str], seed: int | str) -> dict[str, list[s
     """Split patients 70:15:15; validation and test are rounded to the nearest integer, training is the rest.
 
     Args:
-        patients: their names, or those of other groups of cases, in a fixed order.
+        patients: names of patients, or other groups of cases, in a fixed order.
         seed: seed of the shuffle; or `ssl4mis` for the fixed 70:10:20 split of that benchmark.
 
     Returns:
         the names of each subset, in shuffled order.
 
     Raises:
-        ValueError: for another word, or when `ssl4mis` is asked for patients that are not ACDC's 100.
+        ValueError: for another word, or if the patients are not ACDC's 100 for `ssl4mis`.
     """
     if isinstance(seed, str):
         return _ssl4mis_split(patients, seed)
@@ -58,8 +58,8 @@ def _ssl4mis_split(patients: Sequence[str], name: str) -> dict[str, list[str]]:
     expected = {patient for subset in split.values() for patient in subset}
     if missing := sorted(expected.symmetric_difference(patients)):
         raise ValueError(
-            f"the split {SSL4MIS} is of patient001 to patient100, the whole training folder of ACDC: missing or extra "
-            f"are {len(missing)}, such as {', '.join(missing[:3])}; complete the folder, leave include_testing False, "
+            f"the split {SSL4MIS} needs patient001 to patient100, ACDC's whole training folder: {len(missing)} are "
+            f"missing or extra, such as {', '.join(missing[:3])}; complete the folder, leave include_testing False, "
             "or give an integer as split_seed"
         )
     return split

@@ -30,9 +30,9 @@ from components.data.reader import VolumeReader
 logger = logging.getLogger(__name__)
 
 PERCENTILES = (0.5, 99.5)
-NO_DATA_BEYOND = 1e9  # no scanner gives such grey values, but 1e20 and the largest float32 stand for "no data"
-ROUNDING_ERROR = 1e-3  # of a label that was stored as a fraction
-# With pydicom MONAI's `LoadImaged` also makes a reader for GPUs, which nothing here uses and which warns without one.
+NO_DATA_BEYOND = 1e9  # scanners give no such grey values, but 1e20 and the largest float32 mean "no data"
+ROUNDING_ERROR = 1e-3  # tolerance for labels that are stored as fractions
+# With pydicom, MONAI's `LoadImaged` also makes a reader for GPUs, which is unused here and warns without a GPU.
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 _NO_GPU_READER = ".*nvImageCodec"
 _COLOURS = {1: "grey values", 3: "colours"}  # by number of channels
@@ -41,32 +41,31 @@ _COLOURS = {1: "grey values", 3: "colours"}  # by number of channels
 class LoadVolumed(LoadImaged):
     """Load 3D volumes as 1xHxWxD and reject those that are unfit for segmentation or training.
 
-    Of a series one frame is loaded, that with the index in the item `frame`; without that item a series is rejected.
+    One frame of a series is loaded, with the index in the item `frame`; a series without that item is rejected.
 
     A 2D picture is a volume one slice deep, 1xWxHx1, or 3xWxHx1 if it has colours; see `PictureReader`.
 
-    An item that is an image in memory already, a MetaTensor HxWxD as MONAI Deploy hands it over, is checked like one
-    from a file.
+    An item may already be an image in memory, a MetaTensor HxWxD as from MONAI Deploy; it is checked like a file.
 
-    Grey values beyond what scanners give count as no data, see `NO_DATA_BEYOND`, and become the darkest of the others;
-    so does a repeated negative minimum, such as -9999, that lies farther from the others than these lie apart. A label
-    whose voxels are stored in another order or direction than its image's is brought to the image's grid.
+    Grey values beyond `NO_DATA_BEYOND` count as no data and become the darkest of the others. So does a negative
+    minimum, such as -9999, that is farther from the other values than their whole range. A label whose axes differ in
+    order or direction from its image's is brought to the image's grid.
 
-    With `image_only` cleared, as MONAI Label does, the metadata are also in `<key>_meta_dict`, as for any `LoadImaged`.
+    With `image_only` cleared, as by MONAI Label, the metadata are also in `<key>_meta_dict`, as for any `LoadImaged`.
 
     Args:
         keys: items with paths, or images in memory.
-        label_key: the item with the label, whose shape must be that of the item `image_key` if both are present.
-        image_key: the item with the image.
+        label_key: item with the label, whose shape must be that of `image_key` if both are present.
+        image_key: item with the image.
         num_classes: labels must be integers from 0 to `num_classes` - 1.
-        label_values: the values that labels have in the files instead, one for each class, the background's first.
-        channels: of an image, 1 for grey values, 3 for colours.
+        label_values: the labels' values in the files if they differ, one for each class, background first.
+        channels: channels of an image, 1 for grey values, 3 for colours.
         allow_missing_keys: whether an item may be absent.
 
     Raises:
-        ValueError: for a file that `VolumeReader` cannot read; an image with NaN or infinite values or without
-            contrast; a label of another shape, in another place, or with values out of range.
-        FileNotFoundError: when a file is not there.
+        ValueError: if `VolumeReader` cannot read a file, or an image has no contrast, or NaN or infinite values. If a
+            label has another shape or place than its image, or values out of range.
+        FileNotFoundError: if a file is missing.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class LoadVolumed(LoadImaged):
 
         Args:
             data: paths by key.
-            reader: a MONAI image reader instead of nibabel's.
+            reader: a MONAI image reader instead of this project's.
 
         Returns:
             the dictionary with MetaTensors 1xHxWxD in place of the paths.
@@ -124,8 +123,8 @@ class LoadVolumed(LoadImaged):
         if image is not None:
             if len(image) != self.channels:
                 raise ValueError(
-                    f"{_path_of(image)} has {_COLOURS[len(image)]}: expected {_COLOURS[self.channels]}, as the others "
-                    "have that the bundle is made for; convert it, or take it out"
+                    f"{_path_of(image)} has {_COLOURS[len(image)]}: expected {_COLOURS[self.channels]}, for which the "
+                    "bundle is made; convert it, or take it out"
                 )
             loaded[self.image_key] = _with_grey_values(image)
         if label is not None:
@@ -135,7 +134,7 @@ class LoadVolumed(LoadImaged):
 
 
 def _in_memory(image: MetaTensor, key: Hashable) -> MetaTensor:
-    """Return an image that no file holds as float64 1xHxWxD, with a name for messages, or raise if it is no volume."""
+    """Return an image in memory as float64 1xHxWxD, with a name for messages, or raise if it is not a volume."""
     if image.ndim != 3 or min(image.shape) == 0:
         raise ValueError(f"expected {key} in memory as HxWxD, received the shape {tuple(image.shape)}")
     volume = cast(MetaTensor, image[None].double())
@@ -145,7 +144,7 @@ def _in_memory(image: MetaTensor, key: Hashable) -> MetaTensor:
 
 
 def _with_grey_values(image: torch.Tensor) -> torch.Tensor:
-    """Return an image as float32, without values that are no data, or raise if it is unfit for segmentation."""
+    """Return an image as float32, with no-data values replaced, or raise if it is unfit for segmentation."""
     path, values = _path_of(image), image.numpy()
     unusable = int((~np.isfinite(values)).sum())
     if unusable:
@@ -172,7 +171,7 @@ def _with_grey_values(image: torch.Tensor) -> torch.Tensor:
 
 
 def _no_data(values: np.ndarray) -> np.ndarray:
-    """Return which grey values are no data, as a mask of their shape."""
+    """Return a mask of the grey values that count as no data."""
     beyond = np.abs(values) > NO_DATA_BEYOND
     rest = values[~beyond]
     lowest = rest.min(initial=0)
@@ -185,7 +184,7 @@ def _no_data(values: np.ndarray) -> np.ndarray:
 
 
 def _with_classes(label: torch.Tensor, label_values: Sequence[int]) -> torch.Tensor:
-    """Return a label map as float32 with the index of each voxel's class, or raise if it has values of no class."""
+    """Return a label map as float32 with the class index of each voxel, or raise if a value has no class."""
     num_classes, whole = len(label_values), label.round()
     is_range = list(label_values) == list(range(num_classes))
     known = torch.as_tensor(label_values, dtype=whole.dtype)
@@ -207,13 +206,12 @@ def _path_of(volume: torch.Tensor) -> str:
 
 
 class SlicesLastd(MapTransform, InvertibleTransform):
-    """Turn volumes so that slices follow each other along the last axis and lie as on a radiologist's screen.
+    """Reorient volumes so that slices follow each other along the last axis and lie as on a radiologist's screen.
 
-    The axis across the slices is the file's third, or another one where its spacing is at least twice that of both
-    others. Within a slice, the first axis runs to the patient's left, the second to the back, where they run so at all,
-    and to the feet otherwise: the order in which scanners store and screens show slices, ACDC's among them. So a
-    volume whose file has its axes in another order or direction looks the same to the network, and the inverse brings
-    labels back to the file's order.
+    The slice axis is the file's third, or another one whose spacing is at least twice that of both others. The two
+    axes within a slice run to the patient's left, back or feet, in this order of precedence. Scanners store and screens
+    show slices in this way, ACDC's included. So a volume looks the same to the network whatever the axes of its file,
+    and the inverse restores the file's order.
 
     Args:
         keys: items 1xHxWxD, MetaTensors with an affine.
@@ -221,7 +219,7 @@ class SlicesLastd(MapTransform, InvertibleTransform):
         allow_missing_keys: whether an item may be absent.
 
     Raises:
-        ValueError: for another `slice_axis`.
+        ValueError: if `slice_axis` is invalid.
     """
 
     def __init__(
@@ -231,19 +229,19 @@ class SlicesLastd(MapTransform, InvertibleTransform):
         if slice_axis not in (None, 0, 1, 2) or isinstance(slice_axis, bool):
             raise ValueError(
                 f"expected slice_axis 0, 1 or 2, the file's axis across the slices, received {slice_axis!r}: "
-                "give for example --slice_axis 0, or leave it out to go by the spacing"
+                "give for example --slice_axis 0, or leave it out to find it by the spacing"
             )
         self.slice_axis = slice_axis
         self.orientation = Orientation(axcodes=AXIAL_POSE, labels=RAS_LABELS)
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        """Turn the items of one dictionary.
+        """Reorient the items of one dictionary.
 
         Args:
             data: MetaTensors 1xHxWxD by key.
 
         Returns:
-            the dictionary with turned ones in their place.
+            the dictionary with reoriented MetaTensors.
         """
         turned = dict(data)
         for key in self.key_iterator(turned):
@@ -252,13 +250,13 @@ class SlicesLastd(MapTransform, InvertibleTransform):
         return turned
 
     def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        """Turn the items of one dictionary back to their files' order.
+        """Restore the axes of the files in the items of one dictionary.
 
         Args:
             data: as `__call__` returns it, with any number of channels.
 
         Returns:
-            the dictionary with the items turned back.
+            the dictionary with the restored items.
         """
         turned_back = dict(data)
         for key in self.key_iterator(turned_back):
@@ -269,7 +267,7 @@ class SlicesLastd(MapTransform, InvertibleTransform):
 class NeighbourSlicesd(MapTransform):
     """Give each slice of a volume the one before and the one after it as channels: from 1xHxWxD to 3xHxWxD.
 
-    The first and the last slice are neighbours of their own.
+    The first and the last slice replace their own missing neighbour.
 
     Args:
         keys: items 1xHxWxD, slices last.
@@ -315,7 +313,7 @@ class PadInPlaneToSquared(Padd):
 
 
 class CentralCropd(CenterSpatialCropd):
-    """MONAI's `CenterSpatialCropd`, which warns where it cuts away some of a label.
+    """MONAI's `CenterSpatialCropd`, which warns if it cuts away some of a label.
 
     Args:
         keys: items CxHxWxD.

@@ -1,4 +1,4 @@
-"""The volumes or pictures of a folder that are to be segmented, and a data set that loads them one by one."""
+"""The volumes or pictures of a folder to be segmented, and a dataset that loads them one by one."""
 
 import functools
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 import nibabel as nib
 from monai.data import Dataset
 
-from components.base.reasons import error_message, is_out_of_memory
+from components.base.errors import error_message, is_out_of_memory
 from components.base.volume_metadata import (
     DEAD_LINK,
     FRAME,
@@ -35,7 +35,7 @@ from components.dicom.stack import DicomStack, read_stack, study_folders
 logger = logging.getLogger(__name__)
 
 NOT_IMAGES = ("_gt", "_label", "_mask", "_seg", f"_{PREDICTION_POSTFIX}")  # postfixes of labels and predictions
-FAILURE = "failure"  # the item of a volume that could not be loaded which says why
+FAILURE = "failure"  # key of the reason in the item of a volume that could not be loaded
 
 _IMAGES = re.compile("(images?|imgs?)(tr|ts|val)?")
 _LABELS_OF_SUBSET = re.compile("labels?(tr|ts|val)")  # as nnU-Net and the Medical Segmentation Decathlon name them
@@ -43,11 +43,11 @@ _LABELS = re.compile("labels?|masks?|seg(mentation)?s?|gts?")
 
 
 class FoundVolumes(list):
-    """The volumes of a folder as a data list, and what else there was.
+    """The volumes of a folder as a data list, with the files that are left out.
 
     Args:
-        volumes: dictionaries with the path of a volume as `image`; that of a frame also with `frame` and `frames`.
-        skipped: reason by path, relative to the folder, of each image file or folder that is left out.
+        volumes: dictionaries with the path of a volume as `image`; a frame also has `frame` and `frames`.
+        skipped: reason for each image file or folder that is left out, by path relative to the folder.
     """
 
     def __init__(self, volumes: list[dict[str, Any]], skipped: dict[str, str]) -> None:
@@ -56,34 +56,37 @@ class FoundVolumes(list):
 
 
 def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
-    """List the volumes to segment, or the 2D pictures.
+    """List the volumes, or the 2D pictures, to segment.
 
-    A folder is searched with all folders below it, links followed, each folder once. Suffixes are those of
-    `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. A damaged file and a link whose target is
-    not there stay in the list, for the loader to name.
+    A folder is searched with all folders below it, each once; links are followed. Suffixes are those of
+    `VOLUME_SUFFIXES`, in any case; a pair `.hdr` and `.img` is one volume. Damaged files and dead links stay in the
+    list, so that the loader reports them.
 
-    Of a series, a 4D file such as a cine, every frame is listed, one after the other. So is every frame of the
-    short-axis cine of a DICOM study, whose path is the outermost folder that holds only this study; see `read_stack`.
-    DICOM files are left out where there are volumes, which often were made from them.
+    Every frame of a series, a 4D file such as a cine, is listed. Every frame of a DICOM study's short-axis cine is
+    listed too. Its path is the outermost folder that holds only this study; see `read_stack`. DICOM files are left out
+    if there are volumes, which were often made from them.
 
-    Left out, with the reason in `skipped`: files that hold neither a 3D volume nor a series of them; labels and
-    predictions by their postfix (`*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`); folders `labelsTr`, `labelsTs`,
-    `labelsVal`; folders such as `labels`, `masks` or `segmentations` that have one such as `images` or `imagesTr`
-    beside them; second ways to the same file. Left out without mention: hidden files and folders, and files without an
-    image's suffix.
+    These files and folders are left out, with the reason in `skipped`:
+
+    - files without a 3D volume or a series of them, and further paths to the same file;
+    - labels and predictions by their postfix: `*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`;
+    - folders `labelsTr`, `labelsTs` and `labelsVal`, and folders such as `labels`, `masks` or `segmentations` beside
+      one such as `images` or `imagesTr`.
+
+    Hidden files and folders, and files without an image's suffix, are left out without a reason.
 
     Args:
-        dataset_dir: a volume's file, taken as it is named, or a folder of them or of DICOM studies.
-        pictures: list files of `PICTURE_SUFFIXES` instead of volumes.
+        dataset_dir: a volume's file, listed whatever its name, or a folder of volumes or DICOM studies.
+        pictures: whether to list files of `PICTURE_SUFFIXES` instead of volumes.
 
     Returns:
-        one dictionary per volume with its path as `image`, sorted by path; that of a frame also has its index as
-        `frame`, and their number as `frames`.
+        one dictionary per volume with its path as `image`, sorted by path. A frame also has its index as `frame` and
+        the number of frames as `frames`.
 
     Raises:
-        ValueError: when `dataset_dir` is empty or has no volume, or two predictions would have the same name.
-        FileNotFoundError: when the file or folder is not there.
-        OptionalImportError: for a folder of DICOM files alone, without pydicom.
+        ValueError: if `dataset_dir` is empty or has no volume, or two predictions would have the same name.
+        FileNotFoundError: if the file or folder is missing.
+        OptionalImportError: if there are DICOM files only and pydicom is missing.
     """
     if not dataset_dir:
         raise ValueError(
@@ -93,31 +96,29 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     if is_dead_link(root):
         raise FileNotFoundError(f"dataset_dir {root} is {DEAD_LINK}")
     if not root.exists():
-        raise FileNotFoundError(f"dataset_dir {root} is not there: expected a volume's file or a folder of them")
+        raise FileNotFoundError(f"dataset_dir {root} does not exist: expected a volume's file or a folder of them")
     if root.is_file():
         return FoundVolumes(_frames_of(root), {})
     left_out: dict[Path, str] = {}
-    by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # and by real path
+    by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # by case name and real path
     of_studies: list[Path] = []
     for path in _files_below(root, left_out, set()):
         if not pictures and not volume_suffix(path) and is_dicom(path):
             of_studies.append(path)
         elif reason := _reason_to_skip(path):
             left_out[path] = reason
-        elif (
-            is_picture(path) if pictures else volume_suffix(path) not in ("", ".img")
-        ):  # the .hdr beside it stands for both
+        elif is_picture(path) if pictures else volume_suffix(path) not in ("", ".img"):  # the .hdr represents the pair
             first = by_case[case_name(path)].setdefault(os.path.realpath(path), path)
             if first != path:
                 left_out[path] = f"the same file as {first.relative_to(root)}"
     if by_case:
         left_out |= {
-            path.parent: "DICOM, since there are volumes: name its folder to segment it" for path in of_studies
+            path.parent: "DICOM files beside volumes: give this folder alone to segment them" for path in of_studies
         }
         of_studies = []
     skipped = {str(path.relative_to(root)): reason for path, reason in left_out.items()}
     if of_studies:
-        above = Path(os.path.abspath(root))  # noqa: PTH100  # links are followed, and stay as they are named
+        above = Path(os.path.abspath(root))  # noqa: PTH100  # symbolic links stay in the path
         for folder in study_folders([above / path.relative_to(root) for path in of_studies], above):
             by_case[folder.name][os.path.realpath(folder)] = folder
             skipped |= _other_series(folder)
@@ -140,9 +141,9 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
 
 
 def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -> Iterator[Path]:
-    """Yield the files of a folder and of those below it, but hidden ones and those of label folders."""
+    """Yield the files of a folder and of those below it, except hidden ones and those in label folders."""
     real = folder.resolve()
-    if real in searched:  # a link back, or a second one to the same folder
+    if real in searched:  # a link back, or a second link to the same folder
         return
     searched.add(real)
     try:
@@ -163,7 +164,7 @@ def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -
 
 
 def _reason_to_skip(path: Path) -> str:
-    """Return why a file is not to be segmented, or an empty string: also for a damaged one, which the loader names."""
+    """Return why a file is left out, or an empty string; damaged files stay, so that the loader reports them."""
     suffix = volume_suffix(path)
     if not suffix and not is_picture(path):
         return DEAD_LINK if is_dead_link(path) and not path.suffix else ""  # it may have led to a patient's folder
@@ -181,7 +182,7 @@ def _reason_to_skip(path: Path) -> str:
 
 
 def _frames_of(path: Path) -> list[dict[str, Any]]:
-    """Return the items of a file: one of a volume, and also of what the loader is to name, one a frame of a series."""
+    """Return the items of a file: one for each frame of a series, else one, also if the loader will reject it."""
     if path.is_dir():
         stack = _stack_of(path)
         frames = stack.shape[-1] if stack else 0
@@ -195,7 +196,7 @@ def _frames_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _stack_of(folder: Path) -> DicomStack | None:
-    """Return the short-axis cine of a DICOM study, None where there is none, which the loader says."""
+    """Return the short-axis cine of a DICOM study; None if there is none, which the loader reports."""
     try:
         return read_stack(folder)
     except ValueError:
@@ -209,7 +210,7 @@ def _other_series(folder: Path) -> dict[str, str]:
 
 
 def _header_of(path: Path) -> Any:
-    """Return nibabel's image of a file without its voxels; None of pictures, of ITK's formats and of damaged files."""
+    """Return nibabel's image of a file without its voxels; None for pictures, ITK's formats and damaged files."""
     if volume_suffix(path) in ("", *ITK_SUFFIXES):
         return None
     try:
@@ -219,22 +220,22 @@ def _header_of(path: Path) -> Any:
 
 
 class VolumeDataset(Dataset):
-    """MONAI's `Dataset` of volumes, in which one that cannot be loaded does not stop the others.
+    """MONAI's `Dataset` of volumes that goes on after a volume that cannot be loaded.
 
-    In its place is the item with the reason as `failure`, which `SegmentationEvaluator` reports. The error of an only
-    volume is raised, and so is that of a lack of memory.
+    The item of such a volume has the reason as `failure`, which `SegmentationEvaluator` reports. The error is raised if
+    there is one file only, or memory is lacking.
 
-    Args: as `Dataset`; `data` has paths as `image`, and what `find_volumes` left out in `skipped`.
+    Args: as `Dataset`; `data` has paths as `image`, and the files that `find_volumes` left out as `skipped`.
     """
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """Reason by path of what the search for volumes left out."""
+        """Reasons for the files that the search left out, by path."""
         return getattr(self.data, "skipped", {})
 
     @functools.cached_property
     def files(self) -> int:
-        """How many files the volumes and frames are from."""
+        """Number of files that hold the volumes and frames."""
         return len({str(item["image"]) for item in self.data})
 
     def _transform(self, index: int) -> Any:

@@ -1,4 +1,4 @@
-"""From predictions to scores, tables and pictures."""
+"""Scores, tables and pictures of predictions."""
 
 import lazy_loader
 

@@ -24,7 +24,7 @@ def dice_per_class(y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         y: one-hot truth of the same shape.
 
     Returns:
-        `(B,C-1)` float64 in 0..1, background left out: 0 where only one of the two masks is empty, nan where both are.
+        `(B,C-1)` float64 in 0..1, without background: 0 if only one of the two masks is empty, nan if both are.
 
     Raises:
         ValueError: if shapes differ, there are fewer than 2 channels, or values are not one-hot.
@@ -42,7 +42,7 @@ def assd_per_class_mm(y_pred: torch.Tensor, y: torch.Tensor, spacing_mm: Sequenc
     is surface, because the grid ends above and below it.
 
     Source: MONAI's `compute_average_surface_distance(symmetric=True)` for masks that both hold voxels.
-    Differs: where only one mask is empty, the distance is the volume's diagonal, not inf: a miss is penalised, and the
+    Differs: if only one mask is empty, the distance is the volume's diagonal, not inf. So a miss is penalised, and the
     mean over volumes stays finite.
 
     Args:
@@ -51,7 +51,7 @@ def assd_per_class_mm(y_pred: torch.Tensor, y: torch.Tensor, spacing_mm: Sequenc
         spacing_mm: voxel spacing in mm, one per spatial axis, in array order.
 
     Returns:
-        `(B,C-1)` float64 in mm, background left out; nan where both masks are empty.
+        `(B,C-1)` float64 in mm, without background; nan if both masks are empty.
 
     Raises:
         ValueError: as `dice_per_class`, or if `spacing_mm` is not one positive number per spatial axis.
@@ -74,7 +74,7 @@ def assd_per_class_mm(y_pred: torch.Tensor, y: torch.Tensor, spacing_mm: Sequenc
 
 
 def mean_over_volumes(scores: torch.Tensor) -> torch.Tensor:
-    """Average over volumes, ignoring nan: `(N,K)` to `(K)`; nan for a class that no volume defines."""
+    """Average over volumes, ignoring nan: `(N,K)` to `(K)`; nan for a class without defined scores."""
     return torch.nanmean(scores, dim=0)
 
 
@@ -142,7 +142,7 @@ class VolumeAssd(VolumeMetric):
     The spacing is read from the affine of `y`.
 
     Raises:
-        ValueError: when called on a `y` without a header's affine.
+        ValueError: if called on a `y` without a header's affine.
     """
 
     def score(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

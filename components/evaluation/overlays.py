@@ -93,8 +93,8 @@ class SaveOverlayd(MapTransform):
 
     Args:
         output_dir: folder of the pictures, made if missing.
-        image_key: key of the image, a MetaTensor `(C,H,W,D)` on its native grid; the middle channel is shown: of a
-            slice between its neighbours the slice, of colours green.
+        image_key: key of the image, a MetaTensor `(C,H,W,D)` on its native grid. Its middle channel is shown: the slice
+            itself if it has neighbours as channels, or the green of colours.
         label_key: key of the true label map `(1,H,W,D)` on the same grid; if None or missing from the data, only the
             prediction is drawn.
         pred_key: key of the predicted label map `(1,H,W,D)` on the same grid.
@@ -148,7 +148,7 @@ class SaveOverlayd(MapTransform):
         return dict(data)
 
     def _label_array(self, labels: torch.Tensor, key: str | None, image: MetaTensor) -> np.ndarray:
-        """Return a label map `(1,H,W,D)` on an image's grid as an array `(H,W,D)`, turned like the image."""
+        """Return a label map `(1,H,W,D)` on an image's grid as an array `(H,W,D)`, reoriented like the image."""
         if labels.shape[0] != 1:
             raise ValueError(
                 f"Expected {key!r} a label map (1,H,W,D), received {tuple(labels.shape)}: "

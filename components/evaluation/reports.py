@@ -120,7 +120,7 @@ class EvaluationReport:
         Raises:
             ValueError: if a metric's details are missing or do not match the cases or class names.
         """
-        # every rank takes part in the gathering, which has the order of the metrics' own buffers
+        # every rank takes part in the gathering, whose order is that of the metrics' own buffers
         cases = string_list_all_gather(self._cases) if idist.get_world_size() > 1 else self._cases
         if idist.get_rank() != 0:
             return
@@ -168,7 +168,7 @@ class EvaluationReport:
 
 
 def _statistics(name: str, scores: np.ndarray) -> Row:
-    """Return mean, standard deviation (ddof 1) and number of undefined ones of scores `(N)`, keyed by column."""
+    """Return mean, standard deviation (ddof 1) and number of undefined scores of `(N)` scores, keyed by column."""
     defined = scores[~np.isnan(scores)]
     return {
         f"{name}_mean": _mean(defined),
@@ -201,7 +201,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
 
     Args:
         path: file to create or replace.
-        columns: their names, in order.
+        columns: column names, in order.
         rows: values by column; floats are written with 6 decimals.
 
     Returns:

@@ -12,8 +12,8 @@ from components.data.acdc import CLASS_NAMES
 from components.inference.cycle import FEWEST_OF_A_CURVE, covers_cycle
 
 MYOCARDIAL_DENSITY_G_PER_ML = 1.05
-HEART_RATES_PER_MIN = (20.0, 250.0)  # beyond these a frame time is no cine's: many headers hold 0 or 1 s
-FRAMES_PER_SIGMA = 30  # of the smoothing of a curve before its extremes are looked for
+HEART_RATES_PER_MIN = (20.0, 250.0)  # frame times of other rates are ignored: many headers hold 0 or 1 s
+FRAMES_PER_SIGMA = 30  # smooths a curve before its extremes are found
 
 NAN = float("nan")
 
@@ -23,33 +23,33 @@ def volumes_ml(
 ) -> dict[str, float]:
     """Return the volume of every class in ml: its number of voxels times their size.
 
-    Papillary muscles and trabeculae belong to the cavity where the labels count them so, as ACDC's do.
+    Papillary muscles and trabeculae belong to the cavity if the labels include them, as ACDC's do.
 
     Args:
         labels: `(H,W,D)`, 0 for the background and n for the n-th class.
-        spacing_mm: of the voxels, one for each axis.
-        class_names: of the foreground, in the order of the labels.
+        spacing_mm: voxel spacing, one number for each axis.
+        class_names: names of the foreground classes, in the order of the labels.
     """
     voxel_ml = math.prod(spacing_mm) / 1000
     return {name: np.count_nonzero(labels == label) * voxel_ml for label, name in enumerate(class_names, start=1)}
 
 
 def ejection_fraction_percent(edv_ml: float, esv_ml: float) -> float:
-    """Return the share of the end-diastolic volume that a ventricle ejects, in percent; nan if that volume is 0."""
+    """Return the share of the end-diastolic volume that is ejected, in percent; nan if that volume is 0."""
     return 100 * (edv_ml - esv_ml) / edv_ml if edv_ml > 0 else NAN
 
 
 def find_phases(lv_ml: Sequence[float]) -> tuple[int, int]:
     """Find end-diastole and end-systole: the frames in which the left ventricle is largest and smallest.
 
-    Curves of 10 frames or more are smoothed first, around the end where they cover the cycle, since volumes of
-    neighbouring frames near an extreme differ by less than their errors.
+    Curves of 10 frames or more are smoothed first, cyclically if they cover the cycle. Near an extreme, neighbouring
+    frames differ by less than their errors.
 
     Args:
         lv_ml: volume of the left ventricle in each frame, at least one.
 
     Returns:
-        indices of the frame at ED and of that at ES.
+        indices of the ED and the ES frame.
     """
     curve = np.asarray(lv_ml, np.float64)
     if len(curve) >= FEWEST_OF_A_CURVE:
@@ -59,14 +59,14 @@ def find_phases(lv_ml: Sequence[float]) -> tuple[int, int]:
 
 
 def heart_rate_per_min(frame_seconds: float, lv_ml: Sequence[float]) -> float:
-    """Return the heart rate from the time that the frames of a cycle take.
+    """Return the heart rate from the duration of a cycle's frames.
 
     Args:
-        frame_seconds: from frame to frame, nan if unknown.
+        frame_seconds: time from frame to frame, nan if unknown.
         lv_ml: volume of the left ventricle in each frame.
 
     Returns:
-        beats per minute; nan where the frames do not cover the cycle, or the rate is beyond `HEART_RATES_PER_MIN`.
+        beats per minute; nan if the frames do not cover the cycle, or the rate is outside `HEART_RATES_PER_MIN`.
     """
     cycle = frame_seconds * len(lv_ml)
     rate = 60 / cycle if cycle > 0 else NAN
@@ -75,7 +75,7 @@ def heart_rate_per_min(frame_seconds: float, lv_ml: Sequence[float]) -> float:
 
 
 def body_surface_m2(height_cm: float, weight_kg: float) -> float:
-    """Estimate the surface of a body; nan if either is not positive.
+    """Estimate the body surface area in m2; nan if height or weight is not positive.
 
     Source: Mosteller, "Simplified calculation of body-surface area", New England Journal of Medicine 1987.
     """
@@ -89,7 +89,7 @@ def measure_function(
     heart_rate: float = NAN,
     surface_m2: float = NAN,
 ) -> dict[str, float]:
-    """Compute the function of both ventricles.
+    """Compute the functional measures of both ventricles.
 
     Source: Schulz-Menger et al., "Standardized image interpretation and post-processing in cardiovascular magnetic
     resonance - 2020 update", Journal of Cardiovascular Magnetic Resonance 2020.
@@ -98,10 +98,10 @@ def measure_function(
         ed_ml: volumes of RV, Myo and LV at end-diastole, as `volumes_ml` returns them; None if unknown.
         es_ml: the same at end-systole.
         heart_rate: beats per minute, nan if unknown.
-        surface_m2: of the body, nan if unknown.
+        surface_m2: body surface area, nan if unknown.
 
     Returns:
-        each measure by its name, which ends with its unit; nan where something that it needs is unknown.
+        each measure by its name, which ends with its unit; nan if an input is unknown.
     """
     found: dict[str, float] = {}
     for name in ("LV", "RV"):

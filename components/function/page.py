@@ -1,4 +1,4 @@
-"""Pages and pictures of a ventricular function read-out: curve, contours, bull's-eye, beating heart."""
+"""Pages and pictures of ventricular function: curve, contours, bull's-eye, beating heart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from components.data.pictures import CLASS_COLOURS
 from components.evaluation.overlays import WINDOW_PERCENTILES, Extent
 from components.function.quality import SLICE_BELOW
 
-MEASURES = {  # what a page shows: columns of `function.csv`
+MEASURES = {  # columns of `function.csv` on the page of a case
     "lv_edv_ml": "LV end-diastolic volume, ml",
     "lv_esv_ml": "LV end-systolic volume, ml",
     "lv_sv_ml": "LV stroke volume, ml",
@@ -34,7 +34,7 @@ MEASURES = {  # what a page shows: columns of `function.csv`
     "heart_rate_per_min": "Heart rate, beats per minute",
     "lv_output_l_per_min": "Cardiac output, l/min",
 }
-IN_SUMMARY = {  # the same of the page over all cases
+IN_SUMMARY = {  # columns of `function.csv` on the page over all cases
     "lv_edv_ml": "LV EDV, ml",
     "lv_esv_ml": "LV ESV, ml",
     "lv_ef_percent": "LV EF, %",
@@ -50,7 +50,7 @@ _STYLE = (
     ".check{background:#fdeccf}div.check{padding:.2em 1em;border-left:4px solid #d98b00}"
 )
 _TILES_PER_ROW = 5
-_ENLARGED = 2  # pixels of the beating picture for one of the image
+_ENLARGED = 2  # pixels of the beating picture for each pixel of the image
 _DEFAULT_FRAME_MS = 40
 _COLOURS = 64  # of the beating picture
 _RINGS = ((0.72, 6), (0.44, 6), (0.16, 4))  # inner radius and segments: basal, mid, apical
@@ -61,10 +61,10 @@ def draw_curve(time: Sequence[float], volumes: Mapping[str, Sequence[float]], *,
     """Draw volumes over time.
 
     Args:
-        time: of each frame.
-        volumes: in ml in each frame, by class in the order of the labels.
-        unit: of the time.
-        marks: index of a frame by the name that is written beside it.
+        time: time of each frame.
+        volumes: volumes in ml in each frame, by class in the order of the labels.
+        unit: unit of the time.
+        marks: index of a frame, by the name that is written beside it.
     """
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -83,7 +83,7 @@ def draw_bulls_eyes(values: Mapping[str, np.ndarray]) -> Figure:
     """Draw the 16 segments as rings, basal outside and apical inside, the anterior wall on top and the septum left.
 
     Args:
-        values: of the 16 segments, nan left white, by the title above them.
+        values: values of the 16 segments, by title; nan is white.
     """
     figure = Figure(figsize=(3.6 * len(values), 3.7), layout="constrained")
     every = figure.subplots(1, len(values), subplot_kw={"projection": "polar"}, squeeze=False)[0]
@@ -118,12 +118,12 @@ def beating_picture(
     """Draw every frame of a cine: all slices side by side, with the outlines of the classes.
 
     Args:
-        frames: grey values and labels of each, `(H,W,D)`, as scanners show slices: axis 0 to the right, 1 down.
-        extent: start and stop on axes 0 and 1 of what is shown.
+        frames: grey values and labels `(H,W,D)` of each frame, as scanners show slices: axis 0 to the right, 1 down.
+        extent: start and stop on axes 0 and 1 of the part that is shown.
         classes: label of each class.
 
     Returns:
-        pictures of one size, all on the grey scale of the first.
+        pictures of equal size, all with the grey scale of the first.
     """
     (left, right), (top, bottom) = extent
     pictures: list[Image.Image] = []
@@ -154,7 +154,7 @@ def _tile(grey: np.ndarray, labels: np.ndarray, classes: Mapping[str, int]) -> n
 
 
 def save_gif(path: Path, pictures: Sequence[Image.Image], frame_seconds: float) -> None:
-    """Write pictures as an endless GIF; 40 ms each where the time from frame to frame is not known."""
+    """Write pictures as an endless GIF, with 40 ms each if the time between frames is unknown."""
     duration = _DEFAULT_FRAME_MS if math.isnan(frame_seconds) else max(20, 10 * round(100 * frame_seconds))
     pictures = [picture.quantize(_COLOURS, dither=Image.Dither.NONE) for picture in pictures]
     with write_atomically(path) as temporary:
@@ -171,13 +171,13 @@ def write_case_page(
     figures: Mapping[str, Figure],
     cine: str | None = None,
 ) -> None:
-    """Write the page of a case, which needs no network.
+    """Write the page of a case, which can be read offline.
 
     Args:
         path: the file.
-        row: of `function.csv`.
-        slice_dice: predicted Dice of every slice (D,), nan where one shows no class, by phase.
-        figures: by the heading above them; they become part of the file.
+        row: row of `function.csv`.
+        slice_dice: predicted Dice of every slice (D,), by phase; nan if a slice shows no class.
+        figures: figures by heading; they become part of the file.
         cine: name of the picture of the beating heart beside the file, if there is one.
     """
     measured = [(title, row[name]) for name, title in MEASURES.items() if row[name] != ""]
@@ -202,7 +202,7 @@ def write_case_page(
 
 
 def _slice_table(slice_dice: Mapping[str, np.ndarray]) -> str:
-    """Return a table of the predicted Dice with a column for each slice, low values marked."""
+    """Return a table of the predicted Dice with a column for each slice; low values are marked."""
     depth = max((len(values) for values in slice_dice.values()), default=0)
     lines = ["<tr><th>slice</th>" + "".join(f"<th>{number}</th>" for number in range(1, depth + 1)) + "</tr>"]
     for phase, values in slice_dice.items():
@@ -223,12 +223,12 @@ def _marked(is_marked: bool) -> str:
 
 
 def write_summary_page(path: Path, rows: Sequence[Mapping], pages: Mapping[str, str]) -> None:
-    """Write the page over all cases, those to check first.
+    """Write the page over all cases, flagged ones first.
 
     Args:
         path: the file.
-        rows: of `function.csv`.
-        pages: name of the file of each case's page, beside it.
+        rows: rows of `function.csv`.
+        pages: file name of each case's page, beside this one.
     """
     titles = ("case", *IN_SUMMARY.values(), "predicted Dice", "why to check it")
     head = "".join(f"<th>{title}</th>" for title in titles)

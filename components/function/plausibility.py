@@ -1,4 +1,4 @@
-"""Anatomy that cannot be: what tells from labels, volumes and measures alone that a segmentation is wrong."""
+"""Implausible anatomy: faults of a segmentation that labels, volumes and measures show without a truth."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from scipy.ndimage import binary_dilation, binary_fill_holes, label
 from components.inference.cycle import FEWEST_OF_A_CURVE, covers_cycle
 
 NAMES = {"RV": "right ventricle", "Myo": "myocardium", "LV": "left ventricle"}
-EJECTION_PERCENT = (5, 85)  # beyond these no ejection fraction is believed
-# In ACDC's contours, none of which is like that, both shares are at most a thirtieth; a lone slice is left to the eye.
-_OPEN_SHARE = 0.1  # of the cavity's border in a slice from which on the wall counts as open
-_APART_SHARE = 0.1  # of a class in a slice that is outside its largest piece
+EJECTION_PERCENT = (5, 85)  # plausible ejection fractions
+# In ACDC's contours, which have no such faults, both shares are at most a thirtieth; a single slice is not reported.
+_OPEN_SHARE = 0.1  # share of the cavity's border in a slice above which the wall counts as open
+_APART_SHARE = 0.1  # share of a class in a slice outside its largest piece above which it counts as in pieces
 _FEWEST_SLICES = 2
-_JUMP_SHARE = 0.1  # of the largest volume, by which a frame differs from what its neighbours let expect
+_JUMP_SHARE = 0.1  # share of the largest volume by which a frame may differ from its neighbours
 
 
 def faults_of_labels(labels: np.ndarray, classes: Mapping[str, int]) -> list[str]:
-    """Say what cannot be in the labels of one frame.
+    """Describe the implausible anatomy in the labels of one frame.
 
-    A class that is missing, a left ventricle that a slice between others lacks, a wall that is open around the cavity
-    below the most basal slice, and ventricles in pieces, each in at least two slices. Slices are counted from 1.
+    Faults are a missing class, and a slice without left ventricle between others that show it. A ventricle in pieces,
+    and an open wall around the cavity below the most basal slice, are faults if at least two slices show them. Slices
+    are counted from 1.
 
     Args:
         labels: `(H,W,D)`, slices last.
         classes: label of `RV`, `Myo` and `LV`.
 
     Returns:
-        a sentence's part for each fault.
+        a phrase for each fault.
     """
     masks = {name: labels == classes[name] for name in NAMES}
     faults = [f"no {NAMES[name]}" for name, mask in masks.items() if not mask.any()]
@@ -51,7 +52,7 @@ def faults_of_labels(labels: np.ndarray, classes: Mapping[str, int]) -> list[str
 
 
 def faults_of_measures(measures: Mapping[str, float]) -> list[str]:
-    """Say what cannot be in the measures of `measure_function`: ejection fractions beyond `EJECTION_PERCENT`."""
+    """Describe the ejection fractions of `measure_function` that are outside `EJECTION_PERCENT`."""
     low, high = EJECTION_PERCENT
     faults = []
     for name in ("LV", "RV"):
@@ -59,18 +60,18 @@ def faults_of_measures(measures: Mapping[str, float]) -> list[str]:
         if fraction < 0:
             faults.append(f"the {NAMES[name]} is larger at ES than at ED")
         elif fraction < low or fraction > high:
-            faults.append(f"an ejection fraction of the {NAMES[name]} of {fraction:.0f}%, beyond {low} to {high}%")
+            faults.append(f"an ejection fraction of the {NAMES[name]} of {fraction:.0f}%, outside {low} to {high}%")
     return faults
 
 
 def faults_of_curve(volumes_ml: Mapping[str, Sequence[float]]) -> list[str]:
-    """Say in which frames of a cine a ventricle's volume jumps to a value beyond those before and after it.
+    """Describe the frames of a cine in which a ventricle's volume jumps beyond those before and after it.
 
     Args:
-        volumes_ml: of `RV` and `LV` in each frame.
+        volumes_ml: volumes of `RV` and `LV` in each frame.
 
     Returns:
-        a sentence's part for each ventricle; nothing for fewer than 10 frames, which lie too far apart.
+        a phrase for each ventricle; none for fewer than 10 frames, which are too far apart.
     """
     faults = []
     for name in ("LV", "RV"):
@@ -86,14 +87,14 @@ def faults_of_curve(volumes_ml: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def _open_share(cavity: np.ndarray, wall: np.ndarray) -> float:
-    """Return the share of the pixels around a cavity, without its holes such as papillary muscles, that are no wall."""
+    """Return the share of pixels around a cavity that are not wall; holes, such as papillary muscles, are filled."""
     cavity = binary_fill_holes(cavity)
     border = binary_dilation(cavity) & ~cavity
     return float((border & ~wall).sum() / max(border.sum(), 1))
 
 
 def _apart_share(mask: np.ndarray) -> float:
-    """Return the share of a mask outside its largest piece; pixels that touch at a corner belong together."""
+    """Return the share of a mask outside its largest piece; pixels that touch at a corner are connected."""
     pieces = np.bincount(label(mask, np.ones((3, 3)))[0].ravel())[1:]
     return float(1 - pieces.max() / pieces.sum()) if pieces.size else 0.0
 

@@ -1,4 +1,4 @@
-"""How good a segmentation probably is, without truth: the Dice that the network's own probabilities let expect."""
+"""Quality of a segmentation without truth: the Dice that the network's own probabilities predict."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 FLAG = "check"
-FLAG_BELOW = 0.8  # predicted Dice of a volume to look at: with errors of 0.04 on average, few below 0.7 escape
-SLICE_BELOW = 0.7  # the same of a slice; those at the ends are small, and lower in any case
+FLAG_BELOW = 0.8  # volumes below it are flagged: with a mean error of 0.04, few with a true Dice below 0.7 escape
+SLICE_BELOW = 0.7  # the same for a slice; those at the ends are small and have lower Dice in any case
 CALIBRATION = Path(__file__).with_name("predicted_dice.json")  # `python -m study calibrate` makes it
 
 
 class Dice(NamedTuple):
-    """Mean Dice over the foreground classes of a volume, and of each of its slices (D,), nan where one shows none."""
+    """Mean Dice over the foreground classes of a volume, and of each slice (D,); nan if a slice shows none."""
 
     volume: float
     slices: np.ndarray
@@ -27,9 +27,9 @@ class Dice(NamedTuple):
 def expected_dice(probabilities: Tensor) -> Dice:
     """Return the Dice that would result if each voxel's probabilities were right.
 
-    Between the most probable class of every voxel and the probabilities themselves, which take the truth's place. The
-    test-time views' disagreement is in it: their probabilities are averaged. On hard cases a network is surer than
-    right, so these values rank, and `predicted_dice` brings them to scale.
+    It compares the most probable class of every voxel with the probabilities, which take the truth's place. Test-time
+    views are averaged, so their disagreement lowers it. Networks are overconfident on hard cases, so these values only
+    rank cases; `predicted_dice` rescales them.
 
     Source: soft Dice, Milletari et al., "V-Net", 3DV 2016, with the prediction as its own truth.
 
@@ -37,7 +37,7 @@ def expected_dice(probabilities: Tensor) -> Dice:
         probabilities: CxHxWxD, background first, slices last.
 
     Returns:
-        0 for a class that no voxel is of; in a slice over those classes that it shows.
+        the mean over foreground classes, 0 for a class without voxels; for a slice, the mean over classes it shows.
     """
     chosen = torch.zeros_like(probabilities).scatter_(0, probabilities.argmax(dim=0, keepdim=True), 1)[1:]
     both = (probabilities[1:] * chosen).sum((1, 2))  # CxD
@@ -49,7 +49,7 @@ def expected_dice(probabilities: Tensor) -> Dice:
 
 
 def predicted_dice(expected: Dice) -> Dice:
-    """Bring the Dice that the probabilities let expect to the scale of true ones, by the two lines of `CALIBRATION`."""
+    """Rescale an expected Dice to the true one by the two lines of `CALIBRATION`."""
     lines = _lines()
     volume, slices = (
         np.clip(lines[name]["intercept"] + lines[name]["slope"] * value, 0, 1)

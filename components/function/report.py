@@ -1,4 +1,4 @@
-"""The read-out of a segmentation: ventricular function of every case, and its volumes over time."""
+"""Report of ventricular function: the measures of every case, and its volumes over time."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class _Case:
     """The frames of a series, of an ACDC patient, or a single volume."""
 
     name: str
-    info: dict[str, str] = field(default_factory=dict)  # what the Info.cfg beside it says, or else its own files
-    frames: list[int] = field(default_factory=list)  # their numbers, from 1
-    items: list[dict[Hashable, Any]] = field(default_factory=list)  # what loads each with its labels
+    info: dict[str, str] = field(default_factory=dict)  # fields of the Info.cfg beside it, else of its own files
+    frames: list[int] = field(default_factory=list)  # frame numbers, from 1
+    items: list[dict[Hashable, Any]] = field(default_factory=list)  # they load each frame with its labels
     volumes: list[dict[str, float]] = field(default_factory=list)  # in ml, of each frame
-    dice: list[Dice] = field(default_factory=list)  # as predicted, of each frame
+    dice: list[Dice] = field(default_factory=list)  # predicted Dice of each frame
     frame_seconds: float = NAN
     is_series: bool = False
 
@@ -83,7 +83,7 @@ class _Case:
         return [volumes[name] for volumes in self.volumes]
 
     def phases(self) -> tuple[int | None, int | None, str]:
-        """Return the indices of the frames at ED and at ES, None where there is none, and what tells them."""
+        """Return the indices of the ED and ES frames, None if missing, and how they were found."""
         named = [int(self.info[phase]) if self.info.get(phase, "").isdecimal() else None for phase in ("ED", "ES")]
         ed, es = (self.frames.index(frame) if frame in self.frames else None for frame in named)
         if ed is not None or es is not None:
@@ -93,33 +93,32 @@ class _Case:
         return *find_phases(self.curve("LV")), "LV volume"
 
     def phase_dice(self) -> dict[str, Dice]:
-        """Return the predicted Dice at ED and at ES, as far as there are these frames."""
+        """Return the predicted Dice at ED and at ES, if there are these frames."""
         named = zip(("ED", "ES"), self.phases(), strict=False)
         return {phase: self.dice[index] for phase, index in named if isinstance(index, int)}
 
 
 class FunctionReport:
-    """Ignite handler that measures ventricular function on what a `SegmentationEvaluator` has segmented.
+    """Ignite handler that measures ventricular function in the label maps of a `SegmentationEvaluator`.
 
-    A case is a series; a patient in ACDC's layout, with the frames that there are; or any other volume on its own,
-    which counts as end-diastole. ED and ES are the frames that the `Info.cfg` beside the images names, else those in
-    which the left ventricle is largest and smallest, also for the right one. Labels are never read.
+    A case is a series, a patient in ACDC's layout with the frames that exist, or any other volume, which counts as
+    end-diastole. ED and ES are the frames that the `Info.cfg` beside the images names. Otherwise, for both ventricles,
+    they are the frames in which the left ventricle is largest and smallest. Labels of the data set are never read.
 
-    `function.csv` has a row for each case, sorted by name, with the measures of `measure_function`, empty where they
-    are unknown, and with what tells how far to trust them: `predicted_dice`, the lower one of ED and ES (`quality.py`),
-    and a `flag` with its `reason` in words where that is low or the anatomy cannot be (`plausibility.py`).
-    `wall_thickness.csv` has a row for each case and each of `SEGMENTS`. A series also has `<case>_volumes.csv`, with
-    the volumes in each frame, and `<case>_cine.gif`, with all frames. `<case>.html` shows what belongs to a case, and
-    `function.html` leads to them, those with a flag first.
+    `function.csv` has a row for each case, sorted by name, with the measures of `measure_function`; unknown ones are
+    empty. `predicted_dice` is the lower one of ED and ES (`quality.py`). A `flag` with its `reason` marks a low Dice
+    and implausible anatomy (`plausibility.py`). `wall_thickness.csv` has a row for each case and each of `SEGMENTS`. A
+    series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.gif`, with all frames.
+    `<case>.html` is the page of a case, and `function.html` links to these pages, flagged cases first.
 
     Args:
-        output_dir: folder of the tables, which `SavePredictiond` has saved the label maps in.
+        output_dir: folder of the tables, in which `SavePredictiond` has saved the label maps.
         class_names: names of the foreground classes, in the order of their labels; RV, Myo and LV are among them.
-        heart_rate: beats per minute of all cases; None to take it from the frame time where the frames cover the cycle.
+        heart_rate: beats per minute of all cases; None to take it from the frame time if the frames cover the cycle.
         slice_axis: as for `SlicesLastd`.
 
     Raises:
-        ValueError: when a class is missing, or the heart rate is no positive number.
+        ValueError: if a class is missing, or the heart rate is not a positive number.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class FunctionReport:
         self._body.clear()
 
     def _predict_dice(self, engine: Engine) -> None:
-        """Keep the predicted Dice of a volume or frame that has been through the network."""
+        """Keep the predicted Dice of a volume or frame after the network's forward pass."""
         output, inferer = cast(Any, engine.state.output), cast(Any, engine).inferer
         (prediction,) = output["pred"]
         (file,) = files_of(output["image"])
@@ -202,7 +201,7 @@ class FunctionReport:
             }
 
     def _cases(self, files: Iterable[str]) -> list[_Case]:
-        """Group the files to cases."""
+        """Group the files into cases."""
         cases: dict[Path, _Case] = {}
         for file in files:
             path, measured, dice = Path(file), self._measured[file], self._dice[file]
@@ -247,7 +246,7 @@ class FunctionReport:
         }
 
     def _reasons(self, case: _Case, phases: Mapping[str, _Volume], measures: Mapping[str, float]) -> list[str]:
-        """Say why a case is to be looked at, the most telling first; nothing where there is no reason."""
+        """Return the reasons to check a case, the most important first."""
         reasons = [
             f"{phase}: the predicted Dice of {dice.volume:.2f} is below {FLAG_BELOW}"
             for phase, dice in case.phase_dice().items()
@@ -262,7 +261,7 @@ class FunctionReport:
         return reasons
 
     def _phases(self, case: _Case) -> dict[str, _Volume]:
-        """Load the frames at ED and at ES, as far as there are any."""
+        """Load the ED and ES frames, if there are any."""
         ed, es, _ = case.phases()
         return {phase: self._load(case.items[index]) for phase, index in (("ED", ed), ("ES", es)) if index is not None}
 

@@ -14,34 +14,33 @@ SEGMENTS = (
     *(f"mid {name}" for name in _AROUND),
     *(f"apical {name}" for name in _AROUND_APEX),
 )
-# Where the anterior wall lies, in RAS: towards the head, since the inferior wall lies on the diaphragm. Files such as
-# ACDC's have lost the orientation and say that slices are axial; there the front is what screens show on top.
+# Direction of the anterior wall, in RAS: towards the head, since the inferior wall lies on the diaphragm. Files such as
+# ACDC's have lost the orientation and appear axial; there it is the front, which screens show on top.
 _HEAD, _FRONT = np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0])
-_LEANS = 0.2  # cosine from which on a direction counts as one towards the head
+_LEANS = 0.2  # cosine above which a direction counts as one towards the head
 _RAYS = 120
 _STEP_MM, _FARTHEST_MM = 0.5, 90.0
-_SEPTUM_VOXELS = 2  # from the right ventricle within which the wall counts as septum
+_SEPTUM_VOXELS = 2  # distance from the right ventricle within which the wall counts as septum
 
 
 def wall_thickness_mm(labels: np.ndarray, affine: np.ndarray, classes: Mapping[str, int]) -> np.ndarray:
     """Measure the wall along rays from the middle of the cavity, and average them by segment.
 
     The slices that show cavity and wall are divided in thirds: basal, mid and apical. The middle of the septum is the
-    middle of the wall that the right ventricle touches, in all slices together; half-way between its insertion points.
-    From there each segment spans 60 degrees, near the apex 90, and the anterior wall lies on the side of the patient's
-    head, or of the front where the affine says that slices are axial. The apex itself, segment 17, is not measured, nor
-    is a ray on which the wall is open.
+    middle of the wall that touches the right ventricle, in all slices together. Each segment spans 60 degrees from
+    there, or 90 near the apex. The anterior wall lies on the side of the patient's head, or of the front if the
+    affine says that slices are axial. The apex, segment 17, and rays through an open wall are not measured.
 
     Source: Cerqueira et al., "Standardized myocardial segmentation and nomenclature for tomographic imaging of the
     heart", Circulation 2002.
 
     Args:
         labels: `(H,W,D)`, slices last.
-        affine: 4x4, of the voxels in mm, to RAS.
+        affine: 4x4, from voxels to mm in RAS.
         classes: label of `RV`, `Myo` and `LV`.
 
     Returns:
-        mean thickness in mm of the 16 `SEGMENTS`, nan where one is not seen; all nan without a septum.
+        mean thickness in mm of the 16 `SEGMENTS`; nan for a segment that is not seen, all nan without a septum.
     """
     cavity, wall, right = (labels == classes[name] for name in ("LV", "Myo", "RV"))
     spacing = np.linalg.norm(affine[:3, :2], axis=0)
@@ -74,14 +73,14 @@ def wall_thickness_mm(labels: np.ndarray, affine: np.ndarray, classes: Mapping[s
 
 
 def _septal_direction(cavity: np.ndarray, wall: np.ndarray, right: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Return the sum of the directions (2,) in which the wall beside the right ventricle lies, seen from the cavity."""
+    """Return the sum (2,) of the unit directions from the middle of the cavity to the wall beside the RV."""
     septum = wall & binary_dilation(right, iterations=_SEPTUM_VOXELS)
     towards = (np.argwhere(septum) - np.argwhere(cavity).mean(axis=0)) * spacing
     return (towards / np.linalg.norm(towards, axis=1, keepdims=True).clip(1e-6)).sum(axis=0)
 
 
 def _along_rays(cavity: np.ndarray, wall: np.ndarray, rays: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Return the thickness in mm on each ray (N, 2) of one slice, nan where no wall follows the cavity."""
+    """Return the thickness in mm on each ray (N, 2) of one slice; nan if no wall follows the cavity."""
     centre = np.argwhere(cavity).mean(axis=0)
     radii = np.arange(0, _FARTHEST_MM, _STEP_MM)
     points = centre[:, None, None] + (rays.T[:, :, None] * radii) / spacing[:, None, None]
@@ -92,7 +91,7 @@ def _along_rays(cavity: np.ndarray, wall: np.ndarray, rays: np.ndarray, spacing:
 
 
 def _leaving(inside: np.ndarray) -> np.ndarray:
-    """Return where values (N, R) first fall below a half, as a fractional index; nan where they begin or stay below."""
+    """Return the fractional index at which values (N, R) first fall below a half; nan if they begin or stay below."""
     below = inside < 0.5
     index = below.argmax(axis=1)
     rows = np.arange(len(inside))
@@ -102,12 +101,12 @@ def _leaving(inside: np.ndarray) -> np.ndarray:
 
 
 def _segments(from_septum: np.ndarray, count: int) -> np.ndarray:
-    """Return the number of each ray's segment, from 0, in the order of `SEGMENTS`, by its angle in degrees."""
+    """Return the index of each ray's segment, from 0, in the order of `SEGMENTS`, by its angle in degrees."""
     width = 360 / count
-    start = 120 if count == 6 else 135  # where the anterior segment ends on the side of the free wall
+    start = 120 if count == 6 else 135  # end of the anterior segment on the side of the free wall
     return ((start - from_septum) % 360 // width).astype(int)
 
 
 def thickening_percent(ed_mm: np.ndarray, es_mm: np.ndarray) -> np.ndarray:
-    """Return by how much each segment is thicker at end-systole than at end-diastole, in percent."""
+    """Return the increase in thickness of each segment from end-diastole to end-systole, in percent."""
     return 100 * (es_mm - ed_mm) / ed_mm

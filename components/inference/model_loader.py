@@ -21,18 +21,18 @@ _REMEDY = "use the configuration that trained it, or give another file with `--c
 class ModelCheckpointLoader(CheckpointLoader):
     """MONAI's ``CheckpointLoader`` for a network, with errors that name the file and say how to obtain it.
 
-    The class name must contain ``CheckpointLoader``: by it MONAI's federated client finds the loaders to disable.
+    The class name must contain ``CheckpointLoader``, since MONAI's federated client finds the loaders to disable by it.
 
     Args:
         load_path: a state dict such as ``model.pt``, bare or wrapped as `components.base.weights.read_state_dict`
             unwraps it, such as a ``checkpoint_epoch=N.pt`` of a training.
-        load_dict: the network alone, by any name.
-        map_location: has no effect: the file is read onto the CPU, and the network stays where it is.
+        load_dict: one network, by any name.
+        map_location: ignored: the file is read onto the CPU, and the network stays on its device.
         strict: whether every key of the network must be in the file, and no other.
 
     Raises:
-        FileNotFoundError: when the run starts and ``load_path`` is no file.
-        ValueError: when ``load_dict`` is not one network; when the run starts and ``load_path`` cannot be read (not a
+        FileNotFoundError: when the run starts, if ``load_path`` is not a file.
+        ValueError: if ``load_dict`` is not one network. When the run starts, if ``load_path`` cannot be read (not a
             checkpoint, truncated, ...), has weights that are not finite, or does not fit.
     """
 
@@ -44,7 +44,7 @@ class ModelCheckpointLoader(CheckpointLoader):
             raise ValueError(f"load_dict must be one network by name, received {', '.join(load_dict)}")
 
     def attach(self, engine: Engine) -> None:
-        """Register the handler, which logs by this module's name: the bundles' logging.conf silences the engines."""
+        """Register the handler; it logs by this module's name, since the bundles' logging.conf silences the engines."""
         super().attach(engine)
         self.logger = logger
 

@@ -14,7 +14,7 @@ from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from torch import Tensor
 
-from components.base.reasons import error_message, is_out_of_memory
+from components.base.errors import error_message, is_out_of_memory
 from components.base.volume_metadata import FRAME, FRAMES, case_name, files_of
 from components.data.volume_search import FAILURE
 from components.inference.cine_buffer import CineBuffer

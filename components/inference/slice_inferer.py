@@ -1,4 +1,4 @@
-"""Inference on volumes slice by slice, with test-time augmentation by turns and mirroring."""
+"""Inference on volumes slice by slice, with test-time augmentation by rotation and mirroring."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _QUARTER_TURNS = (0, 2, 1, 3)
 
 
 class TestTimeAugmentationInferer(SliceInferer):
-    """MONAI's `SliceInferer` that averages class probabilities over turned and mirrored views of each slice.
+    """MONAI's `SliceInferer` that averages class probabilities over rotated and mirrored views of each slice.
 
-    The views are the symmetries of a square, in this order: the slice itself, the slice turned by 180, 90 and 270
-    degrees, then its mirror image turned likewise. With 2 views these are the identity and the half turn, with 4 all
-    turns, with 8 all symmetries. Each of these sets is a group, so the prediction is equivariant to its members.
+    The views are the symmetries of a square. The slice itself and its rotations by 180, 90 and 270 degrees come first,
+    then its mirror image and the same rotations of that. 2 views are the identity and the half turn, 4 are all
+    rotations, 8 all symmetries. Each of these sets is a group, so the prediction is equivariant to it.
 
     Args:
         args: as `SliceInferer`.
@@ -45,16 +45,16 @@ class TestTimeAugmentationInferer(SliceInferer):
         """Run the network on volumes, slice by slice.
 
         Args:
-            inputs: volumes BxNxHxWxD; where they are MetaTensors, an error names their files.
+            inputs: volumes BxNxHxWxD; an error names the files of MetaTensors.
             network: as for `network_wrapper`.
             args: passed on to the network.
             kwargs: passed on to the network.
 
         Returns:
-            logits BxCxHxWxD, or probabilities where there are several views.
+            logits BxCxHxWxD, or probabilities if there are several views.
 
         Raises:
-            ValueError: when the network's output is not finite.
+            ValueError: if the network's output is not finite.
         """
         outputs: Any = super().__call__(inputs, network, *args, **kwargs)
         unusable = int((~torch.isfinite(outputs)).sum())
@@ -82,7 +82,7 @@ class TestTimeAugmentationInferer(SliceInferer):
             with one view what `SliceInferer` returns, else probabilities BxCxHxWx1.
 
         Raises:
-            ValueError: for a condition together with several views.
+            ValueError: if there is a condition and several views.
         """
         if self.test_time_views > 1:
             if condition is not None:
@@ -94,7 +94,7 @@ class TestTimeAugmentationInferer(SliceInferer):
 def _mean_probabilities(
     network: Callable[..., Tensor], views: int, slices: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Average the class probabilities BxCxHxW over the first `views` of slices BxNxHxW, each turned back."""
+    """Average the class probabilities BxCxHxW over the first `views` of slices BxNxHxW, each rotated back."""
     probabilities = []
     for view in range(views):
         turns = _QUARTER_TURNS[view % 4]

@@ -24,14 +24,14 @@ class BoxPromptedSam(nn.Module):
         encoder: SAM's image encoder.
         out_channels: classes C, background included.
         checkpoint: SAM checkpoint of prompt encoder and mask decoder; None for random weights, the same in every run.
-        overlaps: which class a pixel in several masks gets: `smallest`, that of the smallest mask, so that the LV
-            remains visible within a filled mask of the Myo; `logit`, that of the highest logit; or `argmax`, the first
-            of the classes, as in the authors' code.
+        overlaps: class of a pixel in several masks. `smallest` takes the smallest mask, so that the LV remains visible
+            within a filled mask of the Myo; `logit` the highest logit; `argmax` the first class, as in the authors'
+            code.
         precision: as for `components.networks.PromptFreeSam`.
 
     Raises:
-        ValueError: for an unknown rule or precision, or when the checkpoint does not fit.
-        FileNotFoundError: when the checkpoint is not there.
+        ValueError: if the rule or precision is unknown, or the checkpoint does not fit.
+        FileNotFoundError: if the checkpoint is missing.
     """
 
     def __init__(

@@ -41,9 +41,9 @@ class TwoViews(Randomizable):
 class ContrastiveUNet(nn.Module):
     """Map images to vectors for a contrastive loss: a UNet's contracting path, global max pooling, two linear layers.
 
-    Max instead of mean pooling, because the path ends on an instance norm, after which every channel of every image has
-    nearly the same mean. The path's keys in the state dict are those of `components.networks.GreyUNet`, which accepts
-    a checkpoint of this network as its `start_checkpoint`.
+    Max pooling replaces mean pooling, because the path ends on an instance norm. After it every channel of every image
+    has nearly the same mean. The path's keys in the state dict are those of `components.networks.GreyUNet`, which
+    accepts a checkpoint of this network as its `start_checkpoint`.
 
     Args:
         width: as for `components.networks.GreyUNet`.
@@ -51,7 +51,7 @@ class ContrastiveUNet(nn.Module):
         dimension: length of the vectors.
 
     Raises:
-        ValueError: for an unknown precision.
+        ValueError: if the precision is unknown.
     """
 
     def __init__(self, width: int = 64, precision: str = "auto", *, dimension: int = 128) -> None:

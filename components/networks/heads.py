@@ -21,9 +21,9 @@ class ViTHead(nn.Module):
     """SAM's mask decoder without prompts, with one set of output tokens per class ("AutoSAM").
 
     Source: paper section 3.2, "Vision Transformer", and `segment_anything/modeling/mask_decoder.py`.
-    Differs: the authors' code uses a random positional encoding, leaves `no_mask_embed` out, and loads neither the IoU
-    nor the mask tokens; here all four are SAM's own. The classes share one hypernetwork MLP (that of SAM's mask 0) and
-    differ in their tokens. The IoU head and the MLPs of masks 1 to 3 are left out. With one class and no noise this is
+    Differs: the authors' code uses a random positional encoding, omits `no_mask_embed`, and loads neither the IoU nor
+    the mask tokens. Here all four are SAM's own. The classes share one hypernetwork MLP (that of SAM's mask 0) and
+    differ in their tokens. The IoU head and the MLPs of masks 1 to 3 are omitted. With one class and no noise this is
     SAM's decoder without prompts.
 
     Args:
@@ -33,8 +33,8 @@ class ViTHead(nn.Module):
             copies differ; None for 0.02 with a checkpoint and 1, the spread of the random tokens, without.
 
     Raises:
-        ValueError: when the checkpoint's decoder or prompt encoder does not fit.
-        FileNotFoundError: when the checkpoint is not there.
+        ValueError: if the checkpoint's decoder or prompt encoder does not fit.
+        FileNotFoundError: if the checkpoint is missing.
     """
 
     def __init__(self, out_channels: int, checkpoint: str | None = None, *, token_noise: float | None = None) -> None:
@@ -97,15 +97,15 @@ class CNNHead(nn.Sequential):
     """A convolutional decoder of k stages that upscales by 4 for every k.
 
     Source: paper section 3.2, "Convolutional Neural Network". Differs: the authors' code drops the transposed
-    convolution of the first two stages for every k > 2, so that its upscaling depends on k; here the first k-2 stages
-    have none and the last two have one each.
+    convolution of the first two stages for every k > 2, so that its upscaling depends on k. Here only the last two
+    stages have one.
 
     Args:
         out_channels: number of classes C, background included.
         depth: number of stages k, at least 2; the first has 64 * 2^k channels, each further one half as many.
 
     Raises:
-        ValueError: when `depth` is below 2.
+        ValueError: if `depth` is below 2.
     """
 
     def __init__(self, out_channels: int, depth: int = 4) -> None:
@@ -127,8 +127,8 @@ class CNNHead(nn.Sequential):
 class LinearHead(nn.Sequential):
     """Two transposed convolutions and two point-wise ones, computed as matrix products on tokens.
 
-    Source: paper section 3.2, "Linear Layer". Differs: the authors' code ends on a ReLU, so that a class whose logits
-    become negative gets no gradient any more; here the logits are raw.
+    Source: paper section 3.2, "Linear Layer". Differs: the authors' code ends on a ReLU, so that a class with negative
+    logits gets no gradient. Here the logits are raw.
 
     Args:
         out_channels: number of classes C, background included.

@@ -1,4 +1,4 @@
-"""A network that ONNX Runtime computes."""
+"""A network computed by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 class OnnxNetwork(nn.Module):
     """The network in a file of MONAI's `onnx_export`, computed by ONNX Runtime.
 
-    It computes on CUDA where ONNX Runtime can, else on as many CPU threads as torch has.
+    It runs on CUDA if ONNX Runtime can, else on as many CPU threads as torch has.
 
     Args:
         path: the file.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ImportError: when ONNX Runtime is not installed.
+        FileNotFoundError: if there is no such file.
+        ImportError: if ONNX Runtime is not installed.
     """
 
     def __init__(self, path: str) -> None:
@@ -42,7 +42,7 @@ class OnnxNetwork(nn.Module):
         """Segment images.
 
         Args:
-            images: BxCxHxW, as the network was exported.
+            images: BxCxHxW, of the exported shape.
 
         Returns:
             raw logits, of the same type and on the same device as `images`.

@@ -28,16 +28,16 @@ class PromptFreeSam(nn.Module):
         encoder: from images Bx3xHxW in 0..255 to embeddings Bx256xhxw.
         head: from embeddings to logits BxCx4hx4w.
         precision: `fp32`; `bf16` (products and convolutions of encoder and head, also in training); or `auto`, bf16
-            where the device computes it natively and fp32 elsewhere.
-        start_checkpoint: a file to start from, such as another run's `model.pt`: the `state_dict()` of a network with
-            the same head and encoder, weights in fp32 or fp16; None to keep the weights of `encoder` and `head`.
-        trained_with: what the state dict is to say of the training, and what is compared with every file loaded; see
+            if the device computes it natively and fp32 otherwise.
+        start_checkpoint: a file to start from, such as another run's `model.pt`. It is the `state_dict()` of a network
+            with the same head and encoder, in fp32 or fp16. None keeps the weights of `encoder` and `head`.
+        trained_with: the training record that the state dict holds, and that every loaded file is compared with; see
             `components.networks.trained_with.attach_training_record`.
 
     Raises:
-        ValueError: for an unknown precision, a file that cannot be read or does not fit, or more test-time views than
-            are shown in training.
-        FileNotFoundError: when `start_checkpoint` is not there.
+        ValueError: if the precision is unknown, a file cannot be read or does not fit, or there are more test-time
+            views than training shows.
+        FileNotFoundError: if `start_checkpoint` is missing.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
 from components.networks.trained_with import attach_training_record, check_trained_views, encode_record
 
-# The whole record of `shape_unet.pt`, by which it is told from a UNet of the same classes.
+# The training record of `shape_unet.pt`, which distinguishes it from a UNet of the same classes.
 SHAPE_UNET_RECORD = encode_record({"class_names": ["object"]}).tolist()
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
@@ -21,7 +21,7 @@ CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 class GreyUNet(nn.Module):
     """Segment images with a UNet of four poolings, on the grey values or the colours of RGB images.
 
-    Source: MONAI's `BasicUNet`, after Ronneberger et al. 2015 (31M weights at `width` 64, as in the paper), with
+    Source: MONAI's `BasicUNet`, after Ronneberger et al. 2015 (31M weights at `width` 64, as in the paper). It has
     instance norm, since batches are small.
 
     Args:
@@ -29,15 +29,15 @@ class GreyUNet(nn.Module):
         width: channels at full size; they double with every pooling. 31.1M / 7.8M / 1.9M weights at 64 / 32 / 16.
         precision: as for `components.networks.PromptFreeSam`.
         in_channels: 1 for grey values, 3 for colours or for a slice between its neighbours.
-        start_checkpoint: a file to start from: another run's `model.pt`; that of `components.networks.ContrastiveUNet`,
-            which holds the contracting path alone; or `shape_unet.pt` of `components.pretrained`, which tells objects
-            of any kind from the background: each class starts as such an object. None for random weights.
+        start_checkpoint: another run's `model.pt` to start from; None for random weights. A `model.pt` of
+            `components.networks.ContrastiveUNet` holds the contracting path only. `shape_unet.pt` of
+            `components.pretrained` segments objects of any kind; each class then starts as such an object.
         trained_with: as for `components.networks.PromptFreeSam`.
 
     Raises:
-        ValueError: for an unknown precision, a file that cannot be read or does not fit, or more test-time views than
-            are shown in training.
-        FileNotFoundError: when `start_checkpoint` is not there.
+        ValueError: if the precision is unknown, a file cannot be read or does not fit, or there are more test-time
+            views than training shows.
+        FileNotFoundError: if `start_checkpoint` is missing.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GreyUNet(nn.Module):
         """Segment images.
 
         Args:
-            images: Bx3xHxW in 0..255, of which the first `in_channels` are used. H and W are 16 or more.
+            images: Bx3xHxW in 0..255; the first `in_channels` are used. H and W are 16 or more.
 
         Returns:
             raw logits BxCxHxW, fp32 if the weights are.
@@ -100,15 +100,15 @@ class GreyUNet(nn.Module):
         is_of_any_object = "trained_with" in own and own["trained_with"].tolist() == SHAPE_UNET_RECORD
         if is_of_any_object:
             own = _for_classes(own, self.unet.final_conv.out_channels, self.in_channels)
-        if is_of_any_object or not is_whole:  # what was trained without these classes has no record of them either
+        if is_of_any_object or not is_whole:  # weights trained without these classes have no record of them
             own["trained_with"] = self.get_buffer("trained_with")
         load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
 
 
 def _for_classes(state: Mapping[str, torch.Tensor], out_channels: int, in_channels: int) -> dict[str, torch.Tensor]:
-    """Return the weights of a UNet for background and object, on colours, as those of one for other numbers of them.
+    """Convert the weights of a UNet for background and object, on colours, to other numbers of classes and channels.
 
-    Every class is what the object was, and a grey value has the weights that equal red, green and blue had together.
+    Every class gets the object's weights. A grey value gets the sum of the weights of red, green and blue.
     """
     widened = dict(state)
     for name in ("weight", "bias"):

@@ -7,7 +7,7 @@ the abdomen below. `level` is 0 at the base and 1 at the apex, `phase` 0 at end-
 A *draw* holds the random parameters of subjects: a dictionary of tensors whose first axis is the subject. `select`
 picks and repeats subjects, so that all slices of a volume and both its phases share one anatomy and one contrast.
 
-Numbers without a name in the painting functions are proportions and positions, in mm, chosen by eye from real slices.
+Unnamed numbers in the painting functions are proportions and positions, in mm, chosen by eye from real slices.
 """
 
 import lazy_loader

@@ -14,7 +14,7 @@ from components.phantom.tissues import TISSUE_LABELS
 class AnatomyRanges:
     """Ranges (low, high) of a uniformly drawn anatomy; by default normal hearts in one orientation.
 
-    A `_chance` is drawn like every other field and is then the probability that the subject has the feature.
+    A `_chance` is drawn like every other field. It is the probability that the subject has the feature.
     """
 
     # the whole image
@@ -133,7 +133,7 @@ def anatomy(
 
     Args:
         draw: subjects of `draw_anatomy`, one per slice.
-        level: 0 base to 1 apex, (B,) or one for all; beyond these a slice has organs, and atria below 0, but no label.
+        level: 0 base to 1 apex, (B,) or one for all. Slices outside have organs, and atria below 0, but no labels.
         phase: 0 ED to 1 ES, (B,) or one for all.
         size_hw: rows and columns.
         spacing_mm: side of a pixel.
@@ -165,7 +165,7 @@ def _field_at(coefficients: Tensor, level: Tensor, size_hw: tuple[int, int], spa
     """Interpolate a field for the organs (B, knots, n, n) at each slice's level: (B, H, W)."""
     position = ((level + 0.3) / 1.6).clamp(0, 1) * (_KNOTS - 1)
     weight = (1 - (position[:, None] - torch.arange(_KNOTS, device=level.device)).abs()).clamp_min(0)
-    weight = weight / weight.norm(dim=1, keepdim=True)  # the variance is then the same between knots as at knots
+    weight = weight / weight.norm(dim=1, keepdim=True)  # makes the variance between knots equal to that at knots
     return smooth_field(torch.einsum("bk,bkij->bij", weight, coefficients), size_hw, _extent(size_hw, spacing_mm))
 
 

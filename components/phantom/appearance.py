@@ -16,8 +16,8 @@ class AppearanceRanges:
     A tissue's value is its signal relative to that of the blood in the LV.
     """
 
-    arbitrary_chance: Range = (0, 0)  # of all signals drawn from 0..1 instead
-    arbitrary_trunk_chance: Range = (0, 0)  # the same for all tissues but the heart's
+    arbitrary_chance: Range = (0, 0)  # of drawing all signals from 0..1
+    arbitrary_trunk_chance: Range = (0, 0)  # the same for all tissues except the heart's
     opposed_phase_chance: Range = (0.8, 0.8)  # of water and fat cancelling: dark lines between them
     rv_pool: Range = (0.6, 0.95)
     great_vessel: Range = (0.75, 1.3)
@@ -54,7 +54,7 @@ class AppearanceRanges:
     white_percentile: Range = (98.8, 99.7)
 
 
-_SIGNAL_OF_TISSUE = {  # where it is not that of the tissue's own name
+_SIGNAL_OF_TISSUE = {  # of tissues whose signal has another name
     Tissue.ABDOMINAL_FAT: "inner_fat",
     Tissue.PERICARDIAL_FAT: "inner_fat",
     Tissue.STOMACH_WALL: "wall",

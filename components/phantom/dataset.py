@@ -67,15 +67,15 @@ def write_phantom_dataset(
         seed: 0 or more; the same seed gives the same voxels.
         size_hw_d: shape of the arrays in the order of their axes (x, y, z), at least (16, 16, 2); it varies by default.
         zoom: factor by which the field of view is divided.
-        series: whether to write the whole cardiac cycle, too, `patientNNN_4d.nii.gz` with its frame time, and the truth
-            of all its frames, `patientNNN_4d_gt.nii.gz` (some seconds per patient).
+        series: whether to write the whole cardiac cycle, too: `patientNNN_4d.nii.gz` with its frame time, and the
+            truth of its frames, `patientNNN_4d_gt.nii.gz` (some seconds per patient).
 
     Returns:
         `root`, as a string.
 
     Raises:
-        ValueError: when an argument is out of range, or the folder was written with other arguments.
-        FileExistsError: when the folder holds other files, or files are missing.
+        ValueError: if an argument is out of range, or the folder was written with other arguments.
+        FileExistsError: if the folder holds other files, or files are missing.
     """
     size = None if size_hw_d is None else [int(side) for side in size_hw_d]
     if patients < 1 or seed < 0:
@@ -126,7 +126,7 @@ def _is_written(target: Path, arguments: dict) -> bool:
 
 
 def _plan_scan(number: int, *, seed: int, size_hw_d: list[int] | None, zoom: float) -> _Scan:
-    """Draw the grid, the slices' levels, the frames and the position of a patient."""
+    """Draw a patient's grid, slice levels, frames and position."""
     random = np.random.default_rng([seed, number])
     size_hw = _SIZES_HW[(number - 1 + int(random.integers(2))) % len(_SIZES_HW)]
     thickness = 10.0 if random.random() < 0.7 else 5.0

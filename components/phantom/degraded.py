@@ -23,27 +23,27 @@ SPACING_MM = (1.5, 1.5, 10.0)
 _SIZE = 256
 _SLICES = (6, 12)
 _FIRST_LEVEL, _LAST_LEVEL = (-0.15, 0.1), (0.8, 1.1)  # so some stacks reach beyond the ventricles and some miss a part
-# How far each degradation goes at most, and how often there is one.
+# The chance of each degradation, and its largest amount.
 _CHANCE = 0.4
-_CONTRAST = 0.9  # by which the myocardium comes near to the signal of blood
+_CONTRAST = 0.9  # share of its contrast to blood that the myocardium loses
 _BLUR_PX = 4.0
 _NOISE = 0.4  # relative to the signal of blood
 _SHIFT_MM = 12.0  # of each slice, as by breathing
 
 
 def degraded_phantom(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a volume of one subject, between one like the training's and one that nobody could contour.
+    """Draw a volume of one subject, whose difficulty ranges from that of training phantoms to hopeless.
 
-    Of myocardium like blood, blur, noise and slices that breathing has shifted each takes part with a chance, and as
-    far as a common severity says.
+    There are four degradations: myocardium like blood, blur, noise, and slices shifted as by breathing. Each takes part
+    with a chance, by an amount that a common severity sets.
 
     Args:
-        seed: of the set of volumes, 0 or more.
-        index: of the volume, 0 or more.
+        seed: seed of the set of volumes, 0 or more.
+        index: number of the volume, 0 or more.
 
     Returns:
-        image (256, 256, D) int16, and labels uint8 of the same shape, 0 background, 1 RV, 2 Myo, 3 LV; columns, rows
-        and slices from base to apex, `SPACING_MM` apart.
+        image (256, 256, D) int16, and labels uint8 of the same shape: 0 background, 1 RV, 2 Myo, 3 LV. The axes are
+        columns, rows and slices from base to apex, `SPACING_MM` apart.
     """
     entropy = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
     generator = torch.Generator()
@@ -72,7 +72,7 @@ def degraded_phantom(seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shifted(image: Tensor, labels: Tensor, deviation_px: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Move each slice with its labels; what leaves the image on one side comes back on the other."""
+    """Shift each slice with its labels by a random number of pixels, cyclically."""
     steps = (torch.randn(len(image), 2, generator=generator) * deviation_px).round().int().tolist()
     moved = [
         torch.stack([slice_.roll(step, (0, 1)) for slice_, step in zip(stack, steps, strict=True)])

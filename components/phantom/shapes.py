@@ -1,9 +1,8 @@
-"""Pictures of random shapes, of nothing in particular: round or long objects, labelled, on a background that is not.
+"""Pictures of random shapes: labelled objects, round or long, on an unlabelled background.
 
-The idea is that of synthetic training beyond any one organ (Dey et al., "AnyStar: Domain randomized universal
-star-convex 3D instance segmentation", WACV 2024; Billot et al., "SynthSeg", Medical Image Analysis 2023): whatever is
-drawn at random here, such as colours, sizes, textures and blur, a network learns not to depend on. Numbers without a
-name are proportions chosen by eye.
+The idea is synthetic training beyond any one organ (Dey et al., "AnyStar: Domain randomized universal star-convex 3D
+instance segmentation", WACV 2024; Billot et al., "SynthSeg", Medical Image Analysis 2023). A network learns not to
+depend on what is random here, such as colours, sizes, textures and blur. Unnamed numbers are proportions chosen by eye.
 
 Convention: images are HxWx3, about 0..1 while they are drawn; lengths are in pixels.
 """
@@ -17,14 +16,14 @@ from scipy.ndimage import gaussian_filter, zoom
 
 Array = np.ndarray
 
-_LEAST_CONTRAST = 0.18  # between the objects and the background, in the channel that shows it best
+_LEAST_CONTRAST = 0.18  # between the objects and the background, in the channel with the largest difference
 _MOST_OBJECTS = 220
 _MARGIN = 4  # objects may lie this far outside
 
 
 @dataclass(frozen=True)
 class _Tones:
-    """Colours of a picture, of three channels each: where `other` is shown, it lies nearer to the background."""
+    """Colours of a picture, with three channels each; `other` is nearer to the background than the objects are."""
 
     background: Array
     objects: Array
@@ -36,11 +35,11 @@ def random_shapes(size: int, rng: np.random.Generator) -> tuple[Array, Array]:
 
     Args:
         size: side of the square picture in pixels.
-        rng: source of everything that is random.
+        rng: source of all random numbers.
 
     Returns:
-        colours 3x`size`x`size` in 0..255, the three alike in six of ten pictures, and labels `size`x`size`: 1 on the
-        objects, 0 elsewhere; both uint8. A few pictures have no object.
+        colours 3x`size`x`size` in 0..255, and labels `size`x`size`: 1 on the objects, 0 elsewhere; both uint8. In six
+        of ten pictures all three channels are equal. A few pictures have no object.
     """
     is_grey = rng.random() < 0.6
     tones = _draw_tones(rng, is_grey)
@@ -63,7 +62,7 @@ def _draw_tones(rng: np.random.Generator, is_grey: bool) -> _Tones:
 
 
 def _draw_background(size: int, tones: _Tones, rng: np.random.Generator, is_grey: bool) -> Array:
-    """Draw what is not labelled: texture, regions of other tones with soft edges, fibres."""
+    """Draw the unlabelled background: texture, regions of other tones with soft edges, fibres."""
     image = np.tile(tones.background, (size, size, 1))
     image += _texture(size, rng) * rng.uniform(0, 0.08) * (1 if is_grey else rng.uniform(0.3, 1, 3))
     for chance in (0.6, 0.25):
@@ -79,7 +78,7 @@ def _draw_background(size: int, tones: _Tones, rng: np.random.Generator, is_grey
 
 
 def _draw_objects(image: Array, label: Array, tones: _Tones, rng: np.random.Generator) -> None:
-    """Draw objects of one kind onto the picture and its label, before them a few of another on the picture alone."""
+    """Draw objects of one kind onto the picture and its label, after a few of another kind onto the picture alone."""
     size, contrast = len(image), tones.objects - tones.background
     radius, length = np.exp(rng.uniform(np.log(2.5), np.log(24))), np.exp(abs(rng.normal(0, 0.35)))
     spread, roughness, edge = rng.uniform(0.05, 0.4), rng.uniform(0, 0.18), rng.uniform(0.3, 1.5)
@@ -130,7 +129,7 @@ def _expose(image: Array, tones: _Tones, rng: np.random.Generator, is_grey: bool
 
 
 def _field(size: int, scale: float, rng: np.random.Generator) -> Array:
-    """Draw a random field `size`x`size` of unit variance whose values are alike within about `scale` pixels."""
+    """Draw a random field `size`x`size` of unit variance that is smooth over about `scale` pixels."""
     count = int(np.ceil(size / scale)) + 1
     if count >= size:
         return rng.standard_normal((size, size))

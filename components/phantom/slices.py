@@ -1,7 +1,7 @@
 """Independent phantom slices, each of another subject, for training an encoder and for mixing into batches.
 
 The ranges are deliberately wide (domain randomisation as in SynthSeg: Billot et al., Medical Image Analysis 2023): any
-orientation, hearts and trunks beyond the normal, contrasts similar to cine MR and sometimes arbitrary.
+orientation, hearts and trunks beyond the normal, contrasts similar to cine MR, sometimes arbitrary ones.
 """
 
 from dataclasses import fields, replace
@@ -193,7 +193,7 @@ def widened(narrow: Ranges, wide: Ranges, width: Tensor) -> Ranges:
 
 
 def _between_bars(unit: Tensor, size: int, field_mm: float) -> Tensor:
-    """Return where each slice is not covered by black bars, (B, 1, size), the same for all rows."""
+    """Return a mask (B, 1, size) of the columns without black bars; it is the same for all rows."""
     width_mm = (unit / _BAR_CHANCE * _BAR_MM).where(unit < _BAR_CHANCE, 0) - (FIELD_MM - field_mm) / 2
     width = (width_mm * size / field_mm)[:, None, None]
     column = torch.arange(size, device=unit.device)

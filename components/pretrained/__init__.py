@@ -1,4 +1,4 @@
-"""Weights that come with the package, trained on phantoms: an encoder, a start for each head, a UNet; one on shapes."""
+"""Weights in the package: an encoder, heads and a UNet, trained on phantoms, and a UNet trained on random shapes."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ def pretrained_file(name: str) -> str:
 
     Args:
         name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt`, `linear_head.pt`,
-            `unet.pt`, or `shape_unet.pt`, which knows objects of any kind.
+            `unet.pt`, or `shape_unet.pt`, which segments objects of any kind.
 
     Returns:
         its path.
 
     Raises:
-        FileNotFoundError: when there is no such file; its message lists the existing ones.
+        FileNotFoundError: if there is no such file; the message lists the existing ones.
     """
     folder = Path(__file__).parent
     present = sorted(path.name for path in folder.iterdir() if path.suffix in (".pth", ".pt"))

@@ -1,4 +1,4 @@
-"""Training of what comes with the package, on synthetic pictures only."""
+"""Training of the package's weights, on synthetic pictures only."""
 
 import lazy_loader
 

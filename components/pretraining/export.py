@@ -26,7 +26,7 @@ from components.training.checkpoint_folder import MODEL_FILENAME
 def export_network(
     network: PromptFreeSam, *, ckpt_dir: str, export_dir: str, trained_with: Mapping[str, Any]
 ) -> PromptFreeSam:
-    """Write the parts of a trained network in fp16, and build the network anew from the written files.
+    """Write the parts of a trained network in fp16, and rebuild the network from the written files.
 
     `<model_type>.pth` is a SAM checkpoint, see `sam_state`. For each head `<name>_head.pt` is a `model.pt` of that
     head on the frozen encoder in fp16. An older record is removed first, and `ExportRecord` writes the new one last, so
@@ -36,14 +36,13 @@ def export_network(
         network: a `SamEncoder` with a `JointHead`; `model.pt` is loaded into it.
         ckpt_dir: folder with the trained `model.pt`.
         export_dir: folder of the files, made if missing.
-        trained_with: what every head's file is to say of its training and use, as
-            `components.networks.PromptFreeSam` takes it.
+        trained_with: training record of every head's file, as `components.networks.PromptFreeSam` takes it.
 
     Returns:
         a network with the same heads and a frozen encoder, all weights read from the written files.
 
     Raises:
-        FileNotFoundError: when there is no `model.pt`.
+        FileNotFoundError: if there is no `model.pt`.
     """
     network.load_state_dict(_trained_state(ckpt_dir))
     folder, trained, device = Path(export_dir), cast(SamEncoder, network.encoder), next(network.parameters()).device
@@ -66,10 +65,10 @@ def export_model(*, ckpt_dir: str, path: str) -> None:
 
     Args:
         ckpt_dir: folder with the trained `model.pt`.
-        path: of the file; its folder is made if missing.
+        path: the file; its folder is made if missing.
 
     Raises:
-        FileNotFoundError: when there is no `model.pt`.
+        FileNotFoundError: if there is no `model.pt`.
     """
     _save_in_fp16(_trained_state(ckpt_dir), Path(path))
 
@@ -86,13 +85,13 @@ def _trained_state(ckpt_dir: str) -> dict[str, torch.Tensor]:
 def sam_state(encoder: SamEncoder, head: ViTHead | None) -> dict[str, torch.Tensor]:
     """Arrange an encoder and a ViT head as a SAM checkpoint, which `SamEncoder` and `ViTHead` load strictly.
 
-    SAM's tokens are the mean of the head's tokens over the classes, and each of SAM's four hypernetworks is a copy of
-    the head's single one. Parts that the head does not use were not trained and are initialised with a constant seed:
-    the IoU head, the embeddings of points, the downscaling of masks. The file therefore cannot be used with prompts.
+    SAM's tokens are the mean of the head's tokens over the classes, and SAM's four hypernetworks are copies of the
+    head's. Parts that the head does not use were not trained and are initialised with a constant seed. These are the
+    IoU head, the embeddings of points and the downscaling of masks, so the file cannot be used with prompts.
 
     Args:
         encoder: the trained encoder.
-        head: the trained head; None where none was trained: the decoder is initialised with a constant seed then.
+        head: the trained head; None if none was trained, which initialises the decoder with a constant seed.
 
     Returns:
         a flat state dict in SAM's own layout, detached, on the CPU.
@@ -131,7 +130,7 @@ class ExportRecord:
         phantoms: arguments by which the validation phantoms were drawn, by name.
 
     Raises:
-        FileNotFoundError: when there is no record of the training.
+        FileNotFoundError: if there is no record of the training.
     """
 
     def __init__(

@@ -30,10 +30,10 @@ class JointHead(nn.Module):
             embeddings: Bx256xhxw; in training B is a multiple of the number of heads N.
 
         Returns:
-            in training logits BxCx4hx4w, those of slice i from head i mod N; in evaluation Bx(N*C)x4hx4w, head by head.
+            in training logits BxCx4hx4w, where slice i is from head i mod N; in evaluation Bx(N*C)x4hx4w, head by head.
 
         Raises:
-            ValueError: when the size of a training batch is not a multiple of the number of heads.
+            ValueError: if the size of a training batch is not a multiple of the number of heads.
         """
         heads = list(self.heads.values())
         if not self.training:

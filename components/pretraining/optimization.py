@@ -10,11 +10,11 @@ from torch import nn
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into weights of linear layers and convolutions, which decay, and all others.
+    """Split the trainable parameters into weights of linear layers and convolutions, which decay, and others.
 
     Args:
-        network: the network; biases, norms, positional embeddings and tokens are recognised by a name other than
-            `weight` or a single axis.
+        network: the network. Biases, norms, positional embeddings and tokens have another name than `weight` or a
+            single axis.
         weight_decay: weight decay of the first group.
 
     Returns:

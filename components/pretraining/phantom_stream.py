@@ -11,8 +11,8 @@ from components.pretraining.stream import EndlessStream
 class PhantomStream(EndlessStream):
     """An endless stream of labelled phantom slices; a batch depends on the seed and its number only.
 
-    The stream begins with normal hearts and widens to the full range of phantoms: a transformer trained from scratch
-    learns them several times faster in this order (curriculum learning: Bengio et al., ICML 2009).
+    The stream begins with normal hearts and widens to the full range of phantoms. A transformer trained from scratch
+    learns several times faster in this order (curriculum learning: Bengio et al., ICML 2009).
 
     Args:
         batch_size: slices in a batch.
@@ -69,8 +69,8 @@ def phantom_stacks(
         field_mm: side of the canvas in mm.
 
     Returns:
-        for each stack `image` 1x`size`x`size`xD, grey values 0..255, and `label` of the same shape; drawn on the CPU,
-        so that they do not depend on the GPU.
+        `image` 1x`size`x`size`xD of each stack, grey values 0..255, and `label` of the same shape. They are drawn on
+        the CPU, so that they do not depend on the GPU.
     """
     drawn = [phantom_slices(slices, seed=seed, index=index, size=size, field_mm=field_mm) for index in range(stacks)]
     return [{"image": images.permute(1, 2, 3, 0), "label": labels.permute(1, 2, 3, 0)} for images, labels in drawn]

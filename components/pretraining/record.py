@@ -27,17 +27,17 @@ _FOLDER_OPTIONS = ("bundle_root", "ckpt_dir", "output_dir", "export_dir", "sam_c
 class TrainingRecord:
     """Ignite handler that writes `training.json` after every epoch.
 
-    Hours are counted to the end of each epoch, validation included, and continue in a resumed run; an epoch that a
-    killed run did not finish is not counted. List this handler AFTER `components.training.TrainingCheckpoints`, which
-    restores the epoch and determines the best one.
+    Hours are counted to the end of each epoch, validation included, and continue in a resumed run. An unfinished epoch
+    of a killed run is not counted. List this handler AFTER `components.training.TrainingCheckpoints`, which restores
+    the epoch and determines the best one.
 
     Args:
         ckpt_dir: folder of the file.
         batch_size: images per step.
         evaluator: the engine that the validation handler runs.
         settings: knobs of the run by name.
-        sam_checkpoint: the file that the encoder started from, or None. If the record of its export is beside it, what
-            that says of its training is taken over.
+        sam_checkpoint: the file that the encoder started from, or None. If the record of its export is beside it, that
+            record's training is copied.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrainingRecord:
 
 
 def command_without_folders(arguments: Sequence[str]) -> str:
-    """Return the command line of a bundle run without folders, on which no result depends; a file keeps its name."""
+    """Return the command line of a bundle run without folders, which do not affect results; a file keeps its name."""
     kept, remaining = ["python", "-m", "monai.bundle"], iter(arguments)
     for argument in remaining:
         name, equals, _ = argument.removeprefix("--").partition("=")

@@ -1,4 +1,4 @@
-"""The data of pre-training beyond hearts: an endless stream of pictures of random shapes."""
+"""Data of pre-training beyond hearts: an endless stream of pictures of random shapes."""
 
 from __future__ import annotations
 

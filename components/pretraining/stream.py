@@ -1,4 +1,4 @@
-"""Endless streams of batches that are drawn anew, and their place in a resumed run."""
+"""Endless streams of newly drawn batches, and their position in a resumed run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 
 
 class EndlessStream(ABC):
-    """Batches without an end, each of which depends on its number and the stream's settings only."""
+    """Endless batches, each of which depends on its number and the stream's settings only."""
 
     def __init__(self) -> None:
         self.position = 0  # number of the next batch

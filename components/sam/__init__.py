@@ -1,4 +1,4 @@
-"""Segment Anything: its checkpoints, its image encoder and its decoder, in forms that cost less."""
+"""Segment Anything: its checkpoints, image encoder and decoder, in faster forms."""
 
 import lazy_loader
 

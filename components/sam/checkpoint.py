@@ -1,4 +1,4 @@
-"""Checkpoint files in SAM's own layout: their paths, reading them, loading their parts."""
+"""Checkpoint files in SAM's own layout: their paths, and how to read them and load their parts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,14 +29,14 @@ def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
         the state dicts of the three parts, by part name, prefixes removed, on the CPU.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it is not such a state dict; the message names the unexpected keys.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a state dict; the message names the unexpected keys.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"no SAM checkpoint at {Path(path).absolute()}: a bundle's own paths begin at the working directory, so "
             "run inside its folder or give --bundle_root FOLDER (monai.bundle.load: args_file={'bundle_root': FOLDER})."
-            " What does not come with it is downloaded there by `python -m monai.bundle download_large_files`; "
+            " Files that do not come with it are downloaded there by `python -m monai.bundle download_large_files`; "
             "otherwise give --sam_checkpoint FILE, or '$None' for an encoder with random weights"
         )
     state = read_state_dict(path, kind="SAM checkpoint", remedy="download it again", is_key=_is_key)
@@ -71,7 +71,7 @@ def load_part(module: nn.Module, part: str, state: Mapping[str, torch.Tensor], *
         path: the checkpoint's file, for messages.
 
     Raises:
-        ValueError: when a key is missing, extra or misshapen; the message names it.
+        ValueError: if a key is missing, extra or misshapen; the message names it.
     """
     expected = module.state_dict()
     faults = []

@@ -30,8 +30,8 @@ def build_decoder(*, image_size: int = 1024, on_tokens: bool = False, checkpoint
         the mask decoder and the prompt encoder.
 
     Raises:
-        FileNotFoundError: when the checkpoint is not there.
-        ValueError: when the checkpoint does not fit.
+        FileNotFoundError: if the checkpoint is missing.
+        ValueError: if the checkpoint does not fit.
     """
     transformer = (TwoWayTransformer if on_tokens else sam_transformer.TwoWayTransformer)(**TRANSFORMER)
     decoder = sam_mask_decoder.MaskDecoder(transformer_dim=EMBEDDING_CHANNELS, transformer=transformer)

@@ -1,4 +1,4 @@
-"""What a bundle takes of an image encoder where nothing else is given: its checkpoint and its image size."""
+"""The default checkpoint and image size of a bundle's image encoder."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
         the path, whether or not a published file is there.
 
     Raises:
-        ValueError: for a model type without a published checkpoint.
+        ValueError: if the model type has no published checkpoint.
     """
     if model_type == PHANTOM_UNET:
         return pretrained_file(f"{PHANTOM_UNET}.pth")
@@ -36,16 +36,16 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
 
 
 def default_image_size(model_type: str, crop_size: int) -> int:
-    """Return the side to which an encoder resizes images where no other is given.
+    """Return the side to which an encoder resizes images by default.
 
     Args:
         model_type: as for `components.sam.SamEncoder`.
         crop_size: side of the images, in pixels.
 
     Returns:
-        1024 for SAM's encoders, whose token stands for 16x16 pixels; for `phantom_unet`, 4x4, the images' own side,
-        rounded up to a multiple of 16. Measured on hippocampi of 40 pixels, enlarging them by 1.5 gave the same Dice on
-        the validation cases, by 3 a lower one.
+        1024 for SAM's encoders, with tokens of 16x16 pixels. For `phantom_unet`, with tokens of 4x4 pixels, the images'
+        own side, rounded up to a multiple of 16. On hippocampi of 40 pixels, enlarging by 1.5 gave the same validation
+        Dice, and by 3 a lower one.
     """
     if model_type != PHANTOM_UNET:
         return SAM_SIZE

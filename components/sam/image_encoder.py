@@ -69,8 +69,8 @@ class EncoderBlock(sam_image_encoder.Block):  # type: ignore[name-defined]
 class ImageEncoder(sam_image_encoder.ImageEncoderViT):  # type: ignore[name-defined]
     """SAM's image encoder, with SAM's parameter names, for images of any multiple of the patch size.
 
-    Positional embeddings are stored at the native size and interpolated in the forward pass (absolute ones here,
-    relative ones in the attention), so the state dict does not depend on the image size.
+    Positional embeddings are stored at the native size and interpolated in the forward pass: absolute ones here,
+    relative ones in the attention. So the state dict does not depend on the image size.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -104,7 +104,7 @@ class ImageEncoder(sam_image_encoder.ImageEncoderViT):  # type: ignore[name-defi
         Returns:
             embeddings Bx256x(H/16)x(W/16).
         """
-        x = self.patch_embed(x).contiguous()  # else each layer would copy its input from a layout by channels
+        x = self.patch_embed(x).contiguous()  # else each layer would copy its input from a channels-first layout
         positions = self.pos_embed
         if positions is not None:
             if positions.shape[1] != x.shape[1] or positions.shape[2] != x.shape[2]:
@@ -118,9 +118,9 @@ class ImageEncoder(sam_image_encoder.ImageEncoderViT):  # type: ignore[name-defi
 
 
 def with_cast_weights(encoder: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy an encoder, with the weights of its products and convolutions in the precision in which autocast uses them.
+    """Copy an encoder, with the weights of its products and convolutions in the precision that autocast uses.
 
-    Autocast casts weights without gradients again in every product; those of the copy it takes as they are.
+    Autocast casts frozen weights again in every product, but not those of the copy.
     """
     encoder = copy.deepcopy(encoder)
     for module in encoder.modules():

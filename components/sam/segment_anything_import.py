@@ -10,10 +10,9 @@ from typing import Any
 def import_from_segment_anything(submodule: str) -> Any:
     """Import `segment_anything.<submodule>` without running `segment_anything/__init__.py`.
 
-    That file imports torchvision for the predictor, which no bundle uses; torchvision is often absent or built for
-    another version of torch. While the submodule is imported, an empty module takes the place of the package. Ordinary
-    imports of `segment_anything` find the same submodules later (as the target of an `import` statement; the package
-    has no attribute for a submodule loaded here).
+    That file imports torchvision for the predictor, which no bundle uses. torchvision is often absent or built for
+    another version of torch. While the submodule is imported, an empty module replaces the package. Later imports of
+    `segment_anything` find the same submodules by `import`, but not as attributes of the package.
 
     Args:
         submodule: dotted name below the package, such as `modeling` or `build_sam`.
@@ -22,7 +21,7 @@ def import_from_segment_anything(submodule: str) -> Any:
         the imported module.
 
     Raises:
-        ModuleNotFoundError: when the package is not installed.
+        ModuleNotFoundError: if the package is not installed.
     """
     name = f"segment_anything.{submodule}"
     if "segment_anything" in sys.modules:

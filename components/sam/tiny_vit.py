@@ -22,10 +22,10 @@ CLASSIFIER_KEYS = frozenset({"norm_head.weight", "norm_head.bias", "head.weight"
 
 
 class ConvNorm(nn.Module):
-    """A convolution and a batch norm, which in eval mode are one convolution.
+    """A convolution and a batch norm, which are one convolution in eval mode.
 
-    They are folded in each pass, from the current weights: next to the convolution that costs nothing, and parameters,
-    their names and gradients remain those of the two.
+    They are folded in each pass, from the current weights, at negligible cost. Parameters, their names and gradients
+    remain those of the two.
 
     Args:
         in_channels: channels of the input.
@@ -116,7 +116,7 @@ class WindowAttention(nn.Module):
         rows, columns = -(-height // size), -(-width // size)
         qkv = self.qkv(self.norm(x))
         if height % size > 0 or width % size > 0:
-            # Windows beyond the grid are filled with zeros, which the norm makes its bias.
+            # Windows are padded with zeros beyond the grid, which the norm turns into its bias.
             padded = self.qkv(self.norm.bias).to(qkv.dtype).repeat(batch, rows * size, columns * size, 1)
             padded[:, :height, :width] = qkv
             qkv = padded
@@ -161,8 +161,8 @@ class TinyViT(nn.Module):
     """MobileSAM's image encoder: convolutions down to stride 8, then attention in windows, at stride 8 and 16.
 
     Source: Wu et al., TinyViT, ECCV 2022; Zhang et al., MobileSAM, arXiv 2306.14289. Parameters have the names of
-    MobileSAM's checkpoint, and the numbers are the same. Differs: any image size; without the classification head
-    (`CLASSIFIER_KEYS`), which is not used.
+    MobileSAM's checkpoint, and the numbers are the same. Differs: any image size is accepted, and the unused
+    classification head (`CLASSIFIER_KEYS`) is left out.
     """
 
     def __init__(self) -> None:

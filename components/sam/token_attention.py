@@ -1,12 +1,12 @@
 """SAM's two-way attention between a few tokens and an image, with all projections on the tokens' side.
 
 SAM projects every position of the image to queries, keys and values of 128 channels. But a score q.(W k) equals
-(W^T q).k: if the few tokens are projected instead, the image is only multiplied by 40 vectors (5 tokens, 8 heads). The
-same holds for the attention from image to tokens, and for values, which can be averaged before their projection. The
-numbers are the same, forward and backward.
+(W^T q).k. Projecting the few tokens instead leaves only 40 vectors to multiply by (5 tokens, 8 heads). The same holds
+for the attention from image to tokens, and for values, which can be averaged before their projection. The numbers are
+the same, forward and backward.
 
-Source: `segment_anything/modeling/transformer.py`, with the same parameters and names. In shapes, G is the number of
-images, C of classes that share an image, T of tokens per class and N of positions of an image.
+Source: `segment_anything/modeling/transformer.py`, with the same parameters and names. Shapes: G images, C classes that
+share an image, T tokens per class, N positions of an image.
 """
 
 import math
@@ -119,7 +119,7 @@ class TwoWayTransformer(sam_transformer.TwoWayTransformer):  # type: ignore[name
     def forward(
         self, tokens: torch.Tensor, image: torch.Tensor, image_pe: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let tokens and image attend to each other.
+        """Run the attention between tokens and image in both directions.
 
         Args:
             tokens: GxCxTx256, which are also their own positional encoding.

@@ -1,4 +1,4 @@
-"""An image encoder with SAM's contract whose embeddings are fine enough for thin walls: a UNet cut off at stride 4."""
+"""An image encoder with SAM's interface and embeddings fine enough for thin walls: a UNet cut off at stride 4."""
 
 from itertools import pairwise
 
@@ -17,9 +17,9 @@ _NORM = ("instance", {"affine": True})
 class UNetEncoder(nn.Module):
     """A UNet from pixels to embeddings at a quarter of the image's size.
 
-    A token of SAM's own encoder covers 16x16 pixels of what it sees. On a heart at 192 pixels that is wider than the
-    myocardium is thick; here a token covers 4x4. Made of the blocks of MONAI's `BasicUNet`, after Ronneberger et al.
-    2015, with instance norm: down to stride 16, up again to stride 4.
+    A token of SAM's own encoder covers 16x16 pixels. On a heart at 192 pixels that is wider than the myocardium is
+    thick; here a token covers 4x4. The blocks are those of MONAI's `BasicUNet`, after Ronneberger et al. 2015, with
+    instance norm: down to stride 16, up again to stride 4.
     """
 
     def __init__(self) -> None:

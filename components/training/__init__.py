@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "checkpoints": ["TrainingCheckpoints"],
         "command_line": ["read_command_line"],
-        "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler"],
+        "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler", "StepLimit"],
         "mean_teacher": ["PseudoLabelCutMix", "ExponentialMovingAverage"],
         "phantom_mixing": ["PhantomMixing"],
         "tracking": ["finish_mlflow_runs"],

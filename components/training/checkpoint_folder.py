@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import platform
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 MODEL_FILENAME = "model.pt"
 CHECKPOINTS_KEPT = 2
@@ -24,9 +27,42 @@ CHECKPOINT_KEYS = {
     "best_epoch",
 }
 
+_LOCK_NAME = ".training.lock"
 _CHECKPOINT_NAME = re.compile(r"checkpoint_epoch=([1-9]\d*)\.pt")
 
 logger = logging.getLogger(__name__)
+
+
+def lock_folder(ckpt_dir: Path) -> FileLock:
+    """Reserve a folder for the training of this process, until `unlock_folder` or the end of the process.
+
+    Args:
+        ckpt_dir: an existing folder.
+
+    Returns:
+        the lock, to be kept.
+
+    Raises:
+        RuntimeError: when another process trains in the folder.
+    """
+    path = ckpt_dir / _LOCK_NAME
+    lock = FileLock(path, timeout=0, is_singleton=True)  # one a process, which may train again in the same folder
+    try:
+        lock.acquire()
+    except Timeout:
+        owner = path.read_text().strip() or "another process"
+        raise RuntimeError(
+            f"expected a folder for one training, but {owner} trains in {ckpt_dir}: wait until it ends, or give this "
+            "training a folder of its own with --ckpt_dir FOLDER"
+        ) from None
+    path.write_text(f"process {os.getpid()} on {platform.node()}\n")
+    return lock
+
+
+def unlock_folder(lock: FileLock) -> None:
+    """Remove the lock of `lock_folder`."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release(force=True)
 
 
 def checkpoint_path(ckpt_dir: Path, epoch: int) -> Path:
@@ -42,7 +78,7 @@ def checkpoint_epochs(ckpt_dir: Path) -> list[int]:
 
 def remove_superseded(ckpt_dir: Path, *, epoch: int) -> None:
     """Remove all but the last `CHECKPOINTS_KEPT` checkpoints up to an epoch."""
-    # checkpoints of later epochs are unreadable files that resuming skipped: they do not count among those kept
+    # checkpoints of later epochs are unreadable files that resuming skipped: they are not counted
     for old in [e for e in checkpoint_epochs(ckpt_dir) if e <= epoch][CHECKPOINTS_KEPT:]:
         checkpoint_path(ckpt_dir, old).unlink()
 
@@ -74,7 +110,7 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         a dictionary with `CHECKPOINT_KEYS`.
 
     Raises:
-        ValueError: when the file holds something else. Errors of `torch.load` pass through.
+        ValueError: if the file holds something else. Errors of `torch.load` pass through.
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict) or CHECKPOINT_KEYS - saved.keys():

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import ignite.distributed as idist
 import torch
+from filelock import FileLock
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.utils.misc import is_scalar
@@ -25,9 +26,11 @@ from components.training.checkpoint_folder import (
     archive_previous_run,
     checkpoint_path,
     is_readable,
+    lock_folder,
     newest_readable,
     read_training_checkpoint,
     remove_superseded,
+    unlock_folder,
 )
 from components.training.mean_teacher import ExponentialMovingAverage
 
@@ -38,35 +41,36 @@ class TrainingCheckpoints:
     """Write the best model and the last checkpoints of a training run, and resume from them.
 
     After every epoch ``checkpoint_epoch=N.pt`` is written with everything that resuming needs; the last two are kept.
-    After every validation with the best score so far, ``model.pt`` is written, the network's bare state dict. Files are
-    replaced atomically, ``model.pt`` before the checkpoint that records its score, so a killed run always leaves a
+    After every validation with the best score so far, the network's bare state dict is written as ``model.pt``. Files
+    are replaced atomically, ``model.pt`` before the checkpoint that records its score, so a killed run always leaves a
     usable folder. If no validation gave a score, the last model becomes ``model.pt`` at the end.
 
-    With ``validate_start`` a fresh run validates the network before its first step, as epoch 0, so that ``model.pt`` is
+    With ``validate_start`` a fresh run validates the network before its first step, as epoch 0. So ``model.pt`` is
     never worse on the validation data than the initial network.
 
-    A resumed run follows its own configuration: weights, the optimizer's moments, epoch and best score come from the
-    checkpoint; learning rate, schedule, number of epochs and iterations per epoch are those now configured. The state
+    A resumed run follows its own configuration. Weights, the optimizer's moments, epoch and best score come from the
+    checkpoint. Learning rate, schedule, number of epochs and iterations per epoch are those now configured. The state
     of random number generators is not saved: `components.training.EpochSeeds` makes epochs independent of it.
 
-    Handlers run in the order in which they are listed: list this one AFTER the validation handler, whose score it
-    reads, and AFTER the learning rate handler, whose step belongs to the epoch that ends.
+    List this handler AFTER the validation handler, whose score it reads, and AFTER the learning rate handler, whose
+    step belongs to the epoch that ends.
 
     Args:
         ckpt_dir: folder of ``model.pt`` and ``checkpoint_epoch=N.pt``, made if missing.
-        network: the network in training; of a ``DistributedDataParallel`` the inner module is saved.
+        network: the network in training; the inner module of a ``DistributedDataParallel`` is saved.
         optimizer: its optimizer.
         lr_scheduler: schedule that depends on the number of its steps only, or None.
         evaluator: the engine that the validation handler runs, or None; its key metric is the score.
         resume: whether to continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints
             and a copy of their ``model.pt`` are moved to a subfolder ``previous_run_<n>``.
         validate_start: whether ``model.pt`` may be the initial network of a fresh run.
-        teacher: the running mean of the network, if the training goes by one; saved as of the last step that it has
-            taken up, and resumed as well, but never ``model.pt``.
+        teacher: exponential moving average of the network, if the training uses one. It is saved as of its last update
+            and resumed, but never becomes ``model.pt``.
 
     Raises:
-        TypeError: when ``lr_scheduler`` follows a metric.
-        ValueError: when the run starts and the checkpoint's epoch is beyond the trainer's ``max_epochs``.
+        TypeError: if ``lr_scheduler`` follows a metric.
+        ValueError: when the run starts, if the checkpoint's epoch is beyond the trainer's ``max_epochs``.
+        RuntimeError: when the run starts, if another process trains in ``ckpt_dir``.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class TrainingCheckpoints:
         self.teacher = teacher
         self.best_score: float | None = None
         self.best_epoch: int | None = None
+        self._lock: FileLock | None = None
 
     def attach(self, engine: Engine) -> None:
         """Register the handler.
@@ -118,6 +123,7 @@ class TrainingCheckpoints:
         self.best_score = self.best_epoch = None
         if _is_writer():
             self.ckpt_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self.ckpt_dir)
             remove_partial_files(self.ckpt_dir, MODEL_FILENAME)
             remove_partial_files(self.ckpt_dir, "checkpoint_epoch=*.pt")
         resumed = self.resume and self._resume(engine)
@@ -141,7 +147,7 @@ class TrainingCheckpoints:
             return
         with write_atomically(checkpoint_path(self.ckpt_dir, epoch)) as partial:
             torch.save(self._checkpoint(engine), partial)
-            if is_best:  # not earlier, so that the replacement of the checkpoint follows at once
+            if is_best:  # last, so that the replacement of the checkpoint follows at once
                 self._save_model(engine)
         remove_superseded(self.ckpt_dir, epoch=epoch)
 
@@ -155,6 +161,9 @@ class TrainingCheckpoints:
             path = self.ckpt_dir / MODEL_FILENAME
             save_atomically(self.network.state_dict(), path)
             logger.info("no validation gave a score: the model of the last epoch (%d) is %s", engine.state.epoch, path)
+        if self._lock is not None:
+            unlock_folder(self._lock)
+            self._lock = None
         idist.barrier()
 
     def _update_best(self, engine: Engine) -> bool:
@@ -198,7 +207,7 @@ class TrainingCheckpoints:
         return float(score)
 
     def _is_best(self, score: float) -> bool:
-        # MONAI's own comparison would take a first nan for the best score, which no later one exceeds
+        # MONAI's own comparison would keep a first nan as the best score, which no later one exceeds
         assert self.evaluator is not None
         return self.best_score is None or bool(self.evaluator.metric_cmp_fn(score, self.best_score))
 
@@ -243,8 +252,8 @@ class TrainingCheckpoints:
         if scaler is not None and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         engine.state.epoch = saved["epoch"]
-        # ignite derives the position within an epoch from the iteration: with another epoch length the old count would
-        # cut the first epoch short or end the run early
+        # ignite derives the position within an epoch from the iteration: with another epoch length, the old count would
+        # shorten the first epoch or end the run early
         length = engine.state.epoch_length
         engine.state.iteration = saved["iteration"] if length is None else saved["epoch"] * length
         self._restore_best(saved)
@@ -278,7 +287,7 @@ def _step_to(lr_scheduler: LRScheduler, position: int) -> None:
 
 @contextlib.contextmanager
 def _explaining_mismatch(path: Path) -> Iterator[None]:
-    """Add to an error of the network or the optimizer which file caused it and what to do."""
+    """Add the file and the remedy to an error of the network or the optimizer."""
     try:
         yield
     except Exception as error:

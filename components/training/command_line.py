@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
-import contextlib
 import difflib
-import functools
 import inspect
-import io
-import re
+import itertools
+import symtable
 import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fire
-from monai.bundle import (
-    DEFAULT_EXP_MGMT_SETTINGS,
-    ConfigParser,
-    ConfigWorkflow,
-    ReferenceResolver,
-    create_workflow,
-    run,
-    run_workflow,
-)
+from monai.bundle import DEFAULT_EXP_MGMT_SETTINGS, ConfigParser, ConfigWorkflow, ReferenceResolver, run, run_workflow
 from monai.bundle import update_kwargs as read_args
 
 from components import is_bundle_command
-from components.base.error_line import ErrorLine
-from components.training.truth_values import as_truth_value, read_truth_value
+from components.base.errors import ErrorLine
+
+_PATH_ENDINGS = ("_dir", "_path", "_root", "_checkpoint")  # a knob so named is a path
+_TRUTH_VALUES = {"true": True, "false": False}
+_NOT_ONLY_TRUTH_VALUES = ("trainable_encoder",)  # what takes this knob judges its value
+
+
+def _arguments_of(command: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(command).parameters)[:-1]  # the last one takes all other options
+
 
 _COMMANDS: dict[str, Callable[..., Any]] = {"run": run, "run_workflow": run_workflow}
-_ID_SEPARATOR = re.compile("#|::")
-_PATH_ENDINGS = ("_dir", "_path", "_root", "_checkpoint")  # a knob so named is a path
+_RUNNER_ARGUMENTS = {name for command in (run, run_workflow, ConfigWorkflow) for name in _arguments_of(command)}
+
+
+class _Option(NamedTuple):
+    typed: str  # the argument, such as `--output-dir=x`
+    text: str | None  # what was typed as its value; None for a switch
+    value: Any  # what python-fire makes of the text
 
 
 def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv: Sequence[str] | None = None) -> None:
@@ -45,8 +47,8 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
     before any of them uses a path. Dictionaries, and values that begin with ``$``, ``@`` or ``%``, keep their config
     meaning. A path that is mistaken for one is refused, and so is what else cannot be kept.
 
-    ``true`` and ``false``, in small or capital letters, become truth values, and an option that has one in the configs
-    takes nothing else; see `components.training.truth_values`.
+    ``true`` and ``false``, in small or capital letters, become truth values. An option that has one in the configs
+    takes nothing else. Without this, ``--resume false`` would be a text that is not empty, which counts as true.
 
     In another process than ``python -m monai.bundle`` nothing is checked.
 
@@ -58,44 +60,22 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
     Raises:
         ValueError: when an option is unknown, or its value cannot be kept or is no truth value.
     """
-    if isinstance(sys.excepthook, ErrorLine):
-        sys.excepthook.with_traceback = as_truth_value(debug) is True  # it is resolved before this can replace it
+    if isinstance(sys.excepthook, ErrorLine):  # `debug` is resolved before this can replace it
+        sys.excepthook.with_traceback = str(debug).strip().lower() == "true"
     refuse_unknown_knobs(argv)
-    arguments, options = _options(argv)
-    resolved = names[ReferenceResolver._vars]
-    configs = _configs(options)
-    for option, value in options.items():
-        name = option.removeprefix("+")
-        if value is None:
+    options = _read_options(argv)
+    configs = _read_configs(options)
+    for name, option in options.items():
+        key = name.removeprefix("+")
+        if option.value is None:
             raise ValueError(
-                f"MONAI's runner ignores `--{option} None`: write `--{option} '$None'` for no value, "
+                f"MONAI's runner ignores `--{name} None`: write `--{name} '$None'` for no value, "
                 "or leave it out for the configs' own."
             )
-        if not name.endswith(_PATH_ENDINGS):
-            truth = read_truth_value(name, value, configs)
-            if truth is not None:
-                resolved[name] = truth
-            continue
-        text = _typed_value(option, arguments)
-        if text is None:
-            raise ValueError(f"expected a path after `--{option}`, got nothing: write `--{option} PATH`.")
-        if isinstance(value, dict) or _is_for_configs(text):
-            _refuse_path_in_config_syntax(option, text, names, set(configs))
-            continue
-        _refuse_unlikely_path(option, text)
-        if not _ID_SEPARATOR.search(option):
-            if "#" in text and options.get("tracking") and name in ("output_dir", "bundle_root"):
-                raise ValueError(
-                    f"MONAI's tracking writes `#` as `::` in `--{option} {text}`: give a path without `#`, or leave "
-                    "out --tracking."
-                )
-            resolved[name] = text
-        elif value != text or "#" in text:
-            raise ValueError(
-                f"`--{option} {text}` cannot be kept as it is: python-fire reads it as {value!r}, and MONAI's parser "
-                "writes `#` as `::`. Give a path without `#` that does not read as Python, such as "
-                f"`./{text.replace('#', '_')}`."
-            )
+        is_path = key.endswith(_PATH_ENDINGS)
+        kept = _typed_path(name, options, names, configs) if is_path else _truth_value(key, option.value, configs)
+        if kept is not None:
+            names[ReferenceResolver._vars][key] = kept
 
 
 def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
@@ -112,146 +92,136 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: when an option is unknown.
     """
-    arguments, options = _options(argv)
-    knobs = set(_configs(options))
-    known = knobs | _runner_arguments()
-    for name in options:
-        key = _ID_SEPARATOR.split(name.removeprefix("+"))[0]
+    options = _read_options(argv)
+    knobs = set(_read_configs(options).get())
+    known = _RUNNER_ARGUMENTS | knobs
+    for name, option in options.items():
+        key = ReferenceResolver.split_id(name.removeprefix("+"))[0]
         if key in known:
             continue
-        argument = _as_typed(name, arguments)
-        read_as = "" if argument.lstrip("-").split("=")[0] == name else f" (read as '{name}' by python-fire)"
+        read_as = "" if option.typed.lstrip("-").split("=")[0] == name else f" (read as '{name}' by python-fire)"
         nearest = difflib.get_close_matches(key, sorted(known), n=1)
         hint = f" Did you mean '--{nearest[0]}'?" if nearest else ""
         raise ValueError(
-            f"expected options that the configs define, got '{argument}'{read_as}: no config has the key '{key}'."
+            f"expected options that the configs define, got '{option.typed}'{read_as}: no config has the key '{key}'."
             f"{hint} The keys are: {', '.join(sorted(knob for knob in knobs if not knob.startswith('_')))}."
         )
 
 
-def _options(argv: Sequence[str] | None) -> tuple[list[str], dict[str, Any]]:
-    """Return a command's arguments, and by name the values that python-fire reads; none if it is not ours to judge."""
+def _read_options(argv: Sequence[str] | None) -> dict[str, _Option]:
+    """Return a command's options by the names that python-fire binds them to; none if it is not ours to judge."""
     if argv is None:
         argv = sys.argv if is_bundle_command() else []
     command = _COMMANDS.get(argv[1].replace("-", "_")) if len(argv) > 1 else None
     if command is None:
-        return [], {}
+        return {}
+    own = _arguments_of(command)
     arguments, _ = fire.parser.SeparateFlagArgs(list(argv[2:]))  # what follows the last `--` are flags of fire itself
-    return arguments, _bound_arguments(command, arguments)
+    arguments = list(itertools.takewhile(lambda argument: argument != "-", arguments))  # `-` ends a command
+    options, by_position = {}, []
+    while arguments:
+        typed = arguments.pop(0)
+        name, equals, text = typed.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if not fire.core._IsFlag(typed):
+            by_position.append(typed)
+        elif equals or (arguments and not fire.core._IsFlag(arguments[0])):
+            text = text if equals else arguments.pop(0)
+            options[name] = _Option(typed, text, fire.parser.DefaultParseValue(text))
+        else:  # a switch is on, or off if its name begins with "no"
+            is_on = name in own or not name.startswith("no")
+            options[name if is_on else name[2:]] = _Option(typed, None, is_on)
+    free = [name for name in own if name not in options]
+    for name, text in zip(free, by_position, strict=False):  # fire itself reports what is left over
+        options[name] = _Option(text, text, fire.parser.DefaultParseValue(text))
+    return {name: option for name, option in options.items() if option.value is not None or name not in own}
 
 
-def _bound_arguments(command: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """Return by name the values that python-fire passes to a command for these arguments, without running it."""
-    bound: dict[str, Any] = {}
+def _read_configs(options: Mapping[str, _Option]) -> ConfigParser:
+    """Return what the files that the command line names hold, and the keys of tracking settings.
 
-    @functools.wraps(command)  # fire binds arguments by the signature of the wrapped function
-    def record(*values: Any, **options: Any) -> None:
-        given = zip(inspect.signature(command).parameters, values, strict=False)
-        bound.update({name: value for name, value in given if value is not None}, **options)  # None: by default
-
-    # fire reports superfluous arguments only after the call: the fire that runs the command will do so
-    with contextlib.suppress(fire.core.FireExit), contextlib.redirect_stderr(io.StringIO()):
-        fire.Fire(record, command=[*arguments, "--"])  # `--`: no flags of fire itself
-    return bound
-
-
-def _as_typed(name: str, arguments: Sequence[str]) -> str:
-    """Return the argument that python-fire read as an option of this name; it reads `--nox` as `x` switched off."""
-    options = [argument for argument in arguments if argument.startswith("-")]
-    typed = {option.lstrip("-").split("=")[0].replace("-", "_"): option for option in options}
-    return typed.get(name) or typed[f"no{name}"]
+    Later configs override earlier ones, and the file of arguments overrides them all.
+    """
+    given = {name: options[name].value for name in ("args_file", "tracking", "config_file") if name in options}
+    arguments = read_args(given.get("args_file"))
+    tracking, config_file = (given.get(name) or arguments.get(name) for name in ("tracking", "config_file"))
+    settings: Any = DEFAULT_EXP_MGMT_SETTINGS.get(str(tracking)) or ConfigParser.load_config_files(tracking or {})
+    # keys named like an engine are handlers for it, the others become top-level keys of the config
+    keys = settings.get("configs", {}).keys() - settings.get("handlers_id", {}).keys()
+    configs = ConfigParser(
+        {ConfigParser.meta_key: {}, **dict.fromkeys(keys), **ConfigParser.load_config_files(config_file or {})}
+    )
+    for name in arguments.keys() - _RUNNER_ARGUMENTS:
+        configs.set(arguments[name], name)
+    return configs
 
 
-def _typed_value(name: str, arguments: Sequence[str]) -> str | None:
-    """Return the text of an option's value; None for a switch, which has none."""
-    option = _as_typed(name, arguments)
-    if "=" in option:
-        return option.partition("=")[2]
-    after = len(arguments) - list(reversed(arguments)).index(option)
-    return arguments[after] if after < len(arguments) and not fire.core._IsFlag(arguments[after]) else None
+def _truth_value(key: str, value: Any, configs: ConfigParser) -> bool | None:
+    """Return the truth value that python-fire has read as text; None where the value is what the configs are to have.
 
-
-def _is_for_configs(text: str) -> bool:
-    """Return whether MONAI takes a string for an expression, a macro, or as a whole for a reference."""
-    return text.startswith(("$", "%")) or ReferenceResolver.id_matcher.fullmatch(text.replace("#", "::")) is not None
-
-
-def _refuse_path_in_config_syntax(option: str, text: str, names: Mapping[str, Any], knobs: set[str]) -> None:
-    """Raise an error on the path of a file or folder that is there, and on what names something that is not."""
-    reason = "a file or folder has that name" if Path(text).exists() else ""
-    if text.startswith("$") and not reason:
-        reason = _fault_of_expression(text[1:], names)
-    if text.startswith("@") and _ID_SEPARATOR.split(text[1:])[0] not in knobs:
-        reason = "no config has that key"
-    if reason:
+    MONAI takes no other value for something within a key (`train#trainer#amp`), so `true` is refused there.
+    """
+    if isinstance(value, bool):
+        return None
+    truth = _TRUTH_VALUES.get(str(value).strip().lower())
+    if truth is not None:
+        if "::" in ReferenceResolver.normalize_id(key):
+            raise ValueError(f"MONAI takes `--{key} {value}` for text: write `--{key} {truth}`.")
+        return truth
+    is_for_configs = isinstance(value, str) and value.startswith(("$", "@", "%"))
+    if isinstance(configs.get(key), bool) and not is_for_configs and key not in _NOT_ONLY_TRUTH_VALUES:
         raise ValueError(
-            f"`--{option} '{text}'` begins with `{text[0]}`, as what configs refer to or evaluate does, "
-            f"but {reason}: write `--{option} './{text}'` for the path."
+            f"expected True or False, received `--{key} {value}`: write `--{key} True` or `--{key} False`."
         )
+    return None
 
 
-def _fault_of_expression(expression: str, names: Mapping[str, Any]) -> str:
-    """Return what keeps an expression from being evaluated, or the empty string."""
-    references = ReferenceResolver.id_matcher
+def _typed_path(
+    name: str, options: Mapping[str, _Option], names: Mapping[str, Any], configs: ConfigParser
+) -> str | None:
+    """Return the text of a path; None where the configs have it already. Refuse what is a mistake or cannot be kept."""
+    option = options[name]
+    text, is_nested = option.text or "", "::" in ReferenceResolver.normalize_id(name)
+    is_tracked = "tracking" in options and name.removeprefix("+") in ("output_dir", "bundle_root")
+    is_reference = ReferenceResolver.id_matcher.fullmatch(ReferenceResolver.normalize_id(text)) is not None
+    is_for_configs = isinstance(option.value, dict) or text.startswith(("$", "%")) or is_reference
+    fault = ""
+    if option.text is None:
+        fault = f"write `--{name} PATH`."
+    elif not text.strip():
+        fault = "is a variable of the shell unset?"
+    elif is_for_configs:
+        if reason := _fault_in_configs(text, names, configs):
+            fault = f"`{text[0]}` is for configs, but {reason}: write `--{name} './{text}'` for the path."
+    elif text[0] == "~" and not Path(text).exists():
+        fault = f"the shell left `~` as it is after `=`: write `--{name} {text}`, or `./{text}` for that folder."
+    elif len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        fault = f"the quotes are part of the path itself: leave them out, or write ./{text} if they belong to the name."
+    elif ("#" in text and (is_nested or is_tracked)) or (is_nested and option.value != text):
+        by_monai = f"MONAI's {'parser' if is_nested else 'tracking'} writes `#` as `::`"
+        reason = by_monai if "#" in text else f"python-fire reads it as {option.value!r}"
+        other = ("" if text.startswith("/") else "./") + text.replace("#", "_")
+        fault = f"it cannot be kept as it is: {reason}. Give a path such as `{other}`."
+    if fault:
+        got = "nothing" if option.text is None else repr(text)
+        raise ValueError(f"expected a path after `--{name}`, got {got}: {fault}")
+    return None if is_for_configs or is_nested else text
+
+
+def _fault_in_configs(text: str, names: Mapping[str, Any], configs: ConfigParser) -> str:
+    """Return why what looks like a reference or an expression of a config is none, or nothing."""
+    if Path(text).exists():
+        return "a file or folder has that name"
+    text = ReferenceResolver.normalize_id(text)
+    if text.startswith("@") and text[1:].split("::")[0] not in configs:
+        return "no config has that key"
+    if not text.startswith("$"):
+        return ""
+    expression = ReferenceResolver.id_matcher.sub("None", text[1:]).strip()
     try:
-        tree = ast.parse(references.sub("None", ReferenceResolver.normalize_id(expression)).strip())
+        symbols = symtable.symtable(expression, "", "eval").get_symbols()
     except SyntaxError as error:
         return f"it is no Python ({error.msg})"
-    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    known = arguments | {node.id for node in used if isinstance(node.ctx, ast.Store)} | set(names) | set(dir(builtins))
-    unknown = sorted({node.id for node in used} - known)
+    used = {symbol.get_name() for symbol in symbols if not symbol.is_assigned()}
+    unknown = sorted(used - names.keys() - set(dir(builtins)))
     return f"nothing here has the name {', '.join(unknown)}" if unknown else ""
-
-
-def _refuse_unlikely_path(option: str, text: str) -> None:
-    """Refuse a path that is a mistake, such as an unset variable of the shell or a literal `~`."""
-    if not text.strip():
-        raise ValueError(f"expected a path, got `--{option} '{text}'`: is a variable of the shell unset?")
-    if text[0] == "~" and not Path(text).exists():
-        raise ValueError(
-            f"the shell left `~` as it is in `--{option}={text}`: write `--{option} {text}`, "
-            f"or `./{text}` for a folder of that name."
-        )
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        raise ValueError(
-            f"the quotes are part of the path in `--{option} {text}`: leave them out, as a path keeps its text, or "
-            f"write ./{text} if they belong to the name."
-        )
-
-
-def _runner_arguments() -> set[str]:
-    """Return the names that MONAI's runner takes for itself, experiment tracking included."""
-    functions = (run, run_workflow, create_workflow, ConfigWorkflow)
-    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
-    names = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
-    for settings in DEFAULT_EXP_MGMT_SETTINGS.values():
-        names |= _tracking_keys(settings)
-    return names | {ConfigParser.meta_key}
-
-
-def _tracking_keys(settings: dict[str, Any]) -> set[str]:
-    # keys named like an engine are handlers for it, the others become top-level keys of the config
-    return set(settings.get("configs", {})) - set(settings.get("handlers_id", {}))
-
-
-def _configs(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values by top-level key of every file that the command line names.
-
-    Later configs override earlier ones, and the file of arguments overrides them all. Tracking settings come from a
-    file as well. A key within another, as a file of arguments may have, has the value None.
-    """
-    arguments = read_args(options.get("args_file"))
-    configs: dict[str, Any] = {}
-    tracking = options.get("tracking") or arguments.get("tracking")
-    if tracking and not (isinstance(tracking, str) and tracking in DEFAULT_EXP_MGMT_SETTINGS):
-        configs |= dict.fromkeys(_tracking_keys(ConfigParser.load_config_files(tracking)))
-    config_file = options.get("config_file") or arguments.get("config_file")
-    if config_file:
-        configs |= ConfigParser.load_config_files(config_file)
-    runner_arguments = _runner_arguments()
-    for name in arguments.keys() - runner_arguments:
-        key, *path = _ID_SEPARATOR.split(name)
-        configs[key] = configs.get(key) if path else arguments[name]
-    configs.pop(ConfigParser.meta_key, None)
-    return configs

@@ -22,8 +22,8 @@ class EpochSeeds:
 
     Args:
         dataset: the training set, set to the number of each epoch before it starts.
-        seed: of the order in which a `DataLoader` shuffles it.
-        prepare_batch: that of the trainer. A `PhantomMixing`, also within a `PseudoLabelCutMix`, is set to the first
+        seed: seed of the order in which a `DataLoader` shuffles it.
+        prepare_batch: the trainer's. A `PhantomMixing`, also within a `PseudoLabelCutMix`, is set to the first
             phantoms of each epoch.
     """
 
@@ -47,6 +47,27 @@ class EpochSeeds:
             self.phantoms.go_to((epoch - 1) * len(self.dataset))
 
 
+class StepLimit:
+    """Ignite handler that ends the last epoch when the training has made its number of steps.
+
+    Args:
+        steps: number of steps of the training. If it is not reached in the last epoch, it has no effect.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def attach(self, engine: Engine) -> None:
+        """Register the handler on a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """End the epoch, which is validated and saved like any other."""
+        state = engine.state
+        if state.epoch == state.max_epochs and state.iteration == self.steps and self.steps % (state.epoch_length or 1):
+            engine.terminate_epoch()
+
+
 class LastEpochValidationHandler(ValidationHandler):
     """Validate every ``interval`` epochs and after the last epoch, so that the last model is always validated.
 
@@ -58,7 +79,7 @@ class LastEpochValidationHandler(ValidationHandler):
         validator: the evaluator to run; if None, call ``set_validator`` before training.
 
     Raises:
-        ValueError: when ``interval`` is below 1.
+        ValueError: if ``interval`` is below 1.
     """
 
     def __init__(self, interval: int, validator: Evaluator | None = None) -> None:

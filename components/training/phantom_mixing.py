@@ -20,23 +20,23 @@ class PhantomMixing:
     """A trainer's `prepare_batch` that adds phantom slices to every batch of real ones.
 
     The phantoms come from a finite pool, so that a frozen encoder's embeddings of them are cache hits after the first
-    pass. They are not augmented, since all of them differ already. The first pass takes them in the order in which they
-    are drawn, and draws them only as they are needed; every later pass takes the whole pool in a new random order.
-    Runs with the same seed take the same phantoms, and so does a resumed run if `components.training.EpochSeeds` is
-    given this object. In a distributed run each step's phantoms are divided among the processes.
+    pass. They are not augmented, since all of them differ already. The first pass draws them one after the other, as
+    they are needed; every later pass takes the whole pool in a new random order. Runs with the same seed take the same
+    phantoms, and so does a resumed run if `components.training.EpochSeeds` is given this object. In a distributed run
+    each step's phantoms are divided among the processes.
 
     Their labels are 0 background, 1 RV, 2 Myo, 3 LV: they can be mixed with a data set of these classes only.
 
     Args:
-        share: fraction of phantoms in the resulting batch, from 0 up to below 1. All real slices are kept; to B of them
+        share: fraction of phantoms in the resulting batch, from 0 up to below 1. All B real slices are kept, and
             B * share / (1 - share) phantoms, rounded, are added. With 0 this is MONAI's `default_prepare_batch`.
         pool_size: number of phantoms in the pool.
-        seed: of the pool and its orders, 0 or more.
+        seed: seed of the pool and its orders, 0 or more.
         canvas_share: side of the real slices over the side of the canvas they were cropped from.
-        class_names: of the real slices.
+        class_names: class names of the real slices.
 
     Raises:
-        ValueError: when `share` or `pool_size` is out of range, or the share is above 0 and the classes are others.
+        ValueError: if `share` or `pool_size` is out of range, or the share is above 0 and the classes differ.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class PhantomMixing:
         Args:
             batchdata: what `default_prepare_batch` takes; with a share above 0 it must hold images BxCxSxS in 0..255
                 and labels Bx1xSxS.
-            device: where the batch goes.
+            device: device of the batch.
             non_blocking: whether copies to it may overlap with work on the CPU.
             kwargs: further arguments of `Tensor.to`.
 
         Returns:
-            images (B+P)xCxSxS and labels (B+P)x1xSxS, the P phantoms last, with the data types of the real slices and
-            without metadata; with a share of 0 what `default_prepare_batch` returns.
+            images (B+P)xCxSxS and labels (B+P)x1xSxS, with the P phantoms last. They have the data types of the real
+            slices and no metadata. With a share of 0, what `default_prepare_batch` returns.
 
         Raises:
-            ValueError: when the share is above 0 and the images are not square or have no labels.
+            ValueError: if the share is above 0 and the images are not square or have no labels.
         """
         batch = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
         if self.share == 0:
@@ -116,7 +116,7 @@ class PhantomMixing:
         return self._images[chosen], self._labels[chosen]
 
     def _order(self, pass_number: int) -> Sequence[int]:
-        """Return the order in which a pass takes the pool's phantoms, the first pass being number 0."""
+        """Return the order in which a pass takes the pool's phantoms; the first pass is number 0."""
         if pass_number == 0:
             return range(self.pool_size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + pass_number)

@@ -1,4 +1,4 @@
-"""What is logged to MLflow (`--tracking mlflow`) in addition to what MONAI's handler logs."""
+"""Logging to MLflow (`--tracking mlflow`) in addition to MONAI's handler."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ OUTPUTS = ("metrics.csv", "summary.csv", "*_overlay.png")
 def finish_mlflow_runs(handlers: Iterable[object], output_dir: str | os.PathLike[str]) -> None:
     """Log knobs and output files to the MLflow runs of a finished workflow, and mark these runs finished.
 
-    MONAI's runner adds an `MLFlowHandler` to the handlers of each engine. That of an evaluation leaves its run open, so
-    the next one would log to the same run, and none of them logs this project's knobs and output files.
+    MONAI's runner adds an `MLFlowHandler` to the handlers of each engine. An evaluation's handler leaves its run open,
+    so the next one would log to the same run. None of them logs this project's knobs and output files.
 
-    Differs: the runner also gives its handler the executed config as an artifact, but by an expression that is valid
-    only where `output_dir` is an expression itself; here the file is read from where the runner wrote it.
+    Differs: the runner also logs the executed config as an artifact, but only if `output_dir` is an expression. Here
+    the file is read from where the runner wrote it.
 
     Args:
-        handlers: handlers of an engine that has run; without an `MLFlowHandler` among them nothing is done.
+        handlers: handlers of an engine that has run; without an `MLFlowHandler`, nothing is done.
         output_dir: folder of tables, overlays and executed configs, `config_<time>.json`; knobs are read from the
             newest config.
     """

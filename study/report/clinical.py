@@ -73,8 +73,8 @@ def read_measurements(
         training_cases: the number of labelled cases that null stands for.
 
     Returns:
-        a row for each cell, patient and quantity, in the order of the cells, with the first columns of `read_scores` up
-        to `split`, `patient`, `quantity`, `truth` and `predicted`, both nan if undefined.
+        a row for each cell, patient and quantity, in the order of the cells. Columns are the first ones of
+        `read_scores` up to `split`, then `patient`, `quantity`, `truth` and `predicted`, both nan if undefined.
     """
     rows: list[dict[str, Any]] = []
     truths: dict[tuple[str, ...], list[dict[str, float]]] = {}
@@ -118,10 +118,11 @@ def agreement(measurements: pd.DataFrame) -> pd.DataFrame:
         measurements: as `read_measurements` returns them; ablations are ignored.
 
     Returns:
-        a row for each `method`, `title`, `labelled_patients` and `quantity`, in the quantity's unit: `n` patients,
-        averaged over splits as in `patient_pairs`; of predicted minus true the `mean_error` (bias), `sd_of_error` (ddof
-        1), `lower_limit` and `upper_limit` (bias ± 1.96 sd) and `mean_absolute_error`; `pearson_r`. A statistic is nan
-        if there are too few patients for it. `n_undefined` is the number of undefined pairs of a patient and split.
+        a row for each `method`, `title`, `labelled_patients` and `quantity`, in the quantity's unit. `n` is the number
+        of patients, averaged over splits as in `patient_pairs`. Predicted minus true has the `mean_error` (bias),
+        `sd_of_error` (ddof 1), `lower_limit`, `upper_limit` (bias ± 1.96 sd) and `mean_absolute_error`. There is also
+        `pearson_r`. A statistic is nan if there are too few patients. `n_undefined` counts undefined pairs of a patient
+        and split.
     """
     own = measurements[measurements["ablation"] == ""]
     undefined = own[_PAIR].isna().any(axis=1).groupby([own[name] for name in _BY], sort=False).sum()
@@ -134,7 +135,7 @@ def agreement(measurements: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement_table(agreements: pd.DataFrame) -> pd.DataFrame:
-    """Format what `agreement` returns as text, fewest labelled patients first; `CLINICAL_CAPTION` explains it."""
+    """Format the result of `agreement` as text, fewest labelled patients first; `CLINICAL_CAPTION` explains it."""
     ordered = agreements.sort_values("labelled_patients", kind="stable")
     limits = zip(ordered["lower_limit"], ordered["upper_limit"], strict=True)
     return pd.DataFrame(

@@ -43,7 +43,7 @@ class _Example:
     """One slice of a test case.
 
     Args:
-        title: name of the case and, of a volume, the slice.
+        title: name of the case and, for a volume, the slice.
         image: grey values `(H,W)`.
         window: the grey values shown as black and as white.
         truth: labels `(H,W)`.
@@ -74,8 +74,8 @@ class _Example:
 def draw_contours(cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, labelled_cases: int) -> Figure | None:
     """Draw the worst, the median and the best test case of a split, by mean Dice over methods and classes.
 
-    Each case is shown by the slice with the largest true foreground, first with the true contours, then with each
-    method's, as the network sees it. The split is the one with the most finished methods, the first of several.
+    Each case is shown by the slice with the largest true foreground, oriented as the network sees it. The true contours
+    come first, then those of each method. The split is the first one with the most finished methods.
 
     Source: paper figure 4.
 
@@ -148,9 +148,9 @@ def _read_examples(shown: Sequence[Cell], output_dir: Path, parser: ConfigParser
 
 
 class _Reader:
-    """Reads images, true and predicted labels of a study's cases, slices last.
+    """Reads images, true labels and predicted labels of a study's cases, slices last.
 
-    ACDC has its slices last, as scanners show them; volumes of a user's own data are turned as for the network.
+    ACDC has its slices last, as scanners show them; volumes of a user's own data are reoriented as for the network.
     """
 
     def __init__(self, cell: Cell, parser: ConfigParser) -> None:
@@ -165,7 +165,7 @@ class _Reader:
         self._prediction = Compose([LoadVolumed("label", num_classes=count), *turned])
 
     def read_case(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return image and true labels, 1xHxWxD; of colours green, as in overlays."""
+        """Return image and true labels, 1xHxWxD; colours are reduced to green, as in overlays."""
         loaded: Any = self._case(dict(case))
         image = loaded["image"]
         return image[[len(image) // 2]], loaded["label"]

@@ -1,4 +1,4 @@
-"""t-SNE of the encoder's embeddings of the test slices and, of hearts, of phantoms: the paper's figure 1."""
+"""t-SNE of the encoder's embeddings of test slices and, for hearts, of phantoms: the paper's figure 1."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PHANTOM_COUNT = 60
 _PHANTOM_SEED = 0
 _BATCH_SIZE = 4
 _MOST_GROUPS = 12
-_FEWEST = 7  # vectors, each of which then has two neighbours for t-SNE
+_FEWEST = 7  # vectors; each then has two neighbours for t-SNE
 _SEED = 0
 _LARGEST_PERPLEXITY = 30
 _MARKERS = ("o", "^")
@@ -36,7 +36,7 @@ def embedding_cell(cells: Iterable[Cell]) -> Cell | None:
     """Return the first cell whose method trains a head on a frozen encoder, None if there is none.
 
     Args:
-        cells: in the study's order; cells of ablations are skipped.
+        cells: cells in the study's order; those of ablations are skipped.
     """
     for cell in cells:
         if cell.variant is None and cell.method.trains and _is_frozen(cell):
@@ -47,20 +47,20 @@ def embedding_cell(cells: Iterable[Cell]) -> Cell | None:
 def embed_slices(
     cell: Cell, output_dir: Path, *, dataset_dir: str, data: StudyData = ACDC, sam_dir: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Encode all slices of a cell's test cases, and of ACDC phantoms too, with its frozen encoder.
+    """Encode all slices of a cell's test cases, and for ACDC also phantoms, with its frozen encoder.
 
-    Slices are preprocessed as the cell's config and its trained model define it. The encoder computes in fp32.
+    Slices are preprocessed as in the cell's config and its trained model. The encoder computes in fp32.
 
     Args:
         cell: a finished cell with a frozen encoder.
         output_dir: folder of the study, whose embedding cache is used.
         dataset_dir: as for `study.cells.list_stages`.
-        data: of the study.
+        data: data of the study.
         sam_dir: folder of SAM's checkpoints; None for the bundle's own `models`.
 
     Returns:
-        embeddings averaged over space, (N, 256) float32, and the group of each: a patient's name, or that of a group of
-        a user's own cases, or `PHANTOMS`.
+        embeddings averaged over space, (N, 256) float32, and their groups. A group is a patient, a group of a user's
+        own cases, or `PHANTOMS`.
     """
     parser = evaluation_parser(cell, dataset_dir=dataset_dir, output_dir=output_dir, sam_dir=sam_dir)
     network = parser.get_parsed_content("network").eval()

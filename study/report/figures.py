@@ -32,7 +32,7 @@ _METHODS_IN_A_BAND = 6
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _METHOD_COLOURS = (*COLOURS, "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
-_MARKER_OFFSET = 0.03  # between two methods' markers, as a fraction of the distance between two numbers of patients
+_MARKER_OFFSET = 0.03  # between the markers of two methods, as a fraction of the distance between two ticks
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
@@ -59,15 +59,15 @@ def draw_dice_by_patients(
 ) -> Figure | None:
     """Draw mean Dice in percent against the number of labelled patients, with the paper's scores.
 
-    A method with at least two numbers of labelled patients is drawn as a line with the standard deviation (ddof 1) over
-    splits, a method with only 0 as a dashed horizontal line; other methods with a single number are not drawn.
+    A method with at least two numbers of labelled patients is a line with the standard deviation (ddof 1) over splits.
+    A method with only 0 is a dashed horizontal line. Other methods with a single number are not drawn.
 
     Source: paper figure 5.
 
     Args:
         scores: as `read_scores` returns them; ablations are ignored.
         published: the paper's mean Dice in percent by title and number of labelled patients, drawn as hollow markers.
-        data: of the study.
+        data: data of the study.
 
     Returns:
         the figure, which is not registered with pyplot; None if no method has two numbers of labelled patients.

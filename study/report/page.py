@@ -23,7 +23,7 @@ class Table:
 
     Args:
         caption: what the table shows.
-        table: text; the index is not shown. Neighbouring rows with the same first column form a group.
+        table: table of text, shown without its index. Adjacent rows with the same first column form a group.
     """
 
     caption: str
@@ -66,7 +66,7 @@ class Figure:
         """The file as a data URI.
 
         Raises:
-            ValueError: when it is neither PNG nor SVG.
+            ValueError: if it is neither PNG nor SVG.
         """
         media_type = _MEDIA_TYPES.get(self.path.suffix.lower())
         if media_type is None:
@@ -98,10 +98,10 @@ def write_page(path: Path, *, title: str, description: str, sections: Sequence[S
         path: the HTML file.
         title: the page's title.
         description: paragraphs below the title, separated by empty lines.
-        sections: in the order of the page.
+        sections: sections in the order of the page.
 
     Raises:
-        ValueError: when a figure is neither PNG nor SVG.
+        ValueError: if a figure is neither PNG nor SVG.
     """
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent),

@@ -18,7 +18,7 @@ from study.grid import LABELLED_CASES, Cell
 
 
 def finished_cells(cells: Iterable[Cell], output_dir: Path) -> list[Cell]:
-    """List the cells that are finished, in the order given."""
+    """List the finished cells, in the order given."""
     return [cell for cell in cells if is_finished(output_dir / cell.name)]
 
 
@@ -40,7 +40,7 @@ def evaluation_parser(
 
 
 def list_test_cases(cell: Cell, dataset_dir: str) -> list[Case]:
-    """List the test cases of a cell; those of ACDC ED before ES."""
+    """List the test cases of a cell; in ACDC, ED comes before ES."""
     return list_cases_to_score(evaluation_parser(cell, dataset_dir=dataset_dir))
 
 
@@ -50,9 +50,9 @@ def prediction_file(cell: Cell, case: Case, output_dir: Path) -> Path:
 
 
 def count_training_cases(cells: Iterable[Cell], dataset_dir: str, data: StudyData = ACDC) -> int:
-    """Count the cases, at ACDC patients, on which the first cell that trains would train with null of them labelled.
+    """Count the training cases, or ACDC patients, that a null of `labelled_cases` stands for.
 
-    Without such a cell, no number stands for null, and the count is 0.
+    They are counted for the first cell that trains; without such a cell the count is 0.
     """
     cell = next((cell for cell in cells if cell.method.trains), None)
     if cell is None:

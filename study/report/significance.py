@@ -18,7 +18,7 @@ _FRAMES_AND_SPLITS = "its frames and the splits that test it"
 
 
 def significance_caption(data: StudyData = ACDC) -> str:
-    """Return what explains the tests."""
+    """Return the explanation of the tests."""
     one, several = data.counts.removesuffix("s"), data.counts
     over = "the splits that test it; cases of one group count as one" if data.is_own else _FRAMES_AND_SPLITS
     return (
@@ -31,7 +31,7 @@ def significance_caption(data: StudyData = ACDC) -> str:
 
 
 def matrix_caption(data: StudyData = ACDC) -> str:
-    """Return what explains `significance_matrix`."""
+    """Return the explanation of `significance_matrix`."""
     return (
         "Mean difference in Dice, row minus column, in percentage points; * where the p adjusted by Holm is below 0.05 "
         f"(two-sided Wilcoxon signed-rank test over {data.counts})."
@@ -51,14 +51,14 @@ def compare_methods(scores: pd.DataFrame, methods: Iterable[Method], data: Study
     Args:
         scores: as `read_scores` returns them, of at least one cell; ablations are ignored. Cases of ACDC are
             named `<patient>_frame<number>`.
-        methods: in the order of the table.
-        data: of the study.
+        methods: methods in the order of the table.
+        data: data of the study.
 
     Returns:
-        a row for each number of labelled patients and pair of methods with a volume in common: `labelled_patients`, the
-        titles `method_a` and `method_b`, `n_patients`, `mean_difference` (a minus b, in percentage points), `p` and
-        `p_adjusted` (by Holm, over all pairs of that number). A method scored with 0 labelled patients is compared at
-        every number; if it is also trained, `, 0 patients` is appended to its title.
+        a row for each number of labelled patients and pair of methods with a volume in common. Columns are
+        `labelled_patients`, the titles `method_a` and `method_b`, `n_patients`, `mean_difference` (a minus b, in
+        percentage points), `p` and `p_adjusted` (by Holm, over all pairs of that number). A method scored with 0
+        labelled patients is compared at every number; if it is also trained, `, 0 patients` is appended to its title.
     """
     scores = scores[scores["ablation"] == ""]
     methods = tuple(methods)
@@ -68,7 +68,7 @@ def compare_methods(scores: pd.DataFrame, methods: Iterable[Method], data: Study
 
 
 def significance_table(comparisons: pd.DataFrame, data: StudyData = ACDC) -> pd.DataFrame:
-    """Format what `compare_methods` returns as text; `significance_caption` explains it."""
+    """Format the result of `compare_methods` as text; `significance_caption` explains it."""
     return pd.DataFrame(
         {
             data.labelled: comparisons["labelled_patients"].astype(str),
@@ -121,7 +121,7 @@ def _compare_at(
 def _volumes_by_title(
     labelled_patients: int, scores: pd.DataFrame, methods: tuple[Method, ...], data: StudyData
 ) -> pd.DataFrame:
-    """Average Dice over classes: a row for each split and case, a column for each method with that number or with 0."""
+    """Average Dice over classes: a row for each split and case, a column for each method with that number or 0."""
     taking_part = scores[scores["labelled_patients"].isin([0, labelled_patients])]
     by_volume = taking_part.groupby(["split", "case", "method", "labelled_patients"])["dice"].mean()
     by_volume = by_volume.unstack(["method", "labelled_patients"])
@@ -136,7 +136,7 @@ def _volumes_by_title(
 
 
 def _by_patient(volumes: pd.Series, data: StudyData) -> pd.Series:
-    """Average over each patient's frames, or group's cases, and splits."""
+    """Average over splits and over the frames of each patient, or the cases of each group."""
     patients = volumes.index.get_level_values("case").map(data.group_of)
     return volumes.groupby(patients).mean()
 

@@ -1,4 +1,4 @@
-"""The tables of a study, of methods and of ablations, beside the paper's; as Markdown, CSV and LaTeX."""
+"""The tables of a study, for methods and ablations, beside the paper's; as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LATEX = str.maketrans(
 
 
 def main_caption(methods: Iterable[Method], data: StudyData = ACDC) -> str:
-    """Return what explains `main_table`."""
+    """Return the explanation of `main_table`."""
     return f"{_measures(data)}Misses are summed over splits and classes.{_of_paper(methods)}"
 
 
 def ablation_caption(methods: Iterable[Method], data: StudyData = ACDC) -> str:
-    """Return what explains `ablation_table`."""
+    """Return the explanation of `ablation_table`."""
     return f"{_measures(data)}All other settings are the method's own.{_of_paper(methods)}"
 
 
@@ -73,12 +73,12 @@ def main_table(
     Args:
         scores: as `read_scores` returns them, of at least one cell; ablations are ignored.
         misses: as `read_misses` returns them, of the same cells.
-        methods: in the order of the table.
-        data: of the study.
+        methods: methods in the order of the table.
+        data: data of the study.
 
     Returns:
-        a row of text for each method and number of labelled patients, fewest first, with the paper's scores if a method
-        names a row of its table; `main_caption` explains it.
+        a row of text for each method and number of labelled patients, fewest first. It has the paper's scores if the
+        method names a row of the paper's table. `main_caption` explains the table.
     """
     scores, misses = (table[table["ablation"] == ""] for table in (scores, misses))
     methods = tuple(methods)
@@ -109,9 +109,8 @@ def ablation_table(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd.D
         grid: the study, whose cells show which value is the unchanged method.
 
     Returns:
-        rows of text for each method and number of labelled patients with at least one finished variant: the mean Dice
-        and the mean ASSD of each value, each followed by the paper's if it reports any; `ablation_caption` explains
-        them.
+        rows of text for each method and number of labelled patients with at least one finished variant. They hold the
+        mean Dice and mean ASSD of each value, followed by the paper's if there are any; see `ablation_caption`.
     """
     own = _ablation_scores(scores, ablation, grid)
     labelled = grid.data.labelled
@@ -187,7 +186,7 @@ def _ablation_scores(scores: pd.DataFrame, ablation: Ablation, grid: Grid) -> pd
     varied = scores[scores["ablation"] == ablation.key]
     variants = [cell.variant for cell in grid.cells if cell.variant and cell.variant.ablation == ablation.key]
     own = scores[(scores["ablation"] == "") & scores["method"].isin(ablation.methods)]
-    # From the grid, not from the finished cells: a variant of which no cell is finished must stay empty.
+    # From the grid, not from the finished cells: a variant without finished cells must stay empty.
     unchanged = [value for value in ablation.values if value not in {variant.value for variant in variants}]
     in_table = pd.MultiIndex.from_frame(varied[["method", "labelled_patients"]])
     own = own[pd.MultiIndex.from_frame(own[["method", "labelled_patients"]]).isin(in_table)]

@@ -1,4 +1,4 @@
-"""Writes the report: each table and figure as a file of its own, and one page with all of them."""
+"""Writing of the report: each table and figure as a file of its own, and one page with all of them."""
 
 from __future__ import annotations
 
