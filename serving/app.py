@@ -1,4 +1,4 @@
-"""An app for MONAI Label, assembled with this project's bundles and nothing downloaded."""
+"""An app for MONAI Label, assembled from this project's bundles without downloads."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from release.bundles import (
 
 logger = logging.getLogger("serving")
 
-# Each file of the app, and what is copied there: MONAI Label looks for main.py, and every Python that has the app's
-# folder on its path imports sitecustomize.
+# The app's files and their sources: MONAI Label looks for main.py, and every Python that has the app's folder on its
+# path imports sitecustomize.
 _FILES = {"main.py": "label_app.py", "sitecustomize.py": "torchvision_operators.py"}
-_OTHER_TASKS = ("deepedit", "deepgrow", "detection", "classification")  # as MONAI Label takes a bundle by its name
-_CHOSEN = (  # by its labelled cases, or on the command line of its training
+_OTHER_TASKS = ("deepedit", "deepgrow", "detection", "classification")  # MONAI Label infers them from a bundle's name
+_CHOSEN = (  # knobs chosen from the labelled cases, or on the command line of the training
     "width",
     "depth",
     "image_size",
@@ -45,19 +45,19 @@ _CHOSEN = (  # by its labelled cases, or on the command line of its training
 def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, list[str]]:
     """Make the app's folder and put bundles into it, each complete with weights.
 
-    A bundle that is there already is left as it is, with all that it has learned.
+    An existing bundle is kept as it is, with its trained model.
 
     Args:
         app_dir: folder of the app, made if missing.
-        bundles: names of the bundles, which come with weights that were trained on phantoms; and folders of trained
-            ones that `python -m adapt new` has made.
+        bundles: names of bundles, which come with weights trained on phantoms, and folders of trained bundles that
+            `python -m adapt new` has made.
 
     Returns:
-        `app_dir`, and the names of the bundles there.
+        `app_dir`, and the names of the bundles in it.
 
     Raises:
-        FileNotFoundError: when MONAI Label is not installed, or a bundle for one's own data has not been trained.
-        ValueError: for an unknown bundle, two of one name, or a name by which MONAI Label expects another task.
+        FileNotFoundError: if MONAI Label is not installed, or a bundle for a user's own data has not been trained.
+        ValueError: if a bundle is unknown, two have one name, or MONAI Label expects another task by a name.
     """
     own = {folder.name: folder for bundle in bundles if (folder := own_bundle(bundle))}
     names = [folder.name if (folder := own_bundle(bundle)) else bundle for bundle in bundles]
@@ -70,7 +70,7 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, 
         raise ValueError(f"expected bundles of different names, received {', '.join(names)}: rename a folder")
     for name in own:
         if other := next((task for task in _OTHER_TASKS if task in name.lower()), None):
-            raise ValueError(f"MONAI Label takes {name} for {other} by its name: rename the bundle's folder")
+            raise ValueError(f"MONAI Label would use {name} for {other} by its name: rename the bundle's folder")
     if importlib.util.find_spec("monailabel") is None:
         raise FileNotFoundError(
             f"no MONAI Label in {sys.prefix}: set an environment up with pip install -c constraints-label.txt -e "
@@ -82,7 +82,7 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, 
     for name in names:
         model = app_dir / "model" / name
         if model.exists():
-            logger.info("%s is served as it is there, with what it has learned: remove it to start anew", model)
+            logger.info("%s exists and is served with its trained model: remove it to start anew", model)
             continue
         partial = app_dir / "model" / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,18 +95,17 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, 
 
 
 def _as_monai_label_expects(root: Path, source: Path) -> None:
-    """Make a bundle for one's own data train on from its model, and exchange the indices of its classes as labels.
+    """Make a bundle for a user's own data train on from its model, and use class indices as label values.
 
     Args:
         root: the bundle's folder in the app.
-        source: its own folder, from which an encoder is read that is no part of the package.
+        source: its own folder, from which an encoder outside the package is read.
     """
     trained = resolve_settings(str(root / MODEL), {}, {})
     train = root / "configs/train.json"
     knobs = {name: trained[name] for name in _CHOSEN if name in trained and name in json.loads(train.read_text())}
     encoder = weights_of(source).get(ENCODER_KNOB)
-    if encoder and weights_of(root)[ENCODER_KNOB] != encoder:  # not that of the package
+    if encoder and weights_of(root)[ENCODER_KNOB] != encoder:  # not the package's encoder
         set_encoder(root, str(encoder))
     set_values(train, {"start_checkpoint": f"$@bundle_root + '/{MODEL}'", **knobs})
     set_values(root / DATA_FILE, {"label_values": list(range(trained["out_channels"]))})
-    set_values(root / "configs/inference.json", {"displayable_configs": {"result_dtype": "uint8"}})

@@ -1,6 +1,6 @@
-"""A bundle as an application of MONAI Deploy: a DICOM series in, its labels out as DICOM SEG.
+"""A bundle as an application of MONAI Deploy: it segments a DICOM series and writes the labels as DICOM SEG.
 
-From inside the folder of a bundle with `models/model.ts`, in an environment with `monai-deploy-app-sdk`:
+Run it inside the folder of a bundle with `models/model.ts`, in an environment with `monai-deploy-app-sdk`:
 `python <repository>/serving/deploy_app.py --input DICOM_FOLDER --output FOLDER`.
 """
 
@@ -27,7 +27,7 @@ MR_SERIES = json.dumps({"selections": [{"name": "MR", "conditions": {"Modality":
 
 
 class BundleApp(Application):
-    """The first MR series of a folder through a bundle.
+    """Segments the first MR series of a folder with a bundle.
 
     Args:
         bundle: the bundle's folder, which must be the working directory, since the paths in its configs begin there.
@@ -54,7 +54,7 @@ class BundleApp(Application):
             for _, name in sorted(classes.items(), key=lambda item: int(item[0]))[1:]
         ]
         context = AppContext({})
-        context.models = None  # else a folder `models` below the working directory is taken for one
+        context.models = None  # else a folder `models` below the working directory is used as the model
         load = DICOMDataLoaderOperator(self, CountCondition(self, 1), input_folder=self.input_dir, name="load")
         select = DICOMSeriesSelectorOperator(self, rules=MR_SERIES, name="select")
         stack = DICOMSeriesToVolumeOperator(self, name="stack")

@@ -6,21 +6,28 @@ that it starts for a training. It imports nothing of this repository: `component
 
 from __future__ import annotations
 
+import glob
+import json
 import logging
+import re
 import tempfile
-import traceback
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import monai.bundle
 import numpy as np
 import requests
+import torch
 from monai.transforms import LoadImage
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.utils.convert import binary_to_image
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
+from monailabel.interfaces.tasks.batch_infer import BatchInferTask
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
@@ -29,9 +36,75 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 
 logger = logging.getLogger(__name__)
 
+MODEL = "model.pt"
+STATS = "models/train_stats.json"  # of a bundle's last training
+LEFT_OUT = "logs/batch_left_out.json"  # of the app: what the last batch could not segment, and why
+_DEFAULT_SETTINGS = {"device", "pretrained", "max_epochs", "val_split"}
+_OF_SEVERAL_GPUS = {"multi_gpu", "gpus"}
+_OF_THE_LIST = (  # methods of a datastore that read or change its list of images and labels
+    "_init_from_datastore_file",
+    "_reconcile_datastore",
+    "_update_datastore_file",
+    "get_image_info",
+    "get_label_info",
+    "json",
+    "update_image_info",
+    "update_label_info",
+)
+_OF_THE_FOLDER = (  # likewise; those of a DICOMweb server wait for it, and others shall not wait with them
+    "add_image",
+    "datalist",
+    "get_image_uri",
+    "get_label_uri",
+    "get_labeled_images",
+    "get_unlabeled_images",
+    "list_images",
+    "remove_image",
+    "remove_label",
+    "save_label",
+    "status",
+)
+# What the bundles that come with a model are for, their mean Dice in percent on real hearts without a label, and their
+# seconds on a CPU relative to the fastest.
+WORTH = {
+    "linearhead_acdc": ("the quickest, to begin with and to train while one labels", 86.1, 1.0),
+    "cnnhead_acdc": ("a larger head on the same encoder, to compare with", 85.9, 2.2),
+    "autosam_acdc": ("SAM's mask decoder on the same encoder, the best without a label, by a little", 86.3, 2.5),
+    "unet_acdc": ("the one that gains most from labelled patients", 86.2, 1.1),
+}
+
 
 class InferTask(BundleInferTask):
     """A bundle's inference, which answers an image that the bundle rejects with the bundle's reason."""
+
+    def __init__(self, path: str, conf: dict[str, str]) -> None:
+        super().__init__(path, conf)
+        self._config |= {"model_filename": [MODEL], "result_dtype": "uint8"}
+        self._checking = threading.Lock()
+
+    def info(self) -> dict[str, Any]:
+        """Return MONAI Label's description, with what the model is worth beside the others."""
+        return super().info() | worth_of(Path(self.bundle_path).name)
+
+    def fault(self, image: str) -> str | None:
+        """Say why a bundle rejects an image.
+
+        Args:
+            image: its path.
+
+        Returns:
+            the reason, None for an image that it can segment.
+        """
+        with self._checking:  # with a config of its own, since an inference may run meanwhile
+            try:
+                config = self._load_bundle_config(self.bundle_path, self.bundle_config_path)
+                config.get_parsed_content("preprocessing")({"image": image})
+            except Exception as error:
+                return (
+                    _reason(error, {image: "the image sent"})
+                    or f"the image sent cannot be read: {type(error).__name__}"
+                )
+        return None
 
     def run_pre_transforms(self, data: dict[str, Any], transforms: Sequence[Callable]) -> dict[str, Any]:
         """Load and prepare an image.
@@ -51,7 +124,8 @@ class InferTask(BundleInferTask):
             return super().run_pre_transforms(data, transforms)
         except Exception as error:
             is_sent = Path(image).parent == Path(tempfile.gettempdir())
-            reason = _reason(error, {image: "the image sent" if is_sent else f"the image {Path(image).name}"})
+            name = "the image sent" if is_sent else f"the image {Path(image).name}"
+            reason = _reason(error, {image: name})
             if reason is None:
                 raise
             logger.error("%s", reason)
@@ -59,7 +133,68 @@ class InferTask(BundleInferTask):
 
 
 class TrainTask(BundleTrainTask):
-    """A bundle's training, which leaves labels out that the bundle rejects."""
+    """A bundle's training, which leaves labels out that the bundle rejects and notes what came of it."""
+
+    def __init__(self, path: str, conf: dict[str, str]) -> None:
+        super().__init__(path, conf)
+        self._checking = threading.Lock()
+
+    def config(self) -> dict[str, Any]:
+        """Return the settings that a training takes, without those of MLflow and of other workflows."""
+        config = super().config()
+        shown = set(self._displayed()) | _DEFAULT_SETTINGS
+        shown |= _OF_SEVERAL_GPUS if torch.cuda.device_count() > 1 else set()
+        return {name: value for name, value in config.items() if name in shown} | {"model_filename": [MODEL]}
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the last training came to; nothing before the first."""
+        try:
+            return json.loads(Path(self.bundle_path, STATS).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        """Train on the labels of a datastore.
+
+        Args:
+            request: the settings; those that are missing have the values that `config` gives.
+            datastore: the images and labels.
+
+        Returns:
+            as `stats`.
+        """
+        super().__call__({"max_epochs": 50, **self._displayed(), **request}, datastore)
+        return self.stats()
+
+    def _displayed(self) -> dict[str, Any]:
+        keys = [key for key in self.const.key_displayable_configs() if self.bundle_config.get(key)]
+        return {name: value for key in keys for name, value in self.bundle_config.get_parsed_content(key).items()}
+
+    def _load_checkpoint(self, model: str, pretrained: bool, handlers: list[Any]) -> None:
+        """Make a training begin with the model; the config's handlers are shared by all trainings."""
+        handlers[:] = [handler for handler in handlers if handler.get("_target_") != "CheckpointLoader"]
+        if pretrained:
+            super()._load_checkpoint(model, pretrained, handlers)
+
+    def run_single_gpu(self, _request: dict[str, Any], overrides: dict[str, Any]) -> None:
+        """Train as `monai.bundle run` does, and note the best score, the epochs and the seconds."""
+        start = time.time()
+        files = {"meta_file": self.bundle_metadata_path, "config_file": self.bundle_config_path}
+        workflow = monai.bundle.create_workflow(run_id="run", init_id=None, final_id=None, **files, **overrides)
+        workflow.run()
+        workflow.finalize()
+        trainer = workflow.parser.get_parsed_content("train#trainer").state
+        evaluator = workflow.parser.get_parsed_content("validate#evaluator").state
+        stats = {
+            "epoch": trainer.epoch,
+            "total_epochs": trainer.max_epochs,
+            "total_time": round(time.time() - start, 1),
+            "training_cases": len(overrides["train#dataset#data"]),
+            "validation_cases": len(overrides.get("validate#dataset#data") or []),
+        }
+        if stats["validation_cases"] and evaluator.best_metric >= 0:
+            stats["best_metric"] = round(float(evaluator.best_metric), 4)
+        Path(self.bundle_path, STATS).write_text(json.dumps(stats))
 
     def fault(self, image: str, label: str) -> str | None:
         """Say why a bundle rejects a label.
@@ -71,11 +206,12 @@ class TrainTask(BundleTrainTask):
         Returns:
             the reason, None for a label to train on.
         """
-        try:
-            self.bundle_config.get_parsed_content("train#preprocessing")({"image": image, "label": label})
-        except Exception as error:
-            names = {label: f"the label {Path(label).name}", image: f"the image {Path(image).name}"}
-            return _reason(error, names) or f"{type(error).__name__}: {error}"
+        with self._checking:
+            try:
+                self.bundle_config.get_parsed_content("train#preprocessing")({"image": image, "label": label})
+            except Exception as error:
+                names = {label: f"the label {Path(label).name}", image: f"the image {Path(image).name}"}
+                return _reason(error, names) or f"the label {Path(label).name} cannot be read: {type(error).__name__}"
         return None
 
     def sorted_out(self, datastore: Datastore) -> tuple[list[dict[str, str]], dict[str, str]]:
@@ -102,11 +238,56 @@ class TrainTask(BundleTrainTask):
         return self.sorted_out(datastore)[0]
 
 
+class BatchTask(BatchInferTask):
+    """An inference on many images, one after the other, which goes on past those that a bundle rejects.
+
+    Args:
+        report: a file for the reasons by the image's name, written anew by every batch.
+    """
+
+    def __init__(self, report: Path) -> None:
+        self.report = report
+
+    def left_out(self) -> dict[str, str]:
+        """Return the reasons why the last batch has left images out, by their names."""
+        return json.loads(self.report.read_text()) if self.report.is_file() else {}
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore, infer: Callable) -> dict[str, Any]:
+        """Segment the images that a request selects.
+
+        Args:
+            request: the settings.
+            datastore: the images, and where the labels are stored.
+            infer: segments one image.
+
+        Returns:
+            MONAI Label's answers by the image's name; of an image that is left out the reason, as `left_out`.
+        """
+        left_out: dict[str, str] = {}
+
+        def infer_or_leave_out(one: dict[str, Any], store: Datastore) -> dict[str, Any]:
+            try:
+                return infer(one, store)
+            except Exception as error:
+                is_refused = isinstance(error, MONAILabelException)
+                reason = error.msg if isinstance(error, MONAILabelException) else f"{type(error).__name__}: {error}"
+                logger.warning("left out of the batch: %s: %s", one["image"], reason, exc_info=not is_refused)
+                left_out[one["image"]] = reason
+                self.report.write_text(json.dumps(left_out))
+                return {"left_out": reason}
+
+        self.report.parent.mkdir(exist_ok=True)
+        self.report.write_text("{}")
+        has_gpus = bool(request.get("multi_gpu", True)) and torch.cuda.is_available()
+        return super().__call__(request | {"multi_gpu": has_gpus, "max_workers": 1}, datastore, infer_or_leave_out)
+
+
 class App(MONAILabelApp):
     """The bundles of the folder `model`, those that the configuration `models` names, separated by commas."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        self.bundles = {name: str(Path(app_dir, "model", name)) for name in conf["models"].split(",")}
+        names = sorted(conf["models"].split(","), key=_seconds_per_dice)
+        self.bundles = {name: str(Path(app_dir, "model", name)) for name in names}
         description = "Segmentation from few labelled volumes, by MONAI Bundles"
         super().__init__(app_dir, studies, conf, name="AutoSAM bundles", description=description)
 
@@ -122,10 +303,18 @@ class App(MONAILabelApp):
         """Return what chooses the next sample, by name."""
         return {"random": Random(), "first": First()}
 
+    def init_batch_infer(self) -> BatchTask:
+        """Return the inference on many images."""
+        return BatchTask(Path(self.app_dir, LEFT_OUT))
+
     def init_datastore(self) -> Datastore:
-        """Return MONAI Label's store of images and labels, which here takes no label that every bundle rejects."""
+        """Return MONAI Label's store, which here takes no image and no label that every bundle rejects."""
         store = super().init_datastore()
-        save = store.save_label
+        lock = threading.RLock()  # requests and the watcher of the folder have a thread each
+        is_remote = isinstance(store, DICOMWebDatastore)
+        for name in _OF_THE_LIST if is_remote else _OF_THE_LIST + _OF_THE_FOLDER:
+            setattr(store, name, _one_at_a_time(getattr(store, name), lock))
+        save, add = store.save_label, store.add_image
 
         def save_checked(image: str, label: str, tag: str, info: dict[str, Any], **more: Any) -> str:
             of_image = self.image_file(image, store)
@@ -140,19 +329,70 @@ class App(MONAILabelApp):
                 message = f"{reasons[0]}".replace(Path(label).name, f"of {image}")
                 logger.error("%s", message)
                 raise MONAILabelException(MONAILabelError.INVALID_INPUT, message)
-            if isinstance(store, DICOMWebDatastore):
+            if is_remote:
                 info.setdefault("label_info", self.label_info(label))
+            else:
+                self.check_place(Path(store._datastore.label_path(tag), image))
             return save(image, label, tag, info, **more)
 
-        store.save_label = save_checked
+        def add_checked(image: str, file: str, info: dict[str, Any]) -> str:
+            self.check_readable(file)
+            with lock:
+                ending = store._to_id(Path(file).name)[1]
+                place = Path(store._datastore.image_path(), f"{image}{ending}")
+                if image in store.list_images() or place.exists() or place.is_symlink():
+                    message = f"there is an image {image}: choose another name, or remove it first"
+                    raise MONAILabelException(MONAILabelError.INVALID_INPUT, message)
+                return add(image, file, info)
+
+        store.save_label, store.add_image = save_checked, add_checked
         return store
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        """Segment an image, or raise ImageNotFoundException when there is none of its name."""
-        image = request.get("image")
-        if isinstance(image, str) and request.get("model") in self._infers and not Path(image).exists():
-            self.image_file(image, datastore or self.datastore())
-        return super().infer(request, datastore)
+        """Segment an image.
+
+        Args:
+            request: the settings; `image` is a name in the datastore, or the path of a file that was sent.
+            datastore: the images, and where a label is stored if `save_label` is set; None for the app's own.
+
+        Returns:
+            MONAI Label's answer.
+
+        Raises:
+            ImageNotFoundException: if there is no image of the name.
+        """
+        store, image, tag = datastore or self.datastore(), request["image"], request.get("label_tag", "original")
+        if request.get("model") not in self._infers:
+            return super().infer(request, store)  # which says so
+        is_sent = self.is_received(image)
+        path = image if is_sent else self.image_file(image, store)
+        answer = super().infer(request | {"image": path}, store)
+        if request.get("save_label") and not is_sent and answer["file"]:
+            notes = {"model": request["model"], "params": answer["params"]}
+            answer |= {"label": store.save_label(image, answer["file"], tag, notes), "tag": tag}
+        return answer
+
+    def is_received(self, image: str) -> bool:
+        """Return whether an image's name is the path of a file that the server itself has stored."""
+        path = Path(image)
+        if not path.is_absolute() or ".." in path.parts or not path.exists():
+            return False
+        sessions = self.sessions()
+        of_session = sessions is not None and path.is_relative_to(sessions.store_path)
+        return of_session or path.parent == Path(tempfile.gettempdir())
+
+    def check_readable(self, image: str) -> None:
+        """Raise MONAILabelException of INVALID_INPUT for the path of an image that no bundle can segment."""
+        reasons = [task.fault(image) for task in self._infers.values()]
+        if all(reasons):
+            raise MONAILabelException(MONAILabelError.INVALID_INPUT, str(reasons[0]))
+
+    def check_place(self, path: Path) -> None:
+        """Raise MONAILabelException of INVALID_INPUT for a path that a link leads out of the studies."""
+        files = [path, *path.parent.glob(f"{glob.escape(path.name)}.*")]
+        if not all(file.resolve().is_relative_to(Path(self.studies).resolve()) for file in files):
+            message = f"a link of {path.name} leads out of the studies: expected a file, or a link inside them"
+            raise MONAILabelException(MONAILabelError.INVALID_INPUT, message)
 
     def image_file(self, image: str, datastore: Datastore) -> str:
         """Return the path of an image.
@@ -162,7 +402,8 @@ class App(MONAILabelApp):
             datastore: where to look.
 
         Raises:
-            ImageNotFoundException: when there is none.
+            ImageNotFoundException: if there is none.
+            MONAILabelException: of INVALID_INPUT, if it is a link that leads out of the studies.
         """
         try:
             file = datastore.get_image_uri(image)
@@ -170,6 +411,8 @@ class App(MONAILabelApp):
             file = ""
         if not file:
             raise ImageNotFoundException(f"there is no image {image}: GET /datastore/?output=all lists those that are")
+        if not isinstance(datastore, DICOMWebDatastore):
+            self.check_place(Path(file))
         return file
 
     def label_info(self, label: str) -> list[dict[str, str]]:
@@ -186,13 +429,45 @@ class App(MONAILabelApp):
         return [{"name": names[index], "description": names[index]} for index in held if index in names]
 
 
+def worth_of(bundle: str) -> dict[str, Any]:
+    """Return what a bundle is worth beside the others; nothing of one for a user's own data.
+
+    Args:
+        bundle: its name.
+
+    Returns:
+        a sentence as `description`, `dice_without_labels` in percent, and `relative_seconds`.
+    """
+    if bundle not in WORTH:
+        return {}
+    purpose, dice, seconds = WORTH[bundle]
+    sentence = f"{purpose[0].upper()}{purpose[1:]}: mean Dice {dice} % on real hearts without a label, "
+    sentence += f"{seconds:g} times the seconds of the fastest."
+    return {"description": sentence, "dice_without_labels": dice, "relative_seconds": seconds}
+
+
+def _seconds_per_dice(bundle: str) -> float:
+    """Return what bundles are sorted by; those for a user's own data come first."""
+    _, dice, seconds = WORTH.get(bundle, ("", 1.0, 0.0))
+    return seconds / dice
+
+
+def _one_at_a_time(method: Callable, lock: threading.RLock) -> Callable:
+    """Return a method that waits for a lock."""
+
+    def locked(*arguments: Any, **options: Any) -> Any:
+        with lock:
+            return method(*arguments, **options)
+
+    return locked
+
+
 def _reason(error: Exception, names: Mapping[str, str]) -> str | None:
     """Return the sentence of an error that a bundle's `components` raise, with names for paths; None for others."""
-    from components.base.error_line import (
-        summarize_traceback,  # of the bundles, which are on the path only once they are read
-    )
+    from components.base.errors import summarize_traceback  # of the bundles, on the path only once they are read
 
-    sentence, is_own = summarize_traceback("".join(traceback.format_exception(error)))
+    sentence, is_own = summarize_traceback(error)
     for path, name in names.items():
         sentence = sentence.replace(path, name)
+    sentence = re.sub(r"something that begins with b(['\"]).*?\1(?=: )", "of another kind", sentence)
     return sentence if is_own else None

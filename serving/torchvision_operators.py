@@ -1,8 +1,8 @@
 """Make PyPI's torchvision, which is built for CUDA, importable beside a CPU build of torch.
 
-Its Python code registers implementations for operators that its compiled library declares, and that library does not
-load without CUDA. MONAI Label imports torchvision but calls none of them. So where the import fails, they are declared
-here. MONAI Label's server and the processes it starts import this file as `sitecustomize`.
+Its Python code registers implementations for operators that its compiled library declares. That library does not load
+without CUDA. MONAI Label imports torchvision but calls none of these operators, so they are declared here if the import
+fails. MONAI Label's server and the processes it starts import this file as `sitecustomize`.
 """
 
 import sys

@@ -18,12 +18,13 @@ from conftest import REPOSITORY
 
 
 class Client:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, token: str | None = None) -> None:
         self.address = f"http://127.0.0.1:{port}"
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json", **query) -> bytes:
         url = f"{self.address}{path}?{urllib.parse.urlencode(query)}"
-        request = urllib.request.Request(url, data=body, method=method, headers={"Content-Type": kind})
+        request = urllib.request.Request(url, data=body, method=method, headers=self.headers | {"Content-Type": kind})
         with urllib.request.urlopen(request, timeout=600) as answer:
             return answer.read()
 
@@ -40,24 +41,32 @@ class Client:
         body = urllib.parse.urlencode({"params": json.dumps(params)}).encode()
         return self.ask("POST", path, body, "application/x-www-form-urlencoded", **query)
 
+    def offered(self, trainer: str) -> dict:
+        """The settings that the server lists for a training, as Slicer sends them back: of choices the first."""
+        config = json.loads(self.ask("GET", "/info/"))["trainers"][trainer]["config"]
+        return {name: value[0] if isinstance(value, list) else value for name, value in config.items()}
+
     def refusal(self, method: str, path: str, *arguments, **query) -> tuple[int, str]:
         """The status and the sentence of an answer that is an error; with a file, of a form."""
         send = self.send if arguments else self.ask
         try:
             send(method, path, *arguments, **query)
         except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())["detail"]
+            said = error.read().decode()
+            return error.code, json.loads(said)["detail"] if said.startswith("{") else said
         raise AssertionError(f"{method} {path} is answered as if all was well")
 
 
 @contextmanager
-def served(python: str, folder: Path, studies: str | Path, *options: str, **environment: str) -> Iterator[Client]:
+def served(
+    python: str, folder: Path, studies: str | Path, *options: str, token: str | None = None, **environment: str
+) -> Iterator[Client]:
     """A client of a server that runs meanwhile, its app and log below a folder; TERM ends it, and all it started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = ("--studies", str(studies), "--app_dir", str(folder / "app"), "--port", str(port))
-    client = Client(port)
+    client = Client(port, token or environment.get("SERVING_TOKEN"))
     with (folder / "log.txt").open("w") as log:
         command = [python, "-m", "serving", *places, *options]
         variables = {**os.environ, **environment}

@@ -1,17 +1,21 @@
 """MONAI Label's server with the bundles, as the README starts it."""
 
+import contextlib
+import errno
 import http.server
 import json
 import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from label_server import served
 from PIL import Image
 from test_custom_data import decathlon, plain, trained
@@ -27,7 +31,7 @@ from serving.__main__ import serve
 from serving.app import assemble_app
 
 LABELS = {"rv": 1, "myo": 2, "lv": 3}
-SMALL = {"max_epochs": 1, "train#prepare_batch#pool_size": 4}
+SMALL = {"max_epochs": 1}
 
 
 @pytest.fixture
@@ -103,7 +107,6 @@ def test_own_bundle_with_a_head_trains_on_as_it_was_trained(encoder, tmp_path, m
     assert {name: train[name] for name in given} == given
     assert "width" not in train
     assert served_config(app, "data")["label_values"] == [0, 1]
-    assert served_config(app, "inference")["displayable_configs"] == {"result_dtype": "uint8"}
     assert train["sam_checkpoint"] == before["sam_checkpoint"] == served_config(app, "inference")["sam_checkpoint"]
     assert isinstance(train["sam_checkpoint"], str) == (encoder is not None)  # a file of one's own stays where it is
 
@@ -116,7 +119,8 @@ def test_mistyped_studies_are_refused_and_not_made(tmp_path, replaced_by):
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(404, "answers 404 Not Found: expected --studies to be the root"), (None, "nobody answers at")]
+    ("status", "said"),
+    [(404, "answers 404 Not Found: expected --studies to be the root"), (None, "no server answers at")],
 )
 def test_an_address_without_a_dicomweb_server_is_refused(status, said, dicomweb, replaced_by, tmp_path):
     address = dicomweb(status) if status else "http://127.0.0.1:9/dicom-web"
@@ -141,9 +145,7 @@ def test_mr_series_are_served_from_dicomweb_unless_another_filter_is_given(
 
 def test_dicomweb_without_dcmqi_is_refused(dicomweb, replaced_by, tmp_path, monkeypatch):
     monkeypatch.setattr("serving.__main__.shutil.which", lambda *_, **__: None)
-    with pytest.raises(
-        SystemExit, match=r"itkimage2segimage, which writes DICOM SEG: pip install -c constraints-label"
-    ):
+    with pytest.raises(SystemExit, match=r"itkimage2segimage, which writes DICOM SEG, is missing: install it"):
         serve(dicomweb(200), str(tmp_path / "app"))
     assert not replaced_by
 
@@ -176,15 +178,30 @@ def read(content: bytes, path: Path) -> nib.Nifti1Image:
 
 
 @pytest.mark.slow
-def test_server_offers_the_bundles_and_their_labels(server):
+def test_server_offers_the_bundles_by_what_they_are_worth(server):
     info = json.loads(server[0].ask("GET", "/info/"))
     assert info["models"].keys() == info["trainers"].keys() == set(PACKED)
     assert all(model["labels"] == LABELS for model in info["models"].values())
+    assert next(iter(info["models"])) == next(iter(info["trainers"])) == "linearhead_acdc"
+    worth = [model["dice_without_labels"] / model["relative_seconds"] for model in info["models"].values()]
+    assert worth == sorted(worth, reverse=True)
+    assert len({model["description"] for model in info["models"].values()}) == len(PACKED)
+    rows = (REPOSITORY / "README.md").read_text().splitlines()
+    row_of = {
+        "autosam": "+ ViT head",
+        "cnnhead": "+ CNN head",
+        "linearhead": "+ linear head",
+        "unet": "UNet from phantoms",
+    }
+    for bundle, model in info["models"].items():
+        row = next(row for row in rows if row_of[bundle.removesuffix("_acdc")] in row and "±" in row)
+        assert f"{model['dice_without_labels']}" in row.split("|")[2]
+        assert f"{model['dice_without_labels']} %" in model["description"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle", PACKED)
-def test_bundle_segments_learns_and_segments_anew(bundle, server, patients, tmp_path):
+def test_bundle_segments_learns_from_what_the_server_offers_and_segments_anew(bundle, server, patients, tmp_path):
     client, app, studies = server
     image = Path(patients[0]["image"])
     name = image.name.removesuffix(".nii.gz")
@@ -192,6 +209,7 @@ def test_bundle_segments_learns_and_segments_anew(bundle, server, patients, tmp_
     def segmented(file: str) -> np.ndarray:
         answer = read(client.ask("POST", f"/infer/{bundle}", image=name, output="image"), tmp_path / file)
         assert answer.shape == nib.load(image).shape
+        assert answer.get_data_dtype() == np.uint8
         assert np.array_equal(answer.affine, nib.load(image).affine)
         return np.asarray(answer.dataobj)
 
@@ -205,24 +223,143 @@ def test_bundle_segments_learns_and_segments_anew(bundle, server, patients, tmp_
         client.send("PUT", "/datastore/label", "label", Path(case["label"]), image=study, tag="final")
     model = app / "model" / bundle / "models/model.pt"
     before = model.read_bytes()
-    client.post(f"/train/{bundle}", SMALL | {"val_split": 0.0}, run_sync="true")  # none to validate on
+    old = {"run_id": "", "tracking": "None", "tracking_uri": "", "client_id": None}  # as other clients send along
+    client.post(f"/train/{bundle}", client.offered(bundle) | old | SMALL | {"val_split": 0.0}, run_sync="true")
     assert model.read_bytes() != before
     assert not np.array_equal(segmented("second.nii.gz"), first)
+    stats = json.loads(client.ask("GET", "/info/"))["train_stats"][bundle]
+    assert (stats["epoch"], stats["training_cases"], stats["validation_cases"]) == (1, len(patients), 0)
+    assert stats["total_time"] > 0
 
-    client.post(f"/batch/infer/{bundle}", {"multi_gpu": False}, images="all", run_sync="true")
+    client.post(f"/batch/infer/{bundle}", {}, images="all", run_sync="true")
     saved = {path.name for path in (studies / "labels/original").glob("*.nii.gz")}
     assert saved == {Path(case["image"]).name for case in patients}
 
 
-@pytest.mark.slow
-def test_training_in_the_background_finishes(server):
-    client, _, _ = server
-    client.post("/train/linearhead_acdc", SMALL | {"val_split": 0.4})
-    for _ in range(120):
+def ended(client, path: str) -> dict:
+    """The status of what runs in the background, once it has ended."""
+    while True:
+        status = json.loads(client.ask("GET", path))
+        if status["status"] not in ("SUBMITTED", "RUNNING"):
+            return status
         time.sleep(1)
-        if json.loads(client.ask("GET", "/train/"))["status"] not in ("SUBMITTED", "RUNNING"):
-            break
-    assert json.loads(client.ask("GET", "/train/"))["status"] == "DONE"
+
+
+@pytest.mark.slow
+def test_training_in_the_background_with_the_offered_settings_finishes(server, patients):
+    client, _, _ = server
+    for case in patients:
+        study = Path(case["image"]).name.removesuffix(".nii.gz")
+        client.send("PUT", "/datastore/label", "label", Path(case["label"]), image=study, tag="final")
+    client.post("/train/", {"linearhead_acdc": client.offered("linearhead_acdc") | SMALL})  # as OHIF asks
+    assert ended(client, "/train/")["status"] == "DONE"
+    stats = json.loads(client.ask("GET", "/info/"))["train_stats"]["linearhead_acdc"]
+    assert 0 < stats["best_metric"] <= 1
+    assert stats["validation_cases"] == 1
+
+
+def mean_dice(pred: np.ndarray, case: dict[str, str]) -> float:
+    truth = np.asarray(nib.load(case["label"]).dataobj)
+    return float(
+        np.mean(
+            [2 * ((pred == k) & (truth == k)).sum() / ((pred == k).sum() + (truth == k).sum()) for k in LABELS.values()]
+        )
+    )
+
+
+@pytest.mark.slow
+def test_what_is_trained_on_is_segmented_better(label_python, patients, tmp_path):
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    case = patients[0]
+    (studies / "heart.nii.gz").write_bytes(Path(case["image"]).read_bytes())
+    with served(label_python, tmp_path, studies, "--bundle", "unet_acdc") as client:
+
+        def score(file: str) -> float:
+            answer = client.ask("POST", "/infer/unet_acdc", image="heart", output="image")
+            return mean_dice(np.asarray(read(answer, tmp_path / file).dataobj), case)
+
+        assert json.loads(client.ask("POST", "/activelearning/first", b"{}"))["id"] == "heart"
+        before = score("before.nii.gz")
+        client.send("PUT", "/datastore/label", "label", Path(case["label"]), image="heart", tag="final")
+        client.post(
+            "/train/unet_acdc", client.offered("unet_acdc") | {"max_epochs": 5}
+        )  # one case: none to validate on
+        assert ended(client, "/train/")["status"] == "DONE"
+        assert score("after.nii.gz") > before
+
+
+@pytest.mark.slow
+def test_training_that_does_not_start_from_the_model(server, patients):
+    client, app, _ = server
+    case, model = patients[0], app / "model/linearhead_acdc/models/model.pt"
+    study = Path(case["image"]).name.removesuffix(".nii.gz")
+    client.send("PUT", "/datastore/label", "label", Path(case["label"]), image=study, tag="final")
+    before = model.read_bytes()
+    client.post("/train/linearhead_acdc", SMALL | {"pretrained": False, "val_split": 0.0}, run_sync="true")
+    assert model.read_bytes() != before
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_past_images_that_cannot_be_segmented(label_python, patients, tmp_path):
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    image = Path(patients[0]["image"])
+    (studies / "b.nii.gz").write_bytes(image.read_bytes())
+    (studies / "a.nii.gz").write_bytes(image.read_bytes()[:2000])
+    with served(label_python, tmp_path, studies, "--bundle", "linearhead_acdc") as client:
+        assert client.refusal("POST", "/batch/infer/nohead_acdc")[0] == 422
+        answer = client.post("/batch/infer/linearhead_acdc", {}, run_sync="true")
+        assert "expected a complete NIfTI file" in answer["a"]["left_out"]
+        assert answer["b"]["label"] == "b"
+        (studies / "labels/original/b.nii.gz").unlink()
+        client.post("/batch/infer/linearhead_acdc", {})
+        status = ended(client, "/batch/infer")
+        assert status["status"] == "DONE"
+        assert status["left_out"] == {"a": answer["a"]["left_out"]}
+        assert nib.load(studies / "labels/original/b.nii.gz").shape == nib.load(image).shape
+        status, said = client.refusal("POST", "/activelearning/nope")
+        assert (status, said) == (422, "there is no strategy nope: expected one of random, first")
+
+
+@pytest.mark.slow
+def test_others_are_answered_while_an_inference_waits(label_python, patients, tmp_path):
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    image = Path(patients[0]["image"])
+    (studies / "other.nii.gz").write_bytes(image.read_bytes())
+    os.mkfifo(studies / "pipe.nii.gz")  # whoever reads it waits for a writer
+    with served(label_python, tmp_path, studies, "--bundle", "linearhead_acdc") as client, ThreadPoolExecutor() as pool:
+        waiting = [
+            pool.submit(client.refusal, "POST", "/infer/linearhead_acdc", image=name, output="json")
+            for name in ["pipe"] * 2
+        ]
+        pipe = opened_by_reader(studies / "pipe.nii.gz")
+        for _ in range(3):
+            assert "linearhead_acdc" in json.loads(client.ask("GET", "/info/"))["models"]
+            assert json.loads(client.ask("GET", "/datastore/"))["total"] == 2
+            assert client.refusal("GET", "/train/")[0] == 404  # none has been started
+            query = {"image": "other", "tag": "draft"}
+            client.send("PUT", "/datastore/label", "label", Path(patients[0]["label"]), **query)
+        assert not any(one.done() for one in waiting)
+        os.close(pipe)
+        while not all(one.done() for one in waiting):
+            with contextlib.suppress(OSError):
+                os.close(os.open(studies / "pipe.nii.gz", os.O_WRONLY | os.O_NONBLOCK))
+            time.sleep(0.05)
+        assert {one.result()[0] for one in waiting} == {422}
+        client.ask("POST", "/infer/linearhead_acdc", image="other", output="json")
+
+
+def opened_by_reader(pipe: Path) -> int:
+    """A pipe, opened for writing as soon as somebody waits to read it."""
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """DICOM through MONAI Label: an MR series in Orthanc, served, segmented as DICOM SEG, labelled and trained on."""
 
+import gzip
 import json
 import shutil
 import socket
@@ -91,6 +92,14 @@ def test_mr_series_in_orthanc_is_segmented_labelled_and_trained_on(orthanc, labe
     with served(label_python, tmp_path, f"{orthanc}/dicom-web", "--bundle", "linearhead_acdc", **cache) as client:
         assert json.loads(client.ask("POST", "/activelearning/first", b"{}"))["id"] == series
         assert client.refusal("POST", "/infer/linearhead_acdc", image="1.2.3", output="image")[0] == 404
+        for name in ("../../etc", f"{series}/..", "/etc/passwd", "1" * 65):
+            assert client.refusal("POST", "/infer/linearhead_acdc", image=name, output="image")[0] == 404
+        (study,) = json.loads(gzip.decompress(client.ask("GET", "/proxy/dicom/qido/studies")))  # as OHIF asks
+        uid = study["0020000D"]["Value"][0]
+        assert json.loads(gzip.decompress(client.ask("GET", f"/proxy/dicom/wado/studies/{uid}/metadata")))
+        for path in ("../system", "..%2fsystem", "%2e%2e/system", "system", "studies/..%2f..%2fsystem"):
+            assert client.refusal("GET", f"/proxy/dicom/qido/{path}")[0] in (404, 422)
+        assert client.refusal("PUT", "/datastore/", "file", tmp_path / "phantoms/phantom.json", image="x")[0] == 422
 
         (tmp_path / "pred.nii.gz").write_bytes(
             client.ask("POST", "/infer/linearhead_acdc", image=series, output="image")
@@ -112,7 +121,7 @@ def test_mr_series_in_orthanc_is_segmented_labelled_and_trained_on(orthanc, labe
         (stored,) = series_of(orthanc, "SEG")
         model = tmp_path / "app/model/linearhead_acdc/models/model.pt"
         before = model.read_bytes()
-        settings = {"max_epochs": 1, "val_split": 0.0, "train#prepare_batch#pool_size": 4}
+        settings = {"max_epochs": 1, "val_split": 0.0}
         assert client.post("/train/linearhead_acdc", settings, run_sync="true")["left_out"] == {}
         assert model.read_bytes() != before
         (submitted,) = (tmp_path / "cache").rglob(f"{stored}/*.dcm")  # which the training has fetched
