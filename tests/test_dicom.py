@@ -13,8 +13,8 @@ from monai.utils import OptionalImportError
 from test_cine import segment
 from test_function import GreyIsClass
 
-from components.dicom import images
 from components.data.volume_search import find_volumes
+from components.dicom import images
 from components.dicom.segmentation_object import SaveDicomSegd
 from components.dicom.stack import read_stack, read_voxels
 from components.function.report import FunctionReport
@@ -23,7 +23,7 @@ from components.phantom.dataset import write_phantom_dataset
 highdicom = pytest.importorskip("highdicom")
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset  # noqa: E402
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid  # noqa: E402
 
 MR_IMAGE, ENHANCED_MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
 CLASSES = ("RV", "Myo", "LV")
@@ -43,12 +43,15 @@ def beating(tmp_path_factory):
     return image
 
 
-def dataset(sop_class, path, series, *, number=1, name="sax", study=STUDY) -> FileDataset:
+def dataset(
+    sop_class, path, series, *, number=1, name="sax", study=STUDY, syntax=ExplicitVRLittleEndian, **attributes
+) -> FileDataset:
     """A file's header, with what every image has."""
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, sop_class
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, sop_class
     meta.MediaStorageSOPInstanceUID = generate_uid()
-    made = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=False)
+    is_implicit = syntax == ImplicitVRLittleEndian
+    made = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=is_implicit)
     made.SOPClassUID, made.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
     made.StudyInstanceUID, made.SeriesInstanceUID, made.FrameOfReferenceUID = study, series, PLACE
     made.Modality, made.SeriesNumber, made.SeriesDescription = "MR", number, name
@@ -56,6 +59,8 @@ def dataset(sop_class, path, series, *, number=1, name="sax", study=STUDY) -> Fi
     made.PatientSize, made.PatientWeight = 1.8, 80
     made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, "MONOCHROME2", 0
     made.BitsAllocated, made.BitsStored, made.HighBit = 16, 16, 15
+    for attribute, value in attributes.items():
+        setattr(made, attribute, value)
     return made
 
 
@@ -286,7 +291,267 @@ def test_the_later_one_of_two_breath_holds_counts_and_phase_images_do_not(beatin
     stack = read_stack(tmp_path / "study")
     is_seven = (read_voxels(stack) == 7).all((0, 1, 3))
     assert is_seven.sum() == 1
-    assert stack.left_out == ["3 'sax'"]
+    assert stack.left_out == {
+        "series 3 'sax'": "another breath-hold of a slice: the latest one with the usual number of frames is used",
+        **{
+            f"series {number} 'flow'": "DICOM images of phase or one part of complex values: expected magnitudes"
+            for number in range(200, 205)
+        },
+    }
+
+
+def shifted(image, slices):
+    """The affine of an image that lies a number of slices farther along their normal."""
+    affine = image.affine.copy()
+    affine[:3, 3] += slices * affine[:3, 2]
+    return affine
+
+
+def sevens(image, frames=None):
+    """An image of one grey value that no label has."""
+    shape = (*image.shape[:3], frames or image.shape[3])
+    return nib.Nifti1Image(np.full(shape, 7, np.int16), image.affine)
+
+
+OF_ANOTHER_KIND = {
+    "name": {"name": "sax_tagging_b2"},
+    "sequence": {"name": "sax", "ScanningSequence": ["GR", "IR"]},
+    "sequence name": {"name": "sax", "SequenceName": "*fl2d1_tag"},
+    "type of image": {"name": "sax", "ImageType": ["DERIVED", "PRIMARY", "T1 MAP"]},
+}
+
+
+@pytest.mark.parametrize("depths", [[1, 3], None])
+@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+def test_later_series_of_another_kind_replace_no_slice(kind, depths, beating, tmp_path):
+    if depths is None and kind != "name":
+        pytest.skip("of two whole stacks the later one is taken unless its name tells that it is no plain cine")
+    write_classic(tmp_path / "study", beating, SequenceName="*tfi2d1_15")
+    others = {"SequenceName": "*tfi2d1_15", **OF_ANOTHER_KIND[kind]}
+    write_classic(tmp_path / "study", sevens(beating), depths=depths, number=40, **others)
+    stack = read_stack(tmp_path / "study")
+    assert stack.shape == beating.shape
+    assert not (read_voxels(stack) == 7).any()
+    assert stack.chosen == f"'sax': 5 slices of {beating.shape[3]} frames"
+    assert set(stack.left_out) == {f"series {40 + depth} '{others['name']}'" for depth in depths or range(5)}
+    assert set(stack.left_out.values()) == {
+        "at slices of the short-axis cine, but of another name, sequence or number of frames"
+    }
+
+
+@pytest.mark.parametrize("name", ["LGE_SAX", "sax", ""])
+@pytest.mark.parametrize("place", ["at the slices", "between them"])
+def test_still_images_of_the_same_geometry_are_no_slices_of_the_cine(name, place, beating, tmp_path):
+    write_classic(tmp_path / "study", beating, name="" if name == "" else "sax")
+    still = sevens(beating, frames=1)
+    if place == "between them":
+        write_classic(tmp_path / "study", still, depths=[0], number=40, name=name, affine=shifted(beating, 1.5))
+    else:
+        write_classic(tmp_path / "study", still, number=40, name=name)
+    stack = read_stack(tmp_path / "study")
+    assert stack.shape == beating.shape
+    assert not (read_voxels(stack) == 7).any()
+
+
+def test_a_still_image_in_place_of_a_slice_of_its_name_is_a_slice_that_lost_frames(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, depths=[0, 1, 2, 3])
+    write_classic(tmp_path / "study", sevens(beating, frames=1), depths=[4], number=9)
+    message = refused(tmp_path / "study")
+    assert "expected as many frames in every slice" in message
+    assert "1 at " in message
+
+
+def test_a_breath_hold_that_was_broken_off_does_not_replace_a_whole_one(beating, tmp_path):
+    write_classic(tmp_path / "study", beating)
+    write_classic(tmp_path / "study", sevens(beating, frames=3), depths=[2], number=100)
+    stack = read_stack(tmp_path / "study")
+    assert not (read_voxels(stack) == 7).any()
+    assert list(stack.left_out) == ["series 102 'sax'"]
+
+
+def test_slices_of_other_names_complete_the_stack_unless_they_are_no_plain_cine(beating, tmp_path):
+    write_classic(tmp_path / "named/study", beating, depths=[0, 1], name="upper heart")
+    write_classic(tmp_path / "named/study", beating, depths=[2, 3, 4], number=20, name="lower heart")
+    stack = read_stack(tmp_path / "named/study")
+    assert stack.shape == beating.shape
+    assert stack.chosen.startswith("'lower heart', 'upper heart': 5 slices of")
+    write_classic(tmp_path / "tagged/study", beating, depths=[0, 1, 3, 4])
+    write_classic(tmp_path / "tagged/study", sevens(beating), depths=[2], number=40, name="sax_tag")
+    assert "none is between" in refused(tmp_path / "tagged/study")
+
+
+def test_the_log_says_which_series_are_read_and_why_others_are_not(beating, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_classic(tmp_path / "in/anna", beating)
+    write_classic(tmp_path / "in/anna", sevens(beating), depths=[1], number=40, name="sax_tag")
+    segment(tmp_path / "in", tmp_path / "out", network=GreyIsClass())
+    assert f"in: the short-axis cine is 'sax': 5 slices of {beating.shape[3]} frames" in caplog.text
+    assert (
+        "skipped 1, at slices of the short-axis cine, but of another name, sequence or number of frames: "
+        "in, series 41 'sax_tag'"
+    ) in caplog.text
+
+
+def files_at(folder, depth):
+    """The files of a slice, by the number of its series."""
+    return [
+        path for path in sorted(folder.iterdir()) if pydicom.dcmread(path, force=True).get("SeriesNumber") == 1 + depth
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (0, "a damaged DICOM file, empty: copy it again from its source"),
+        (100, "a damaged DICOM file, not DICOM by its content: copy it again from its source"),
+        (420, "a damaged DICOM file, cut off before its pixels end: copy it again from its source"),
+        (-100, "a damaged DICOM file, cut off before its pixels end: copy it again from its source"),
+    ],
+)
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_stack_that_may_lack_slices_or_frames_by_damage_is_refused_with_the_files(
+    depth, kept, reason, beating, tmp_path
+):
+    write_classic(tmp_path / "study", beating)
+    lost = files_at(tmp_path / "study", depth)
+    for number, path in enumerate(lost):
+        content = path.read_bytes()
+        path.unlink()
+        path.with_name(f"cut{number:02d}.dcm").write_bytes(content[:kept])
+    message = refused(tmp_path / "study")
+    assert "study: expected every file of the short-axis cine whole, but 'sax': " in message
+    named = ", ".join(f"cut{number:02d}.dcm" for number in range(5))
+    assert len(lost) == 5
+    assert f"may lack slices or frames: {named}: {reason}; or remove what is of another series" in message
+
+
+def test_an_empty_file_without_a_suffix_is_damaged_beside_dicom_files(beating, tmp_path):
+    write_classic(tmp_path / "study", beating)
+    (tmp_path / "study/README").write_bytes(b"")
+    (tmp_path / "study/._IM0001.dcm").write_bytes(b"of macOS")
+    assert read_stack(tmp_path / "study").shape == beating.shape
+    path = files_at(tmp_path / "study", 4)[0]
+    path.write_bytes(b"")
+    assert f"may lack slices or frames: {path.name}: a damaged DICOM file, empty" in refused(tmp_path / "study")
+
+
+def test_damaged_files_of_other_series_are_named_and_stop_nothing(beating, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_classic(tmp_path / "in/anna/sax", beating)
+    write_others(tmp_path / "in/anna", beating)
+    localiser = sorted((tmp_path / "in/anna/loc").iterdir())[0]
+    localiser.write_bytes(localiser.read_bytes()[:-100])
+    copied = sorted((tmp_path / "in/anna/sax").iterdir())[0]
+    copied.with_suffix(".dcm").write_bytes(copied.read_bytes()[:420])  # the file is there a second time, whole
+    (tmp_path / "in/berta").mkdir()
+    (tmp_path / "in/berta/x.dcm").write_bytes(b"")
+    segment(tmp_path / "in", tmp_path / "out", network=GreyIsClass())
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["anna_pred.nii.gz"]
+    assert (
+        "skipped 2, a damaged DICOM file, cut off before its pixels end: copy it again from its source: "
+        f"anna, file loc/{localiser.name}, anna, file sax/{copied.name}.dcm"
+    ) in caplog.text
+    assert "skipped 1, a damaged DICOM file, empty: copy it again from its source: berta/x.dcm" in caplog.text
+
+
+def test_a_folder_of_damaged_files_only_says_so(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.dcm").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"no volume found .* left out: 0\.dcm and 2 more: a damaged DICOM file, empty"
+    ):
+        find_volumes(str(tmp_path))
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_files_without_the_preamble_are_read(syntax, beating, tmp_path):
+    write_classic(tmp_path / "study", beating, syntax=syntax)
+    whole = read_voxels(read_stack(tmp_path / "study"))
+    for path in (tmp_path / "study").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[content.index(b"\x08\0\x16\0") :])  # from the class of the image on
+    saving = [SaveDicomSegd("pred", str(tmp_path / "out"), CLASSES)]
+    segment(tmp_path / "study", tmp_path / "out", network=GreyIsClass(), smoothing=0, saving=saving)
+    assert np.array_equal(read_voxels(read_stack(tmp_path / "study")), whole)
+    assert_reads_back(
+        tmp_path / "out/study_seg", tmp_path / "study", np.asarray(nib.load(tmp_path / "out/study_pred.nii.gz").dataobj)
+    )
+
+
+def test_images_without_a_study_are_named_with_the_reason(beating, tmp_path):
+    write_classic(tmp_path / "in/anna", beating)
+    write_classic(tmp_path / "in/berta", beating, depths=[0])
+    for path in (tmp_path / "in/berta").iterdir():
+        header = pydicom.dcmread(path)
+        del header.StudyInstanceUID
+        header.save_as(path)
+    found = find_volumes(str(tmp_path / "in"))
+    assert {item["image"] for item in found} == {str(tmp_path / "in/anna")}
+    assert len(found.skipped) == beating.shape[3]
+    assert all(path.startswith("berta/") for path in found.skipped)
+    assert set(found.skipped.values()) == {
+        "DICOM images without StudyInstanceUID, which an anonymiser may have removed: give the images of each study "
+        "one of their own"
+    }
+    with pytest.raises(ValueError, match="and 4 more: DICOM images without StudyInstanceUID"):
+        find_volumes(str(tmp_path / "in/berta"))
+
+
+def test_images_that_no_cine_can_be_of_are_named_with_the_reason(beating, tmp_path):
+    write_classic(tmp_path / "in", beating)
+    write_classic(tmp_path / "in", beating, depths=[0], number=30, name="echo", Modality="US")
+    write_classic(tmp_path / "in", beating, depths=[0], number=31, name="map", PhotometricInterpretation="RGB")
+    write_classic(tmp_path / "in", beating, depths=[0], number=32, name="no place")
+    for path in files_at(tmp_path / "in", 31):
+        header = pydicom.dcmread(path)
+        del header.ImagePositionPatient
+        header.save_as(path)
+    skipped = find_volumes(str(tmp_path / "in")).skipped
+    assert skipped["in, series 30 'echo'"] == "DICOM of the modality US: expected MR or CT"
+    assert skipped["in, series 31 'map'"] == "DICOM images of colours: expected grey values"
+    assert skipped["in, series 32 'no place'"].startswith("DICOM images without a place: expected ImagePositionPatient")
+
+
+def test_copies_of_an_image_count_once(beating, tmp_path):
+    write_classic(tmp_path / "study/a", beating)
+    (tmp_path / "study/b").mkdir()
+    for path in sorted((tmp_path / "study/a").iterdir())[::2]:
+        (tmp_path / "study/b" / path.name).write_bytes(path.read_bytes())
+    stack = read_stack(tmp_path / "study")
+    assert stack.shape == beating.shape
+    assert set(stack.left_out.values()) == {"a copy of a DICOM image that is read"}
+    assert all(name.startswith("file b/") for name in stack.left_out)
+
+
+def test_images_that_an_anonymiser_gave_one_uid_stay_apart(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, SOPInstanceUID="1.2.3")
+    assert read_stack(tmp_path / "study").shape == beating.shape
+
+
+@pytest.mark.parametrize(
+    "inverted",
+    [
+        {"PhotometricInterpretation": "MONOCHROME1"},
+        {"PresentationLUTShape": "INVERSE"},
+        {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"},
+    ],
+)
+def test_images_whose_smallest_value_is_white_are_inverted_once(inverted, beating, tmp_path):
+    write_classic(tmp_path / "plain", beating)
+    voxels = np.asarray(beating.dataobj)
+    write_classic(tmp_path / "inverted", nib.Nifti1Image(3 - voxels, beating.affine), **inverted)
+    plain, turned = (read_voxels(read_stack(tmp_path / name)) for name in ("plain", "inverted"))
+    assert np.array_equal(turned, plain)
+
+
+def test_inverted_slices_are_inverted_from_one_value(beating, tmp_path):
+    voxels = np.asarray(beating.dataobj).copy()
+    voxels[:, :, 2] //= 2
+    write_classic(tmp_path / "plain", nib.Nifti1Image(voxels, beating.affine))
+    inverted = nib.Nifti1Image(3 - voxels, beating.affine)
+    write_classic(tmp_path / "inverted", inverted, PhotometricInterpretation="MONOCHROME1", RescaleSlope=2)
+    plain, turned = (read_voxels(read_stack(tmp_path / name)) for name in ("plain", "inverted"))
+    assert np.array_equal(turned, 2 * plain)
 
 
 def test_a_study_that_holds_its_own_results_is_segmented_as_before(beating, tmp_path):

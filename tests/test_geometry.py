@@ -171,13 +171,12 @@ def test_an_axis_that_a_volume_lacks_is_refused(slice_axis):
         SlicesLastd("image", slice_axis=slice_axis)
 
 
-@pytest.mark.parametrize("shape", [(*SHAPE, 1), (*SHAPE, 1, 1), (*SHAPE[:2], 1, SHAPE[2]), (1, *SHAPE)])
+@pytest.mark.parametrize("shape", [(*SHAPE, 1), (*SHAPE, 1, 1)])
 def test_axes_of_length_one_are_dropped_and_given_back(tmp_path, segment, expected, shape):
     path = save(tmp_path / "x.nii.gz", volume().reshape(shape), oblique(0))
     prediction = segment(path)
     assert prediction.shape == shape
-    if shape[0] != 1:  # else the header's spacings are those of other axes
-        assert np.array_equal(np.asarray(prediction.dataobj).reshape(SHAPE), expected)
+    assert np.array_equal(np.asarray(prediction.dataobj).reshape(SHAPE), expected)
     assert_same_geometry(prediction, path)
 
 

@@ -126,6 +126,7 @@ def test_odd_paths_are_read(tmp_path, folder):
         (b"", "is not a NIfTI file but empty"),
         (b"\x89PNG\r\n\x1a\n" + bytes(400), "but a PNG picture: expected a volume as .nii.gz or .nii"),
         (bytes(128) + b"DICM" + bytes(400), "but a DICOM file: give the folder of its study"),
+        (b"\x08\0\x05\0CS\x0a\0ISO_IR 100" + bytes(400), "but a DICOM file: give the folder of its study"),
         (b"/annex/objects/MD5E-s1--x.nii.gz\n", "but the pointer of a file that git-annex has not fetched"),
         (b"version https://git-lfs.github.com/spec/v1", "but the pointer of a file that Git LFS has not fetched"),
         (b"PK\x03\x04" + bytes(400), "but a ZIP archive"),

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def test_folder_is_searched_recursively_without_labels_and_predictions(tmp_path)
     assert "neither a 3D volume nor a series of them but an array (4, 4, 2, 3, 6)" in found.skipped["a/tensors.nii.gz"]
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 2, 3), (4, 4, 2, 1, 3), (4, 1, 4, 2, 3), (4, 4, 2, 3, 1)])
+@pytest.mark.parametrize("shape", [(4, 4, 2, 3), (4, 4, 2, 1, 3), (4, 4, 2, 3, 1)])
 def test_every_frame_of_a_series_is_found(tmp_path, shape):
     volume, series = save(tmp_path / "x.nii.gz", (4, 4, 2)), save(tmp_path / "cine.nii.gz", shape)
     frames = [{"image": series, "frame": frame, "frames": 3} for frame in range(3)]
@@ -46,6 +48,28 @@ def test_every_frame_of_a_series_is_found(tmp_path, shape):
         loaded = LoadVolumed("image")(frame)["image"]
         whole = np.arange(96).reshape(4, 4, 2, 3)
         assert np.array_equal(loaded[0].numpy(), whole[..., frame["frame"]])
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1, 12), (4, 4, 1, 12, 1), (4, 4, 1, 1, 12), (4, 1, 4, 12), (1, 4, 4, 12)])
+def test_the_fourth_axis_is_time_also_where_there_is_one_slice(tmp_path, shape):
+    path = save(tmp_path / "cine.nii.gz", shape)
+    found = find_volumes(path)
+    assert [item["frame"] for item in found] == list(range(12))
+    whole = np.arange(192).reshape(16, 12) % 100
+    for item in found:
+        loaded = LoadVolumed("image")(item)["image"]
+        assert loaded.shape == (1, *shape[:3])
+        assert np.allclose(loaded.affine, AFFINE)
+        assert np.array_equal(loaded.numpy().ravel(), whole[:, item["frame"]])
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1, 12, 3), (4, 1, 4, 2, 3)])
+def test_several_values_for_each_voxel_and_time_are_not_taken_for_slices(tmp_path, shape):
+    save(tmp_path / "x.nii.gz", (4, 4, 2))
+    save(tmp_path / "velocity.nii.gz", shape)
+    found = find_volumes(str(tmp_path))
+    assert [Path(item["image"]).name for item in found] == ["x.nii.gz"]
+    assert found.skipped == {"velocity.nii.gz": f"neither a 3D volume nor a series of them but an array {shape}"}
 
 
 def test_a_series_is_no_volume_to_train_on(tmp_path):
@@ -69,7 +93,7 @@ def test_damaged_file_stays_in_the_list_for_the_loader_to_name(tmp_path):
 def test_nothing_to_segment_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="give --dataset_dir"):
         find_volumes("")
-    with pytest.raises(FileNotFoundError, match="is not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         find_volumes(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="no volume found"):
         find_volumes(str(tmp_path))

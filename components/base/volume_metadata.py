@@ -1,4 +1,4 @@
-"""A volume's metadata: its file, the name of its case, which axes it has and its voxel spacing."""
+"""A volume's metadata: its file, case name, axes and voxel spacing."""
 
 from __future__ import annotations
 
@@ -11,55 +11,46 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 
-ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")  # of the formats that MONAI's `ITKReader` reads
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")  # formats that MONAI's `ITKReader` reads
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img", *ITK_SUFFIXES)
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
-FRAME, FRAMES = "frame", "frames"  # of an item that is one frame of a series: its index, and how many there are
-DEAD_LINK = "a link whose target is not there: fetch it (git annex get, datalad get) or mend the link"
+FRAME, FRAMES = "frame", "frames"  # keys of a frame of a series: its index, and the number of frames
+DEAD_LINK = "a link whose target is missing: fetch it (git annex get, datalad get) or repair the link"
 
 
-def volume_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
-    """Return which axes of a file's array are those of its volume.
-
-    Args:
-        shape: of the array as stored.
-
-    Returns:
-        three axes: all of a 3D array; of one with more axes those that are left when axes of length 1 are dropped, the
-        last first. None where three do not result: a series, channels, a flat image.
-    """
-    return _axes_left(shape, 3)
-
-
-def series_axes(shape: Sequence[int]) -> tuple[int, ...] | None:
-    """Return which axes of a file's array are those of a series of volumes.
+def is_volume(shape: Sequence[int]) -> bool:
+    """Return whether a file's array is one volume: three axes, and no later axis longer than 1.
 
     Args:
-        shape: of the array as stored.
+        shape: shape of the array as stored.
+    """
+    return len(shape) >= 3 and all(size == 1 for size in shape[3:])
+
+
+def time_axis(shape: Sequence[int]) -> int | None:
+    """Return the axis of a file's array that counts the frames of a series.
+
+    NIfTI's first three axes are those of space, even where one has length 1, as in a cine of one slice.
+
+    Args:
+        shape: shape of the array as stored.
 
     Returns:
-        four axes, the last that of time, found like those of `volume_axes`; None for a single volume, a flat image, and
-        where more than four axes are longer than 1.
+        the fourth axis, or a later one that takes its place because all others beyond the third have length 1. None
+        for a single volume, a flat image, and several values for each voxel and time.
     """
-    return None if volume_axes(shape) else _axes_left(shape, 4)
-
-
-def _axes_left(shape: Sequence[int], count: int) -> tuple[int, ...] | None:
-    axes = list(range(len(shape)))
-    for axis in reversed(range(len(shape))):
-        if len(axes) > count and shape[axis] == 1:
-            axes.remove(axis)
-    return tuple(axes) if len(axes) == count else None
+    later = [axis for axis in range(3, len(shape)) if shape[axis] != 1]
+    return later[0] if len(later) == 1 and shape[later[0]] > 1 else None
 
 
 def volume_suffix(path: str | os.PathLike[str]) -> str:
-    """Return which of `VOLUME_SUFFIXES` a file's name ends in, in any case, or an empty string for none."""
+    """Return the suffix in `VOLUME_SUFFIXES` that a file name ends with, in any case, or an empty string."""
     name = Path(path).name.lower()
     return next((suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix)), "")
 
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file's name ends in one of `PICTURE_SUFFIXES`, in any case."""
+    """Return whether a file name ends with one of `PICTURE_SUFFIXES`, in any case."""
     return Path(path).suffix.lower() in PICTURE_SUFFIXES
 
 
@@ -70,7 +61,7 @@ def other_of_pair(path: Path) -> Path | None:
 
 
 def is_dead_link(path: Path) -> bool:
-    """Return whether a path is a link whose target is not there, such as a file that git-annex has not fetched."""
+    """Return whether a path is a link to a missing target, such as a file that git-annex has not fetched."""
     return path.is_symlink() and not path.exists()
 
 
@@ -81,7 +72,7 @@ def case_name(path: str | os.PathLike[str]) -> str:
         path: image file, such as `patient001/patient001_frame01.nii.gz`.
 
     Returns:
-        The file name without what `volume_suffix` finds or a picture's suffix; any other suffix stays.
+        The file name without its volume or picture suffix; any other suffix is kept.
     """
     name = Path(path).name
     return Path(name).stem if is_picture(name) else name[: len(name) - len(volume_suffix(name))]
@@ -91,10 +82,10 @@ def files_of(volumes: object) -> list[str]:
     """Return the files of loaded volumes.
 
     Args:
-        volumes: MetaTensor of one volume, or of a batch of them, in whose metadata a data loader lists the files.
+        volumes: MetaTensor of one volume, or of a batch in whose metadata a data loader lists the files.
 
     Returns:
-        the path of each volume, nothing where the metadata have none.
+        the path of each volume; an empty list if the metadata have none.
     """
     files = volumes.meta.get("filename_or_obj", []) if isinstance(volumes, MetaTensor) else []
     return [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]

@@ -1,4 +1,4 @@
-"""Reading of volumes from files: by their content, with their geometry in millimetres as their header says."""
+"""Reading of volumes by the content of their files, with the geometry of their headers in millimetres."""
 
 import functools
 import gzip
@@ -19,22 +19,22 @@ from components.base.volume_metadata import (
     FRAME,
     FRAMES,
     ITK_SUFFIXES,
+    is_volume,
     other_of_pair,
-    series_axes,
-    volume_axes,
+    time_axis,
     volume_suffix,
 )
-from components.dicom.images import body_of
+from components.dicom.images import begins_like_dicom, body_of
 from components.dicom.stack import read_stack, read_voxels
 
 logger = logging.getLogger(__name__)
 
-# Keys of a volume's metadata: the bytes of its file's NIfTI header, the shape that its array has there.
+# Keys of a volume's metadata: its file's NIfTI header as bytes, and the shape of its array as stored.
 NIFTI_HEADER = "nifti_header"
 STORED_SHAPE = "stored_shape"
-HEIGHT_CM, WEIGHT_KG = "height_cm", "weight_kg"  # of the patient, nan where the files do not give them
-FRAME_SECONDS = "frame_seconds"  # from one frame to the next; nan where the header names no unit of time
-UNIT_MM = "unit_mm"  # the unit of its file's lengths; nan where the header names none, which is taken for mm
+HEIGHT_CM, WEIGHT_KG = "height_cm", "weight_kg"  # of the patient; nan if unknown
+FRAME_SECONDS = "frame_seconds"  # from one frame to the next; nan if the header has no unit of time
+UNIT_MM = "unit_mm"  # the unit of its file's lengths; nan if the header has none, which is read as mm
 
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes: metre, millimetre, micrometre
 _SECONDS_PER_UNIT = {8: 1.0, 16: 1e-3, 24: 1e-6}  # likewise: second, millisecond, microsecond
@@ -56,7 +56,7 @@ _OTHER_FORMATS = {
 
 
 class _Opened(NamedTuple):
-    """What a file holds: its array as stored, its affine in mm, and the bytes of its NIfTI header, if it has one."""
+    """The content of a file: its array as stored, its affine in mm, and its NIfTI header as bytes, if it has one."""
 
     path: Path
     array: np.ndarray
@@ -67,7 +67,7 @@ class _Opened(NamedTuple):
 
 
 class ContentReader(ImageReader):
-    """A reader of files that go by their content, whatever their names."""
+    """A reader that recognises files by their content, whatever their names."""
 
     def verify_suffix(self, _: Sequence[PathLike] | PathLike) -> bool:
         """Accept any name, since the content decides."""
@@ -77,17 +77,18 @@ class ContentReader(ImageReader):
 class VolumeReader(ContentReader):
     """Read one 3D volume, or one frame of a series, as float64 (H, W, D), with its affine in mm.
 
-    NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, whatever the name, and what else nibabel
-    reads by its name. `.mha`, `.mhd`, `.nrrd` and `.nhdr` are read by MONAI's `ITKReader`, for which the package
-    `itk-io` must be installed. A folder is that of a DICOM study, whose short-axis cine is read; see `read_stack`.
+    NIfTI-1, NIfTI-2 and Analyze are recognised by content, compressed or not, and nibabel's other formats by name.
+    `.mha`, `.mhd`, `.nrrd` and `.nhdr` are read by MONAI's `ITKReader`, which needs the package `itk-io`. A folder is
+    read as a DICOM study with a short-axis cine; see `read_stack`.
 
-    The affine is that of the header's sform if its code is set, else of its qform, else of its voxel sizes; a form
-    that is no affine (a row of zeros, say) counts as not set. MONAI's reader differs: it changes a voxel size that
-    contradicts the affine; here both stay and a warning names them. Complex values are read as magnitudes. Of more than
-    three axes those of length 1 are dropped. The metadata keep what a prediction needs to get the same header.
+    The affine is the header's sform if its code is set, else its qform, else its voxel sizes. A form that is not an
+    affine, such as one with a row of zeros, counts as not set. Differs: MONAI's reader changes a voxel size that
+    contradicts the affine; here both stay and a warning names them. Complex values are read as magnitudes. The
+    first three axes are those of the volume. Later ones of length 1 are dropped, and one that is longer is time. The
+    metadata keep what a prediction needs to get the same header.
 
     Args:
-        frame: index of the frame to read of a series, which is kept in memory for the next one; None for a volume.
+        frame: index of the frame of a series, whose file is cached for the next frame; None for a volume.
     """
 
     def __init__(self, frame: int | None = None) -> None:
@@ -105,8 +106,8 @@ class VolumeReader(ContentReader):
             what `get_data` takes.
 
         Raises:
-            ValueError: for a file of no known format, without geometry, of colours, or damaged.
-            OptionalImportError: for a format that needs `itk-io`, which is not installed.
+            ValueError: if the file has an unknown format, no geometry or colours, or is damaged.
+            OptionalImportError: if the format needs `itk-io`, which is not installed.
         """
         (path,) = (Path(name) for name in ensure_tuple(data))
         if path.is_dir():
@@ -125,34 +126,28 @@ class VolumeReader(ContentReader):
             float64 (H, W, D), and metadata with keys of MONAI's readers and this module's.
 
         Raises:
-            ValueError: when the array is no 3D volume, or no series that has the frame.
+            ValueError: if the array is not a 3D volume, or not a series with the frame.
         """
         shape, array, of_series = img.array.shape, img.array, {}
-        axes = volume_axes(shape)
         if self.frame is not None:
-            series = series_axes(shape)
-            if series is None or self.frame >= shape[series[-1]]:
+            time = time_axis(shape)
+            if time is None or self.frame >= shape[time]:
                 raise ValueError(
                     f"{img.path} has no frame {self.frame}: expected (H, W, D, T) with T > {self.frame}, "
                     f"received {shape}; was the file changed after its frames were counted?"
                 )
-            axes, time = series[:3], series[3]
             array = array.take(self.frame, axis=time)
             seconds = _frame_seconds(img.header)
             of_series = {FRAME: self.frame, FRAMES: shape[time], FRAME_SECONDS: seconds}
-        if axes is None:
+        elif not is_volume(shape):
             is_one_hot = img.array.ndim == 4 and np.isin(img.array, (0, 1)).all()
             remedy = "give the argmax of one-hot labels" if is_one_hot else "give single frames of a series"
             raise ValueError(f"{img.path} is not one 3D volume: expected (H, W, D), received {shape}; {remedy}")
-        # The affine knows a file's first three axes; a further one takes the place of one of these that is dropped.
-        dropped = [axis for axis in range(3) if axis not in axes]
-        columns = [axis if axis < 3 else dropped.pop(0) for axis in axes]
-        affine = img.affine_mm[:, [*columns, 3]]
         volume = np.abs(array) if np.iscomplexobj(array) else array
         metadata = {
-            MetaKeys.AFFINE: affine,
-            MetaKeys.ORIGINAL_AFFINE: affine.copy(),
-            MetaKeys.SPATIAL_SHAPE: np.asarray([shape[axis] for axis in axes]),
+            MetaKeys.AFFINE: img.affine_mm.copy(),
+            MetaKeys.ORIGINAL_AFFINE: img.affine_mm.copy(),
+            MetaKeys.SPATIAL_SHAPE: np.asarray(shape[:3]),
             MetaKeys.SPACE: SpaceKeys.RAS,
             MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),
             STORED_SHAPE: np.asarray(shape),
@@ -163,7 +158,7 @@ class VolumeReader(ContentReader):
         }
         if img.header is not None:
             metadata[NIFTI_HEADER] = np.frombuffer(img.header, np.uint8).copy()
-        return volume.reshape([shape[axis] for axis in axes]).astype(np.float64), metadata
+        return volume.reshape(shape[:3]).astype(np.float64), metadata
 
 
 def _read_nifti(path: Path) -> _Opened:
@@ -189,7 +184,7 @@ def _read_nifti(path: Path) -> _Opened:
 
 @functools.lru_cache(maxsize=2)  # a cine and its labels
 def _read_series(path: Path, _changed_ns: int) -> _Opened:
-    """Read a file of which the frames are asked for one after the other; it is read again once it has changed."""
+    """Read a series and cache it for its other frames; a file that has changed is read again."""
     return _read_nifti(path)
 
 
@@ -252,11 +247,11 @@ def _header_beside(path: Path) -> Path:
 
 
 def _kind_of(content: bytes) -> str:
-    """Say what a file is that is no NIfTI file."""
+    """Describe a file that is not NIfTI."""
     if not content:
         return "empty"
-    if content[128:132] == b"DICM":
-        return "a DICOM file: give the folder of its study, of which the short-axis cine is read"
+    if begins_like_dicom(content):
+        return "a DICOM file: give the folder of its study, whose short-axis cine is read"
     known = (kind for start, kind in _OTHER_FORMATS.items() if content.startswith(start))
     return next(known, f"something that begins with {content[:8]!r}")
 
@@ -273,18 +268,18 @@ def scaled(affine: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _affine(header: Any, path: Path) -> np.ndarray:
-    """Return the affine of a NIfTI header in its own unit, and warn where the header gives two voxel sizes."""
+    """Return the affine of a NIfTI header in its own unit, and warn if the header gives two voxel sizes."""
     name, affine = "voxel sizes", header.get_base_affine()
     for form, get in (("sform", header.get_sform), ("qform", header.get_qform)):
         try:
             matrix = get(coded=True)[0]
-        except ValueError:  # a quaternion that is none
+        except ValueError:  # an invalid quaternion
             matrix = np.full((4, 4), np.nan)
         if matrix is not None and _is_affine(matrix):
             name, affine = form, matrix
             break
         if matrix is not None:
-            logger.warning("%s: the %s of its header is no affine and counts as not set", path, form)
+            logger.warning("%s: the %s of its header is not an affine and counts as not set", path, form)
     if not _is_affine(affine):
         raise ValueError(
             f"{path} has no geometry: expected a header whose sform, qform or voxel sizes make an affine, received "
@@ -293,7 +288,7 @@ def _affine(header: Any, path: Path) -> np.ndarray:
     sizes, of_header = affine_to_spacing(affine, r=3), np.asarray(header["pixdim"][1:4], np.float64)
     if not np.allclose(sizes, of_header, rtol=_CONTRADICTION, atol=0):
         logger.warning(
-            "%s: its header gives two voxel sizes, %s by the %s and %s by pixdim: lengths are those of the %s",
+            "%s: its header gives two voxel sizes, %s by the %s and %s by pixdim: that of the %s is used",
             path,
             _sizes(sizes),
             name,

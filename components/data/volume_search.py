@@ -23,13 +23,13 @@ from components.base.volume_metadata import (
     case_name,
     is_dead_link,
     is_picture,
+    is_volume,
     other_of_pair,
-    series_axes,
-    volume_axes,
+    time_axis,
     volume_suffix,
 )
 from components.data.prediction_writer import PREDICTION_POSTFIX
-from components.dicom.images import is_dicom
+from components.dicom.images import is_dicom, is_named_dicom
 from components.dicom.stack import DicomStack, read_stack, study_folders
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # by case name and real path
     of_studies: list[Path] = []
     for path in _files_below(root, left_out, set()):
-        if not pictures and not volume_suffix(path) and is_dicom(path):
+        if not pictures and not volume_suffix(path) and (is_dicom(path) or is_named_dicom(path)):
             of_studies.append(path)
         elif reason := _reason_to_skip(path):
             left_out[path] = reason
@@ -119,15 +119,17 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     skipped = {str(path.relative_to(root)): reason for path, reason in left_out.items()}
     if of_studies:
         above = Path(os.path.abspath(root))  # noqa: PTH100  # symbolic links stay in the path
-        for folder in study_folders([above / path.relative_to(root) for path in of_studies], above):
+        folders, outside = study_folders([above / path.relative_to(root) for path in of_studies], above)
+        skipped |= {str(path.relative_to(above)): reason for path, reason in outside.items()}
+        for folder in folders:
             by_case[folder.name][os.path.realpath(folder)] = folder
-            skipped |= _other_series(folder)
+            skipped |= _left_out_of(folder)
     if not by_case:
         raise ValueError(
             f"no {'picture' if pictures else 'volume'} found under {root}: expected "
             f"{'2D' if pictures else '3D'} files {', '.join(PICTURE_SUFFIXES if pictures else VOLUME_SUFFIXES)}"
             f"{'' if pictures else ', or DICOM'}; "
-            f"left out: {'; '.join(f'{path}: {reason}' for path, reason in list(skipped.items())[:5]) or 'nothing'}"
+            f"left out: {_in_words(skipped) or 'nothing'}"
         )
     for case, paths in by_case.items():
         if len(paths) > 1:
@@ -163,6 +165,17 @@ def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -
             yield from _files_below(path, left_out, searched)
 
 
+def _in_words(skipped: Mapping[str, str]) -> str:
+    """Return the first five reasons, each after the first path that it is of, and how many more it is of."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for path, reason in skipped.items():
+        by_reason[reason].append(path)
+    return "; ".join(
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
+        for reason, paths in list(by_reason.items())[:5]
+    )
+
+
 def _reason_to_skip(path: Path) -> str:
     """Return why a file is left out, or an empty string; damaged files stay, so that the loader reports them."""
     suffix = volume_suffix(path)
@@ -177,7 +190,7 @@ def _reason_to_skip(path: Path) -> str:
         return ""
     if image.get_data_dtype().fields:
         return "colours instead of grey values"
-    is_fit = volume_axes(image.shape) or series_axes(image.shape)
+    is_fit = is_volume(image.shape) or time_axis(image.shape) is not None
     return "" if is_fit else f"neither a 3D volume nor a series of them but an array {image.shape}"
 
 
@@ -188,10 +201,10 @@ def _frames_of(path: Path) -> list[dict[str, Any]]:
         frames = stack.shape[-1] if stack else 0
         return [{"image": str(path), FRAME: n, FRAMES: frames} for n in range(frames)] or [{"image": str(path)}]
     image = _header_of(path)
-    axes = image and series_axes(image.shape)
-    if not axes:
+    time = time_axis(image.shape) if image else None
+    if time is None:
         return [{"image": str(path)}]
-    frames = image.shape[axes[-1]]
+    frames = image.shape[time]
     return [{"image": str(path), FRAME: frame, FRAMES: frames} for frame in range(frames)]
 
 
@@ -203,10 +216,13 @@ def _stack_of(folder: Path) -> DicomStack | None:
         return None
 
 
-def _other_series(folder: Path) -> dict[str, str]:
-    """Return why a DICOM study's other series are left out, by their names."""
+def _left_out_of(folder: Path) -> dict[str, str]:
+    """Return why a DICOM study's other series and files are left out; log which series are read."""
     stack = _stack_of(folder)
-    return {f"{folder.name}, series {name}": "not of the short-axis cine" for name in stack.left_out} if stack else {}
+    if stack is None:
+        return {}
+    logger.info("%s: the short-axis cine is %s", folder, stack.chosen)
+    return {f"{folder.name}, {name}": reason for name, reason in stack.left_out.items()}
 
 
 def _header_of(path: Path) -> Any:

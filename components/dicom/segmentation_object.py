@@ -17,13 +17,13 @@ from monai.utils import OptionalImportError, optional_import
 import components
 from components.base.atomic_write import write_atomically
 from components.base.volume_metadata import FRAME, case_name, files_of
-from components.dicom.images import DicomImage
+from components.dicom.images import DicomImage, read_header
 from components.dicom.stack import DicomStack, read_stack
 
 pydicom, _ = optional_import("pydicom")
 highdicom, HAS_HIGHDICOM = optional_import("highdicom")
 
-logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every module that it copies
+logging.getLogger("highdicom").setLevel(logging.WARNING)  # it logs every module that it copies
 
 # SNOMED CT's codes and meanings, all of the category "Anatomical Structure"
 SNOMED = {
@@ -34,26 +34,26 @@ SNOMED = {
 _CATEGORY = ("123037004", "Anatomical Structure")
 _MAKER = "autosam-bundles"
 _SERIES_NUMBER = 900  # beyond those of scanners
-# What a SEG takes over from the images that it belongs to; files that lack one get it empty, as DICOM allows.
+# Attributes that a SEG copies from its images; those that the files lack stay empty, as DICOM allows.
 _OF_PATIENT = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex")
 _OF_STUDY = ("StudyInstanceUID", "StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName")
 
 
 class SaveDicomSegd(MapTransform):
-    """Save the label map of each frame of a DICOM study's cine as `<case>_seg/frame<NN>.dcm`; leave others alone.
+    """Save the label map of each frame of a DICOM study's cine as `<case>_seg/frame<NN>.dcm`; skip other volumes.
 
-    All frames are one series, whose every instance refers to the images of its time, slice by slice. One file with all
-    frames would be no better: highdicom, like most viewers, takes two images at one place for a mistake. Pixels are one
-    bit, a segment for each class that the frame shows.
+    All frames are one series. Each instance refers to the images of its time, slice by slice. Each frame has a file of
+    its own, because highdicom, like most viewers, treats two images at one position as a mistake. Segments are binary,
+    one for each class that the frame shows.
 
     Args:
-        keys: the item 1xHxWxD on its image's grid, with its metadata.
+        keys: item 1xHxWxD on its image's grid, with its metadata.
         output_dir: folder of the files, made if missing.
-        class_names: of the foreground, in the order of the labels; those that `SNOMED` lacks are coded as some
-            anatomical structure.
+        class_names: names of the foreground classes, in the order of the labels; those that `SNOMED` lacks are coded
+            as some anatomical structure.
 
     Raises:
-        OptionalImportError: for a study, without highdicom.
+        OptionalImportError: for a study, if highdicom is missing.
     """
 
     def __init__(self, keys: KeysCollection, output_dir: str, class_names: Sequence[str]) -> None:
@@ -88,25 +88,25 @@ def segmentation_of(
 ) -> Any:
     """Make the SEG of one frame.
 
-    highdicom takes images of one series, or one file of many frames; the slices of a stack may be of ten series. So it
-    is given stand-ins with the geometry and patient of the images, and the references to these are set afterwards.
+    highdicom takes images of one series, or one multi-frame file, but the slices of a stack may be of ten series. So it
+    gets stand-ins with the images' geometry and patient, whose references are then replaced by those to the images.
 
     Args:
         labels: (columns, rows, slices), 0 for the background and n for the n-th class.
         stack: the cine.
-        frame: its index in time, from 0.
-        class_names: of the foreground, in the order of the labels.
-        series_uid: of the SEG's series.
+        frame: index in time, from 0.
+        class_names: names of the foreground classes, in the order of the labels.
+        series_uid: UID of the SEG's series.
 
     Returns:
         highdicom's `Segmentation`.
     """
     images = [of_slice[frame] for of_slice in stack.slices]
-    header = pydicom.dcmread(images[0].path, stop_before_pixels=True)
+    header = read_header(images[0].path, stop_before_pixels=True)
     distance_mm = float(np.linalg.norm(stack.affine[:3, 2]))
     stand_ins = [_stand_in(image, header, distance_mm) for image in images]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The string .* person name")  # of names without a family's
+        warnings.filterwarnings("ignore", message="The string .* person name")  # for names without a family name
         segmentation = highdicom.seg.Segmentation(
             source_images=stand_ins,
             pixel_array=labels.transpose(2, 1, 0),
@@ -153,7 +153,7 @@ def _segment(number: int, name: str) -> Any:
 
 
 def _stand_in(image: DicomImage, header: Any, distance_mm: float) -> Any:
-    """Return a single-frame image with a place, a patient and a study, and with a UID and a series of its own."""
+    """Return a single-frame image with the position of an image, its patient and study, and a UID of its own."""
     stand = pydicom.Dataset()
     for name in (*_OF_PATIENT, *_OF_STUDY):
         setattr(stand, name, header.get(name, ""))
@@ -177,7 +177,7 @@ def _as_decimals(values: Sequence[float] | np.ndarray) -> list[str]:
 
 
 def _refer_to(segmentation: Any, images: Mapping[str, DicomImage]) -> None:
-    """Make a SEG refer to images instead of their stand-ins, whose UIDs are the keys."""
+    """Make a SEG refer to the images instead of their stand-ins, whose UIDs are the keys."""
     derivations = [
         item for groups in segmentation.PerFrameFunctionalGroupsSequence for item in groups.DerivationImageSequence
     ]
