@@ -1,13 +1,17 @@
 """Fixtures that several test modules share: SAM checkpoints with random weights, real ACDC where it is at hand."""
 
+import contextlib
+import io
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import fire
 import monai.bundle
 import pytest
 import torch
@@ -96,21 +100,47 @@ def run_monai_bundle(*arguments: str, cwd: Path, processes: int = 1) -> subproce
     )
 
 
-def run_in_this_process(stage, log, **_) -> None:
-    """Run a stage of a study as MONAI's runner does, which takes seconds to start in a process of its own."""
-    root, handler = logging.getLogger(), logging.FileHandler(log)
+@contextlib.contextmanager
+def everything_logged_to(handler: logging.Handler) -> Iterator[None]:
+    """Give a handler all that is logged from INFO on."""
+    root = logging.getLogger()
     level = root.level
-    configs = [str(stage.method.config(name)) for name in stage.configs]
-    knobs = {name: "$None" if value is None else value for name, value in stage.knobs.items()}  # as on a command line
-    options = {"bundle_root": str(stage.method.folder), "is_silent": True, **knobs}
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     try:
-        monai.bundle.run(stage.name, config_file=configs, logging_file=False, **options)
+        yield
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
         handler.close()
+
+
+def run_monai_bundle_here(*arguments: str, cwd: Path) -> str:
+    """Run MONAI's runner in this process, which has started: a process of its own takes seconds for that.
+
+    An error is raised as it is. The bundles check the command line of a process of its own only.
+
+    Returns:
+        what was logged and printed.
+    """
+    said = io.StringIO()
+    options = ["--logging_file", "False"] if arguments[0] == "run" else []  # pytest's own handlers stay
+    with pytest.MonkeyPatch.context() as patch, everything_logged_to(logging.StreamHandler(said)):
+        patch.chdir(cwd)
+        patch.setenv("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
+        patch.setattr(sys, "path", [*sys.path])  # to which MONAI adds the bundle's folder
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            fire.Fire(getattr(monai.bundle, arguments[0]), command=[*arguments[1:], *options])
+    return said.getvalue()
+
+
+def run_in_this_process(stage, log, **_) -> None:
+    """Run a stage of a study as MONAI's runner does, which takes seconds to start in a process of its own."""
+    configs = [str(stage.method.config(name)) for name in stage.configs]
+    knobs = {name: "$None" if value is None else value for name, value in stage.knobs.items()}  # as on a command line
+    options = {"bundle_root": str(stage.method.folder), "is_silent": True, **knobs}
+    with everything_logged_to(logging.FileHandler(log)):
+        monai.bundle.run(stage.name, config_file=configs, logging_file=False, **options)
 
 
 def succeeds(result: subprocess.CompletedProcess) -> str:
@@ -139,6 +169,17 @@ def labels_of(method, labelled_patients, split, value=""):
 def mark_finished(folder: Path) -> None:
     """Make a folder that of a study's cell of which all is done."""
     (folder / "cell.json").write_text(json.dumps({"commands": {"evaluating": []}, "seconds": {"evaluating": 1}}))
+
+
+@pytest.fixture(autouse=True)
+def _restored_loggers() -> Iterator[None]:
+    """Give loggers their levels back: engines and commands that run in this process change them for good."""
+    loggers = [logger for logger in logging.Logger.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    before = [(logger, logger.level, logger.disabled) for logger in loggers]
+    yield
+    for logger, level, disabled in before:
+        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 @pytest.fixture(scope="session")

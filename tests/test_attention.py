@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.sam.attention import RelPosAttention
@@ -17,6 +16,7 @@ from components.sam.segment_anything_import import import_from_segment_anything
 sam_image_encoder = import_from_segment_anything("modeling.image_encoder")
 sam_common = import_from_segment_anything("modeling.common")
 
+REPOSITORY = Path(__file__).parents[1]  # not from conftest, whose import takes seconds in the process below
 DIM, HEADS = 64, 4
 
 

@@ -1,13 +1,12 @@
 import csv
 import math
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.contenders import hugging_face_name
 from benchmarks.flops import encoder_flops
 from benchmarks.memory import CLEAR_REFS, MIB, peak_mib
@@ -16,8 +15,6 @@ from benchmarks.settings import SECTIONS
 from benchmarks.timing import Contender, Ratio, measure, ratio_of
 from benchmarks.training_costs import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from components.sam.image_encoder import Architecture
-
-REPOSITORY = Path(__file__).parents[1]
 
 # Two labelled slices in six epochs of one step, two views; four validation slices (two batches) after epochs 3 and 6.
 PLAN = Plan(slices=2, validation_slices=4, epochs=6, batch_size=2, val_interval=3, views=2)
@@ -129,11 +126,12 @@ def test_peak_memory_is_that_of_the_work_only():
     assert float(here[0]) == 1
 
 
-def test_a_quick_run_writes_table_csv_and_plot(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--output_dir", str(tmp_path)]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "benchmarks.md").read_text() in result.stdout
+@pytest.mark.usefixtures("one_thread")
+def test_a_quick_run_writes_table_csv_and_plot(tmp_path, monkeypatch, capsys):
+    options = ["--quick", "--threads", "1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["python -m benchmarks", *options])
+    main()
+    assert (tmp_path / "benchmarks.md").read_text() in capsys.readouterr().out
     with (tmp_path / "benchmarks.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["section"] for row in rows} == set(SECTIONS)

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_readme_explains_knobs, run_monai_bundle, succeeds
+from conftest import REPOSITORY, assert_readme_explains_knobs, run_monai_bundle_here
 from monai.bundle import verify_metadata, verify_net_in_out
 from torch.nn import functional as F
 
@@ -121,7 +121,7 @@ def test_bundle_scores_the_test_patients_by_sams_decoder_within_the_boxes_classe
         "image_size": 64,
     }
     options = [str(text) for name, value in knobs.items() for text in (f"--{name}", value)]
-    succeeds(run_monai_bundle("run", "evaluating", "--config_file", "configs/evaluate.json", *options, cwd=BUNDLE))
+    run_monai_bundle_here("run", "evaluating", "--config_file", "configs/evaluate.json", *options, cwd=BUNDLE)
     with (tmp_path / "eval/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 3

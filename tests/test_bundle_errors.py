@@ -193,12 +193,8 @@ def test_truth_value_in_other_letters_is_what_it_says(typed, meant):
 
 def test_error_is_the_last_line_of_the_command_and_its_exit_status_is_one():
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(CONFIGS / "train.json")]
-    for arguments, message in (
-        ([], "give --dataset_dir PATH"),
-        (["--labeled_cases", "5"], "Did you mean '--labelled_cases'?"),
-    ):
-        result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        assert result.returncode == 1
-        last_line = result.stderr.splitlines()[-1]
-        assert last_line.startswith("error: ")
-        assert message in last_line
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    last_line = result.stderr.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert "give --dataset_dir PATH" in last_line

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_monai_bundle, succeeds
+from conftest import REPOSITORY, run_monai_bundle_here
 from monai.losses import ContrastiveLoss
 from monai.transforms import RandGaussianNoised
 
@@ -55,7 +55,7 @@ def test_pretraining_needs_no_label_and_training_starts_from_it(tmp_path):
         files = str([f"configs/{name}.json" for name in ("train", *overlays)])
         options = [text for name, value in (knobs | others).items() for text in (f"--{name}", value)]
         arguments = ("run", run_id, "--config_file", files, *options)
-        return succeeds(run_monai_bundle(*arguments, cwd=REPOSITORY / "bundles/unet_acdc"))
+        return run_monai_bundle_here(*arguments, cwd=REPOSITORY / "bundles/unet_acdc")
 
     truths = list((tmp_path / "phantoms").rglob("*_gt.nii.gz"))
     contents = [path.read_bytes() for path in truths]

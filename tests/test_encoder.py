@@ -57,11 +57,21 @@ def save_changed(checkpoint: str, folder, change) -> str:
     return str(path)
 
 
-def test_vit_b_equals_segment_anything(sam_vit_b, sam_checkpoint):
-    images = torch.rand(1, 3, 1024, 1024) * 255
-    encoder = SamEncoder("vit_b", sam_checkpoint)
+def positions_for(sams: nn.Module, image_size: int) -> torch.Tensor:
+    """The positions of SAM's encoder, which takes one image size only, interpolated to the grid of another."""
+    side = image_size // 16
+    native = sams.pos_embed.detach().permute(0, 3, 1, 2)
+    return nn.functional.interpolate(native, (side, side), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("image_size", [256, pytest.param(1024, marks=pytest.mark.slow)])
+def test_vit_b_equals_segment_anything(sam_vit_b, sam_checkpoint, image_size):
+    images = torch.rand(1, 3, image_size, image_size) * 255
+    encoder = SamEncoder("vit_b", sam_checkpoint, image_size=image_size)
+    sams = sam_vit_b.image_encoder
+    positions = sams.pos_embed if image_size == 1024 else positions_for(sams, image_size)
     with torch.no_grad():
-        expected = sam_vit_b.image_encoder((images - PIXEL_MEAN) / PIXEL_STD)
+        expected = torch.func.functional_call(sams, {"pos_embed": positions}, (images - PIXEL_MEAN) / PIXEL_STD)
     torch.testing.assert_close(encoder(images), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -108,8 +118,7 @@ def test_interpolated_positions_keep_left_from_right(sam_tiny, tiny_checkpoint):
     assert embedding.std(dim=(2, 3)).mean() > 0.01
 
     sams = copy.deepcopy(sam_tiny.image_encoder)
-    native = sams.pos_embed.detach().permute(0, 3, 1, 2)
-    positions = nn.functional.interpolate(native, (20, 20), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    positions = positions_for(sams, 320)
     tolerance = 1e-5 * float(embedding.abs().max())
     for given, same in ((positions, True), (positions.flip(2), False), (positions.transpose(1, 2), False)):
         sams.pos_embed = nn.Parameter(given)

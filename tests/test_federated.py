@@ -12,7 +12,14 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from components.phantom.dataset import write_phantom_dataset
 
 
-@pytest.mark.parametrize("bundle", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc"])
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        pytest.param("autosam_acdc", marks=pytest.mark.slow),
+        pytest.param("cnnhead_acdc", marks=pytest.mark.slow),
+        "linearhead_acdc",
+    ],
+)
 def test_client_trains_and_evaluates_what_the_server_sends(bundle, tmp_path):
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=4, size_hw_d=(64, 48, 2))
     knobs = {

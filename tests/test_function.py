@@ -248,7 +248,15 @@ def test_a_model_of_other_classes_and_a_heart_that_stands_still_are_refused(tmp_
         FunctionReport(str(tmp_path), heart_rate=0)
 
 
-@pytest.mark.parametrize("bundle", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc", "unet_acdc"])
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        pytest.param("autosam_acdc", marks=pytest.mark.slow),
+        pytest.param("cnnhead_acdc", marks=pytest.mark.slow),
+        "linearhead_acdc",
+        "unet_acdc",
+    ],
+)
 def test_every_bundle_measures_a_cine_by_one_command(bundle, tmp_path):
     write_phantom_dataset(str(tmp_path / "data"), patients=1, size_hw_d=(64, 56, 2))
     frames = [nib.load(path) for path in sorted((tmp_path / "data/training/patient001").glob("*_frame??.nii.gz"))]

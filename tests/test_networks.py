@@ -1,13 +1,12 @@
 import copy
+import importlib.util
 import logging
-from contextlib import nullcontext
 
 import pytest
 import torch
 from monai.handlers import CheckpointLoader, CheckpointSaver
 from monai.networks.utils import copy_model_state
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from components.base import precision as precision_module
 from components.base.weights import RANDOM_WEIGHTS_SEED
@@ -77,57 +76,36 @@ def test_bf16_is_used_where_asked_for_and_by_auto_only_where_native(precision, n
     assert torch.equal(network(IMAGES), expected) != reduced
 
 
-def test_forced_bf16_says_so_where_it_is_emulated(monkeypatch, caplog):
-    monkeypatch.setattr(precision_module, "has_native_bf16", lambda _device_type: False)
-    precision_module._warn_of_emulation.cache_clear()
-    network = PromptFreeSam(SamEncoder("vit_tiny", image_size=64), LinearHead(4), precision="bf16")
-    network(IMAGES)
-    network(IMAGES)
+def test_forced_bf16_says_so_once_where_it_is_emulated(caplog):
+    spec = importlib.util.find_spec("components.base.precision")
+    module = importlib.util.module_from_spec(spec)  # anew, since another test may have been told already
+    spec.loader.exec_module(module)
+    module.has_native_bf16 = lambda _device_type: False
+    module.autocast_to("bf16", "cpu")
+    module.autocast_to("bf16", "cpu")
     assert caplog.text.count("emulation") == 1
 
 
-EPYC = {"cpu_name": "AMD EPYC", "avx512_f": True}
+def test_products_in_fp32_round_nothing_whatever_library_makes_them():
+    matrix = 1 + torch.rand(256, 768, generator=torch.Generator().manual_seed(0))  # few of them are bf16 numbers
+    batch = matrix.view(4, 64, 768)
+    with torch.no_grad(), precision_module.autocast_to("fp32", "cpu"):
+        assert torch.equal(matrix @ torch.eye(768), matrix)
+        assert torch.equal(torch.eye(256) @ matrix, matrix)
+        assert torch.equal(nn.functional.linear(matrix, torch.eye(768), torch.zeros(768)), matrix)
+        assert torch.equal(batch @ torch.eye(768).expand(4, -1, -1), batch)
+        assert torch.equal(torch.baddbmm(torch.zeros(4, 64, 768), torch.eye(64).expand(4, -1, -1), batch), batch)
 
 
-class Rounding(TorchFunctionMode):
-    """Rounds products to bf16, as oneDNN may on a CPU with AMX."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        return result.bfloat16().float() if "matmul" in func.__name__ else result
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "exact", "routed"),
-    [
-        (EPYC, True, True),
-        (EPYC, False, False),
-        (EPYC | {"amx_bf16": True}, True, False),
-        (EPYC | {"avx512_f": False}, True, False),
-        (EPYC | {"cpu_name": "Intel"}, True, False),
-        ({}, True, False),
-    ],
-)
-def test_rounding_is_permitted_only_where_it_makes_products_faster_and_never_happens(
-    capabilities, exact, routed, monkeypatch, caplog
-):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(precision_module, "_onednn_rounds_nothing", lambda: exact)
-    precision_module._onednn_is_better.cache_clear()
+def test_what_products_outside_a_network_may_round_to_stays_as_it_was():
     switch = torch.backends.mkldnn.matmul
     before = switch.fp32_precision
-    with caplog.at_level(logging.INFO), precision_module.autocast_to("fp32", "cpu"):
-        assert switch.fp32_precision == ("bf16" if routed else before)
+    with precision_module.autocast_to("fp32", "cpu"):
+        pass
     assert switch.fp32_precision == before
-    assert f"by {'oneDNN' if routed else 'MKL'}" in caplog.text
-    precision_module._onednn_is_better.cache_clear()
-
-
-def test_products_that_are_rounded_are_noticed(monkeypatch):
-    monkeypatch.setattr(precision_module, "_products_by_onednn", nullcontext)
-    assert precision_module._onednn_rounds_nothing()
-    monkeypatch.setattr(precision_module, "_products_by_onednn", Rounding)
-    assert not precision_module._onednn_rounds_nothing()
+    with pytest.raises(ValueError, match="inside"), precision_module.autocast_to("fp32", "cpu"):
+        raise ValueError("inside")
+    assert switch.fp32_precision == before
 
 
 def test_unknown_precision_is_refused():

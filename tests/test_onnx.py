@@ -5,7 +5,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import DYNAMIC_BATCH, REPOSITORY, run_monai_bundle, succeeds
+from conftest import DYNAMIC_BATCH, REPOSITORY, run_monai_bundle_here
 
 from components.networks.onnx_network import OnnxNetwork
 from components.phantom.dataset import write_phantom_dataset
@@ -20,7 +20,7 @@ CONFIG = "configs/inference.json"
 )
 def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, weights, tmp_path):
     def run(*arguments: str) -> None:
-        succeeds(run_monai_bundle(*arguments, cwd=REPOSITORY / "bundles" / bundle))
+        run_monai_bundle_here(*arguments, cwd=REPOSITORY / "bundles" / bundle)
 
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=1, size_hw_d=(96, 80, 3))
     volume = next(Path(data).rglob("*frame01.nii.gz"))

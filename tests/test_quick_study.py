@@ -1,4 +1,4 @@
-"""The quick study as a command, up to its report: run on local workers, and killed and continued."""
+"""A study as a command, up to its report: on local workers, in small from end to end, and killed and continued."""
 
 import json
 import os
@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import REPOSITORY, run_in_this_process
+from monai.bundle import ConfigParser
 
 from study.__main__ import run
 from study.cells import is_finished, read_record
@@ -22,11 +26,29 @@ GRID = REPOSITORY / "study/quick.json"
 FIGURES = ("bland_altman", "contours", "dice_by_patients", "embeddings")
 TABLES = ("ablation_depth", "clinical", "significance", "table_1")
 KILLS = 12
+# For a study of the same kinds of methods in a minute: the heads left out are cells like that of the CNN head.
+LEFT_OUT = ("linear", "autosam")
+SMALL_IMAGES = {"canvas_size": 64, "crop_size": 64}
+SMALL_KNOBS = {
+    "unet_acdc": {**SMALL_IMAGES, "width": 2, "steps": 2},
+    "cnnhead_acdc": {**SMALL_IMAGES, "image_size": 64},
+    "autosam_acdc": {**SMALL_IMAGES, "image_size": 64, "start_checkpoint": None},
+    "sambox_acdc": {"image_size": 64},
+}
+SMALL_START = {**SMALL_IMAGES, "width": 2, "epochs": 1}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished study, and how many volumes of its test patients each cell scores."""
+
+    grid: Path
+    output: Path
+    n_volumes: int
 
 
 def command(output, *options):
-    arguments = ("run", "--config", str(GRID), "--output_dir", str(output), "--threads", "1", *options)
-    return [sys.executable, "-m", "study", *arguments]
+    return [sys.executable, "-m", "study", "run", "--output_dir", str(output), "--threads", "1", *options]
 
 
 def finish(output, *options):
@@ -41,62 +63,95 @@ def report_of(output):
     return {path.name: path.read_bytes() for path in files}
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """A finished quick study: a few cells on two local workers, the others in this process, which has started."""
-    output = tmp_path_factory.mktemp("quick")
-    finish(output, "--workers", "2", "--only", "cnn/patients_0")
+def write_small_grid(folder):
+    """Write the quick study with smaller images, networks and trainings; its CNN head starts from random weights."""
+    grid = json.loads(GRID.read_text())
+    grid["dataset"] = {"patients": 4, "size_hw_d": [64, 56, 4]}
+    for key in LEFT_OUT:
+        del grid["methods"][key]
+    for method in grid["methods"].values():
+        method["knobs"] |= SMALL_KNOBS[method["bundle"]]
+        if "start" in method:
+            steps = {"steps_per_epoch": 2} if "steps_per_epoch" in method["start"]["knobs"] else {}
+            method["start"]["knobs"] |= SMALL_START | steps
+    knobs = grid["methods"]["cnn"]["knobs"]
+    parser = ConfigParser()
+    parser.read_config(str(REPOSITORY / "bundles/cnnhead_acdc/configs/train.json"))
+    parser.update(knobs | {"start_checkpoint": None})
+    knobs["start_checkpoint"] = str(folder / "cnn_head.pt")
+    torch.save(parser.get_parsed_content("network_def").state_dict(), knobs["start_checkpoint"])
+    file = folder / "grid.json"
+    file.write_text(json.dumps(grid))
+    return file
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("quick", marks=pytest.mark.slow)])
+def study(request, tmp_path_factory):
+    """A finished study, run in this process, which has started."""
+    folder = tmp_path_factory.mktemp(request.param)
+    grid, n_volumes = (GRID, 6) if request.param == "quick" else (write_small_grid(folder), 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("study.cells._run", run_in_this_process)
-        run(str(GRID), str(output))
-    return output
+        run(str(grid), str(folder / "study"))
+    return Study(grid, folder / "study", n_volumes)
 
 
 def test_every_method_ends_in_every_part_of_the_report(study):
-    grid = read_grid(GRID)
-    assert all(is_finished(study / task.name) for task in with_preparations(grid.cells))
+    grid = read_grid(study.grid)
+    assert all(is_finished(study.output / task.name) for task in with_preparations(grid.cells))
     expected = {f"{name}{suffix}" for name in FIGURES for suffix in (".png", ".svg")}
     expected |= {f"{name}{suffix}" for name in TABLES for suffix in (".csv", ".md", ".tex")}
-    assert expected | {"report.html", "scores.csv", "measurements.csv"} == report_of(study).keys()
-    table = pd.read_csv(study / "table_1.csv")
+    assert expected | {"report.html", "scores.csv", "measurements.csv"} == report_of(study.output).keys()
+    table = pd.read_csv(study.output / "table_1.csv")
     assert set(table["method"]) == {method.title for method in grid.methods}
     assert (table["splits"] == 2).all()
-    page = (study / "report.html").read_text()
+    page = (study.output / "report.html").read_text()
     assert page.count("<img") == len(FIGURES)
     assert f"{len(grid.cells)} of {len(grid.cells)} cells are finished." in page
 
 
-def test_a_cells_folder_says_what_was_run(study):
-    folder = study / "cnn/patients_0/split_1"
-    record = read_record(folder)
-    assert record["bundle"] == "cnnhead_acdc"
-    assert record["versions"].keys() == {"autosam-bundles", "monai", "torch", "numpy"}
-    assert record["commands"].keys() == record["seconds"].keys() == {"evaluating"}
-    assert json.loads((folder / "evaluating.json").read_text())["split_seed"] == 1
-    assert re.search("Restored all variables from .*cnn_head.pt", (folder / "log.txt").read_text())
-    assert "starts from" in (study / "unet_phantoms/patients_1/split_0/log.txt").read_text()
+def test_a_training_starts_from_its_preparation(study):
+    preparation = study.output / "unet_phantoms/start/models/model.pt"
+    log = (study.output / "unet_phantoms/patients_1/split_0/log.txt").read_text()
+    assert f"starts from {preparation}" in log
 
 
 def test_each_volume_of_a_finished_study_is_scored_once_by_each_cell(study):
-    scores = pd.read_csv(study / "scores.csv")
-    cells = read_grid(GRID).cells
-    assert len(scores) == len(cells) * 6 * 3  # 3 test patients of 20, two frames each, three classes
+    scores = pd.read_csv(study.output / "scores.csv")
+    cells = read_grid(study.grid).cells
+    assert len(scores) == len(cells) * study.n_volumes * 3  # three classes
     assert not scores.duplicated(["method", "ablation", "value", "labelled_patients", "split", "case", "class"]).any()
 
 
 def test_finished_study_runs_nothing_and_reports_the_same(study):
-    before = report_of(study)
-    assert "0 of " in finish(study)
-    assert report_of(study) == before
+    before = report_of(study.output)
+    assert "0 of " in finish(study.output, "--config", str(study.grid))
+    assert report_of(study.output) == before
+
+
+def test_cells_of_the_quick_study_run_on_two_workers_and_their_folders_say_what_was_run(tmp_path):
+    finish(tmp_path, "--config", str(GRID), "--workers", "2", "--only", "cnn/patients_0")
+    for split in (0, 1):
+        folder = tmp_path / f"cnn/patients_0/split_{split}"
+        record = read_record(folder)
+        assert record["bundle"] == "cnnhead_acdc"
+        assert record["versions"].keys() == {"autosam-bundles", "monai", "torch", "numpy"}
+        assert record["commands"].keys() == record["seconds"].keys() == {"evaluating"}
+        assert json.loads((folder / "evaluating.json").read_text())["split_seed"] == split
+        assert re.search("Restored all variables from .*cnn_head.pt", (folder / "log.txt").read_text())
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    assert len(scores) == 2 * 6 * 3  # of 3 test patients of 20 two frames each, three classes
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("study", ["quick"], indirect=True)
 def test_study_killed_at_any_moment_and_run_serially_reports_the_same(study, tmp_path):
     chance = random.Random(0)
     for _ in range(KILLS):
-        running = subprocess.Popen(command(tmp_path), cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE)
+        arguments = command(tmp_path, "--config", str(study.grid))
+        running = subprocess.Popen(arguments, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE)
         time.sleep(chance.uniform(5, 45))
         os.killpg(running.pid, signal.SIGKILL)
         running.communicate()
-    finish(tmp_path)
-    assert report_of(tmp_path) == report_of(study)
+    finish(tmp_path, "--config", str(study.grid))
+    assert report_of(tmp_path) == report_of(study.output)

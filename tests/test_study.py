@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_in_this_process
 from distributed import LocalCluster
 from test_custom_data import decathlon
 
@@ -247,7 +247,7 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
         run_cell(cell, dataset_dir="/data", output_dir=tmp_path)
 
 
-def test_a_broken_cell_is_left_and_reported_until_it_is_tried_again(tmp_path, phantoms, caplog):
+def test_a_broken_cell_is_left_and_reported_until_it_is_tried_again(tmp_path, phantoms, caplog, monkeypatch):
     methods = {"as_it_comes": METHODS["as_it_comes"] | {"knobs": SMALL}}
     grid = write_grid(tmp_path / "grid.json", methods=methods, splits=[0])
     data, output = tmp_path / "data", tmp_path / "study"
@@ -267,6 +267,7 @@ def test_a_broken_cell_is_left_and_reported_until_it_is_tried_again(tmp_path, ph
     with pytest.raises(SystemExit):
         attempt()
     assert re.search(r"is broken, --retry runs it again: exit status 1: .* is not the ACDC release", caplog.text)
+    monkeypatch.setattr("study.cells._run", run_in_this_process)
     attempt(retry=True)
     assert is_finished(folder)
     assert not has_failed(folder)
@@ -365,7 +366,7 @@ def test_two_local_workers_give_the_numbers_of_a_serial_run(tmp_path, phantoms):
 
 def test_dask_runs_preparations_first_and_passes_failures_on():
     cells = [Cell(STARTED, 1, split) for split in (0, 1)]
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
         results = run_on_dask(with_preparations(cells), _fail_in_split_0, cluster.scheduler_address)
         errors = {task.name: error for task, error in results}
     assert errors == {
