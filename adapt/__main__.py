@@ -22,6 +22,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     new.add_argument("--network", default=DEFAULT_NETWORK, choices=list(networks()), help="(default: %(default)s)")
     new.add_argument("--model_type", default=SHIPPED_ENCODER, help="encoder: vit_b, ... (default: %(default)s)")
     new.add_argument("--sam_checkpoint", help="file of the encoder, such as SAM's, MobileSAM's, MedSAM's, micro-sam's")
+    new.add_argument("--classes", metavar="NAME,NAME", help="names of the classes, in the order of the labels' values")
+    new.add_argument(
+        "--turned",
+        choices=["True", "False"],
+        help="whether images may be mirrored and turned (default: by the classes)",
+    )
     commands.add_parser("bundles", help="write the bundles for ACDC and the table of docs/knobs.md")
     return parser.parse_args(arguments)
 
@@ -34,6 +40,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         return
+    options["turned"] = {"True": True, "False": False}.get(options["turned"])
     try:
         bundle, said = new_bundle(**options)
     except (ValueError, OSError) as error:

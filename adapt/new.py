@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from adapt.layouts import read_layout
+from adapt.layouts import combine_masks, read_layout
 from adapt.survey import survey
 from adapt.template import SHIPPED_ENCODER, Instance, knobs_page, networks
 from components.data.acdc import CLASS_NAMES
@@ -28,19 +29,25 @@ def new_bundle(
     network: str = DEFAULT_NETWORK,
     model_type: str = SHIPPED_ENCODER,
     sam_checkpoint: str | None = None,
+    classes: str | None = None,
+    turned: bool | None = None,
 ) -> tuple[Path, list[str]]:
     """Write a bundle that trains, evaluates and infers on the labelled images of a folder.
 
     Args:
         name: name of the bundle and its folder; letters, digits and underscores.
-        data: the folder, see `adapt.layouts.read_layout`.
+        data: the folder, see `adapt.layouts.read_layout`. Masks of single organs become label maps in a folder
+            `<name>_data` beside the bundle, see `adapt.layouts.combine_masks`.
         output_dir: where the bundle's folder is made.
         network: `autosam`, `cnnhead`, `linearhead` or `unet`.
         model_type: the encoder below a head.
         sam_checkpoint: file of that encoder; None for the published one in the bundle's `models` folder.
+        classes: names of the classes with commas between them, in the order of the labels' values; None for those of
+            the data.
+        turned: whether images are mirrored and turned; None to decide by the classes.
 
     Returns:
-        the bundle's folder, and sentences on the data and the chosen settings.
+        the absolute path of the bundle's folder, and sentences on the data and the chosen settings.
 
     Raises:
         ValueError: if the name, network, encoder or data are invalid, or the file does not fit the encoder.
@@ -49,7 +56,7 @@ def new_bundle(
     """
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"expected a name of letters, digits and underscores, received {name!r}")
-    bundle = Path(output_dir) / name
+    bundle = Path(os.path.abspath(output_dir)) / name  # noqa: PTH100  # symbolic links stay in the path
     if bundle.exists():
         raise FileExistsError(f"{bundle} already exists: remove it, or choose another name")
     if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
@@ -60,7 +67,17 @@ def new_bundle(
     if sam_checkpoint is not None:
         SamEncoder(model_type, sam_checkpoint)
     folder = Path(os.path.abspath(data))  # noqa: PTH100  # symbolic links stay in the path
-    description, said = survey(read_layout(folder), folder)
+    names = None if classes is None else [each.strip() for each in classes.split(",")]
+    combined = bundle.with_name(f"{name}_data")
+    written = combine_masks(folder, combined)
+    folder = combined if written else folder
+    try:
+        description, said = survey(read_layout(folder), folder, classes=names, turned=turned)
+    except Exception:
+        if written:
+            shutil.rmtree(combined)
+        raise
+    said += [written] if written else []
     hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
     if hearts:
         said.append("RV, Myo and LV: training starts from weights learned on heart phantoms, and mixes phantoms in")

@@ -14,7 +14,12 @@ import fire
 import monai.bundle
 import pytest
 
-from components.training.command_line import _read_options, read_command_line, refuse_unknown_knobs
+from components.training.command_line import (
+    _read_options,
+    check_run_id,
+    read_command_line,
+    refuse_unknown_knobs,
+)
 
 ROOT = Path(__file__).parents[1]
 READ = {"_target_": "components.training.read_command_line", "names": "$globals()", "debug": "@debug"}
@@ -69,6 +74,17 @@ def test_command_line_with_known_knobs_runs(configs):
     done = run_bundle(f"--config_file={files}", *knobs, "--output-dir", "a#b/@c $d/1e5")
     assert done.returncode == 0, done.stderr
     assert "ran with 5 a#b/@c $d/1e5 a#b/@c $d/1e5/x\n" in done.stdout
+
+
+@pytest.mark.parametrize("run_id", ["train", "missing", "debug", ""])
+def test_a_run_id_that_is_no_workflow_is_refused_naming_those_there_are(configs, run_id):
+    with pytest.raises(ValueError, match=f"expected a workflow to run, received '{run_id}': write run$"):
+        check_run_id(["", "run", run_id, "--config_file", str(configs / "train.json")])
+
+
+def test_a_workflow_and_none_at_all_are_fine(configs):
+    for arguments in (["run"], ["--run_id", "run"], []):
+        check_run_id(["", "run", *arguments, "--config_file", str(configs / "train.json")])
 
 
 def test_overrides_made_in_code_are_never_judged(configs, monkeypatch):

@@ -1,11 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.handlers import StatsHandler, TensorBoardStatsHandler, from_engine
 from monai.metrics import SurfaceDistanceMetric
+from scipy.ndimage import binary_erosion
 from torch.nn.functional import one_hot
 
 from components.evaluation.metrics import (
@@ -164,6 +166,32 @@ def test_unknown_spacing_is_an_error_never_one_millimetre(wrap):
 def test_one_millimetre_from_a_file_counts():
     y = MetaTensor(encode(SQUARE)[0], meta={"filename_or_obj": "a.nii.gz"})
     assert VolumeAssd()([encode(SQUARE_DOWN)[0]], [y]).item() == 0.5
+
+
+def outline_distance(mask, other):
+    """Distances from the outline of a mask to that of another, in pixels, by the definition."""
+    outlines = [np.argwhere(each & ~binary_erosion(each)) for each in (mask, other)]
+    return np.linalg.norm(outlines[0][:, None] - outlines[1][None], axis=2).min(axis=1)
+
+
+def test_a_picture_is_measured_in_2d_in_pixels():
+    truth = torch.zeros(40, 40, dtype=torch.long)
+    truth[8:24, 8:24] = 1
+    pred = truth.roll(4, dims=1)
+    both = [each.bool().numpy() for each in (pred, truth)]
+    expected = np.concatenate([outline_distance(*both), outline_distance(*both[::-1])]).mean()
+    one_hot_pred, one_hot_truth = (encode(each[..., None])[0] for each in (pred, truth))
+    picture, volume = (
+        MetaTensor(one_hot_truth, affine=torch.diag(torch.tensor([-1.0, -1, 1, 1])), meta={"filename_or_obj": name})
+        for name in ("cells/1.png", "slice.nii.gz")
+    )
+    scores = VolumeAssd()([one_hot_pred] * 2, [picture, volume])[:, 0].tolist()
+    assert scores[0] == pytest.approx(expected)
+    assert expected > 1.9
+    assert scores[1] == assd_per_class_mm(one_hot_pred[None], one_hot_truth[None], (1.0, 1.0, 1.0)).item() < 1
+    assert VolumeAssd()([encode(EMPTY[..., None])[0]], [picture[:, :6, :6]]).isnan().all()
+    missed = VolumeAssd()([encode(torch.zeros_like(truth)[..., None])[0]], [picture]).item()
+    assert missed == pytest.approx(40 * math.sqrt(2))  # the diagonal of the picture
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,26 @@ def test_metrics_csv_of_an_evaluation(tmp_path, batch_size):
     ]
 
 
+def test_reports_of_pictures_say_pixels(tmp_path, caplog):
+    case = {
+        key: MetaTensor(item.as_tensor(), affine=torch.diag(torch.tensor([-1.0, -1, 1, 1])))
+        for key, item in FIRST.items()
+    }
+    for key, item in case.items():
+        item.meta["filename_or_obj"] = f"{key}s/cell.png"
+    logging.getLogger("ignite.engine").setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO):
+        run_evaluator([case], [EvaluationReport(tmp_path)])
+    assert read(tmp_path / "metrics.csv")[:2] == [
+        ["case", "class", "dice", "assd_mm", "assd_unit"],
+        ["cell", "RV", "0.000000", "1.000000", "pixels"],
+    ]
+    assert {row[-1] for row in read(tmp_path / "summary.csv")[1:]} == {"pixels"}
+    assert "ASSD pixels" in caplog.text
+    assert "1 pictures, mean" in caplog.text
+    assert "volumes" not in caplog.text
+
+
 def test_summary_csv_of_an_evaluation(tmp_path):
     evaluator = run_evaluator([FIRST, SECOND], [EvaluationReport(tmp_path)])
     header, *lines = read(tmp_path / "summary.csv")

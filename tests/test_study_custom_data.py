@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import mark_finished, run_in_this_process
 from PIL import Image
-from test_custom_data import HIPPOCAMPUS, decathlon, plain, write_volume
+from test_custom_data import HIPPOCAMPUS, SHORT_EPOCHS, decathlon, plain, write_volume
 from test_custom_data import organ as block
 
 from adapt.new import new_bundle
@@ -33,7 +33,7 @@ from study.report.significance import compare_methods
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {"width": 2, "steps": 1, "val_interval": 1, "canvas_size": 64, "crop_size": 64, "test_time_views": 1}
-QUICK |= {"start_checkpoint": None}
+QUICK |= {"start_checkpoint": None, **SHORT_EPOCHS}
 
 
 def write_grid(folder: Path, bundle: str = "./organ", **changes) -> Path:

@@ -1,7 +1,6 @@
 """How bundles are instances of one template, and that a head is added by a class, a line and a block."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import monai.bundle
 import nibabel as nib
 import pytest
 import torch
-from conftest import REPOSITORY, run_monai_bundle, succeeds
+from conftest import REPOSITORY, succeeds
 from monai.bundle import ConfigParser, ReferenceResolver
 
 from adapt import template
@@ -26,6 +25,18 @@ HEADS = [name for name, network in networks().items() if network["kind"] == "enc
 KINDS = {"acdc": ("acdc", True), "hearts": ("custom", True), "any": ("custom", False)}
 INSTANCES = [(network, kind, SHIPPED_ENCODER) for network in networks() for kind in KINDS]
 INSTANCES += [(head, kind, "vit_b") for head in HEADS for kind in KINDS]
+CHANGED, MISSING, PAGE = "bundles/cnnhead_acdc/configs/train.json", "bundles/unet_acdc/LICENSE", "docs/knobs.md"
+ALL_WORKFLOWS = """
+import json
+import sys
+import monai.bundle
+from release.__main__ import build
+
+runs, packing = json.loads(sys.argv[1])
+for run_id, knobs in runs.items():
+    monai.bundle.run(run_id, **knobs)
+build(**packing)
+"""
 OWN_TEXTS = {  # what `adapt.new` says of one's own data
     "title": "mine",
     "summary": ["- two volumes"],
@@ -100,15 +111,22 @@ def test_the_bundles_are_as_the_template_gives_and_nothing_else_is_tracked():
         assert there == {path for path in expected if path.is_relative_to(bundle)}
 
 
+def spoil_bundles(root: Path) -> None:
+    """Change files by hand that the command of CONTRIBUTING.md writes, and remove one."""
+    for path, old, new in ((CHANGED, '"depth": 2', '"depth": 3'), (PAGE, "| `depth` |", "| `deep` |")):
+        text = (root / path).read_text()
+        assert old in text
+        (root / path).write_text(text.replace(old, new))
+    (root / MISSING).unlink()
+
+
 def test_the_command_restores_what_was_changed_by_hand_and_what_is_missing(repository):
-    changed, missing = repository / "bundles/cnnhead_acdc/configs/train.json", repository / "bundles/unet_acdc/LICENSE"
-    page = repository / "docs/knobs.md"
-    before = {path: path.read_text() for path in (changed, missing, page)}
-    changed.write_text(before[changed].replace('"depth": 2', '"depth": 3'))
-    missing.unlink()
-    page.write_text(before[page].replace("| `depth` |", "| `deep` |"))
-    subprocess.run([sys.executable, "-m", "adapt", "bundles"], cwd=repository, check=True)
-    assert {path: path.read_text() for path in before} == before
+    for path in (CHANGED, MISSING):
+        assert (repository / path).read_text() == (REPOSITORY / path).read_text()
+    before, after = (
+        re.findall(r"^\| `(\w+)` \|", (root / PAGE).read_text(), re.MULTILINE) for root in (REPOSITORY, repository)
+    )
+    assert after == before
 
 
 def test_places_are_filled_with_entries_items_values_and_text(small_template):
@@ -419,7 +437,7 @@ def description_of_hearts() -> dict:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    """A copy of the repository to which the head of CONTRIBUTING.md has been added as it says."""
+    """A copy of the repository, with spoiled files, to which the head of CONTRIBUTING.md has been added as it says."""
     root = tmp_path_factory.mktemp("repository")
     ignored = shutil.ignore_patterns("models", "eval", "demo", "export", "embeddings", "__pycache__")
     for name in ("bundles", "components", "adapt", "release"):
@@ -434,6 +452,7 @@ def repository(tmp_path_factory) -> Path:
     assert count == 1
     contents.write_text(changed)
     add_block(root / "adapt/template/networks.json")
+    spoil_bundles(root)
     subprocess.run([sys.executable, "-m", "adapt", "bundles"], cwd=root, check=True)
     return root
 
@@ -452,23 +471,27 @@ def test_a_head_added_by_a_class_a_line_and_a_block_trains_evaluates_infers_and_
     monkeypatch.setenv("PYTHONPATH", str(repository))
     root = added_bundle(repository)
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=4, size_hw_d=(64, 48, 3))
-    output = ("--output_dir", str(tmp_path / "eval"))
-    folders = ("--dataset_dir", data, *output, "--ckpt_dir", str(tmp_path / "models"), "--cache_dir", "$None")
-    short = ("--epochs", "1", "--train#prepare_batch#pool_size", "4", "--test_time_views", "1")
-    succeeds(run_monai_bundle("run", "training", "--config_file", "configs/train.json", *folders, *short, cwd=root))
-    configs = ("--config_file", "['configs/train.json','configs/evaluate.json']")
-    succeeds(run_monai_bundle("run", "evaluating", *configs, *folders, cwd=root))
+    train, evaluate, inference = (f"configs/{name}.json" for name in ("train", "evaluate", "inference"))
+    model, volume = str(tmp_path / "models/model.pt"), next(Path(data).rglob("*frame01.nii.gz"))
+    training = {"dataset_dir": data, "output_dir": str(tmp_path / "eval"), "ckpt_dir": str(tmp_path / "models")}
+    training |= {"cache_dir": "$None", "test_time_views": 1}
+    short = {"epochs": 1, "train#prepare_batch#pool_size": 4}
+    inferring = {"dataset_dir": str(volume), "ckpt_path": model, "output_dir": str(tmp_path / "out")}
+    runs = {
+        "training": {"config_file": train, **training, **short},
+        "evaluating": {"config_file": [train, evaluate], **training},
+        "inferring": {"config_file": inference, **inferring},
+    }
+    packing = {"output_dir": str(tmp_path / "dist"), "bundle": root.name, "model": model}
+    command = [
+        sys.executable,
+        "-c",
+        ALL_WORKFLOWS,
+        json.dumps([runs, packing]),
+    ]  # one process for all: it starts slowly
+    succeeds(subprocess.run(command, cwd=root, capture_output=True, text=True, check=False))
     assert (tmp_path / "eval/metrics.csv").is_file()
-
-    volume = next(Path(data).rglob("*frame01.nii.gz"))
-    infer = ("run", "inferring", "--config_file", "configs/inference.json", "--dataset_dir", str(volume))
-    model = ("--ckpt_path", str(tmp_path / "models/model.pt"), "--output_dir", str(tmp_path / "out"))
-    succeeds(run_monai_bundle(*infer, *model, cwd=root))
     assert nib.load(tmp_path / "out" / volume.name.replace(".nii", "_pred.nii")).shape == nib.load(volume).shape
-
-    pack = [sys.executable, "-m", "release", "--output_dir", str(tmp_path / "dist"), "--bundle", root.name]
-    pack += ["--model", str(tmp_path / "models/model.pt")]
-    subprocess.run(pack, cwd=repository, check=True, env=dict(os.environ))
     (archive,) = (tmp_path / "dist").glob(f"{root.name}_v*.zip")
     with zipfile.ZipFile(archive) as file:
         packed = set(file.namelist())

@@ -19,7 +19,7 @@ def read_state_dict(path: str, *, kind: str, remedy: str, is_key: Callable[[str]
     """Read the state dict of a file onto the CPU, weights only.
 
     Files of other programs are unwrapped if this is unambiguous. A dictionary's state dict is taken if it is the only
-    one, or the only one with the expected keys; numbers, texts and optimizer states beside it are ignored. A prefix
+    one, or the only one with the expected keys. Numbers, texts and optimizer states beside it are ignored. A prefix
     that all keys share, such as `module.`, is removed if all keys are expected without it and none with it.
 
     Args:

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "prediction_writer": ["SavePredictiond"],
         "preprocessing": ["scaled_grey_values", "square_canvas"],
         "slices": ["SliceDataset"],
-        "transforms": ["LoadVolumed", "RoundIntensityd"],
+        "transforms": ["LeaveOutIgnoredd", "LoadVolumed", "RoundIntensityd"],
         "volume_search": ["VolumeDataset", "find_volumes"],
     },
 )

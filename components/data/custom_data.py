@@ -19,6 +19,7 @@ from monai.transforms import Compose
 from scipy import ndimage
 
 from components.data.cases import SUBSETS
+from components.data.slices import IGNORED
 from components.data.transforms import PERCENTILES, LoadVolumed, PadInPlaneToSquared, SlicesLastd
 
 FIELDS = (
@@ -46,8 +47,8 @@ def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> d
         dataset_dir: folder that its paths are relative to; None for the folder that the file names.
 
     Returns:
-        its values by name. Paths are joined with `dataset_dir`. If that is empty, as in an archive, they stay relative,
-        and listing cases raises an error.
+        its values by name; `ignore_label` is None if missing. Paths are joined with `dataset_dir`. If that is empty, as
+        in an archive, they stay relative, and listing cases raises an error.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -62,7 +63,7 @@ def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> d
         raise ValueError(f"{path} lacks {', '.join(missing)}: write it again with `python -m adapt new`")
     folder = data["dataset_dir"] if dataset_dir is None else dataset_dir
     lists = {name: [_in_folder(case, folder) for case in data.get(name, [])] for name in (*SUBSETS, "unlabelled")}
-    return data | lists | {"dataset_dir": folder}
+    return {"ignore_label": None} | data | lists | {"dataset_dir": folder}
 
 
 def _in_folder(case: Mapping[str, str], folder: str) -> dict[str, str]:
@@ -83,6 +84,7 @@ class DatasetStatistics:
         channels: see `components.data.LoadVolumed`.
         slice_axis: see `components.data.transforms.SlicesLastd`.
         modality: `CT` for Hounsfield units, else any.
+        ignore_label: see `components.data.LoadVolumed`.
 
     Raises:
         ValueError: on first use, if there are no cases, or a class is in none of them.
@@ -93,10 +95,11 @@ class DatasetStatistics:
         cases: Sequence[Mapping[str, str]],
         *,
         class_names: Sequence[str],
-        label_values: Sequence[int],
+        label_values: Sequence[int] | Sequence[str],
         channels: int,
         slice_axis: int | None,
         modality: str,
+        ignore_label: int | None = None,
     ) -> None:
         self.cases = cases
         self.class_names = class_names
@@ -104,7 +107,7 @@ class DatasetStatistics:
         keys = ["image", "label"]
         self.load = Compose(
             [
-                LoadVolumed(keys, num_classes=len(label_values), label_values=label_values, channels=channels),
+                LoadVolumed(keys, label_values=label_values, ignore_label=ignore_label, channels=channels),
                 SlicesLastd(keys, slice_axis=slice_axis),
                 PadInPlaneToSquared(keys),
             ]
@@ -164,6 +167,7 @@ class CaseStatistics:
 
     def __init__(self, case: Mapping[str, Any], is_ct: bool) -> None:
         image, label = (case[key].numpy() for key in ("image", "label"))
+        label = np.where(label == IGNORED, 0, label)
         self.side = label.shape[1]
         places = np.argwhere(label[0].any(axis=2))
         distance = np.abs(places + 0.5 - self.side / 2).max(initial=0) + 0.5

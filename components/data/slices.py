@@ -12,6 +12,7 @@ from monai.transforms import Randomizable, apply_transform
 from tqdm import tqdm
 
 UNLABELLED = 255  # label of every pixel of a slice without a label: no class, so that no loss takes it for background
+IGNORED = 254  # label of a pixel that nobody has annotated, in a slice with a label: no class either
 _OUTNUMBERED_BY = 2  # unlabelled slices for each labelled one, at most
 
 
@@ -21,7 +22,7 @@ class SliceDataset(Dataset):
     With `views` = K, each slice has K augmented views, which take turns from epoch to epoch and are kept in memory. The
     embeddings of a frozen encoder are then cache hits from epoch K+1 on. With `views` = 0, every epoch has a new view.
     The seed of a view is a hash of the slice and of the number of the view or epoch. Views are the same in every run,
-    also in a resumed one.
+    also in a resumed one. A slice whose label is IGNORED in all pixels is left out.
 
     Args:
         data: one dictionary per volume, such as the paths `image` and `label`.
@@ -79,7 +80,7 @@ class SliceDataset(Dataset):
                     f"{item.get('image', 'a volume')} has no {' and no '.join(missing)}: expected a labelled volume, "
                     "or one without a label among the `unlabelled`"
                 )
-            self._slices += self._cut(volume)
+            self._slices += [each for each in self._cut(volume) if np.any(each.get("label", 0) != IGNORED)]
         labelled = len(self._slices)
         for item in tqdm(unlabelled, desc="Loading unlabelled", disable=None if progress and unlabelled else True):
             volume = _apply(transform, item)

@@ -26,6 +26,7 @@ from components.base.volume_metadata import DEAD_LINK, FRAME, is_dead_link, is_p
 from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
 from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
+from components.data.slices import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ class LoadVolumed(LoadImaged):
         label_key: item with the label, whose shape must be that of `image_key` if both are present.
         image_key: item with the image.
         num_classes: labels must be integers from 0 to `num_classes` - 1.
-        label_values: the labels' values in the files if they differ, one for each class, background first.
+        label_values: the labels' values in the files if they differ, one for each class, background first. Or their
+            colours, such as `#ff0000`, if palettes differ from file to file; see `PictureReader`.
+        ignore_label: value of voxels that nobody has annotated; it becomes `IGNORED` of `components.data.slices`.
         channels: channels of an image, 1 for grey values, 3 for colours.
         allow_missing_keys: whether an item may be absent.
 
@@ -75,7 +78,8 @@ class LoadVolumed(LoadImaged):
         label_key: str = "label",
         image_key: str = "image",
         num_classes: int = 4,
-        label_values: Sequence[int] | None = None,
+        label_values: Sequence[int] | Sequence[str] | None = None,
+        ignore_label: int | None = None,
         channels: int = 1,
         allow_missing_keys: bool = False,
     ) -> None:
@@ -91,7 +95,10 @@ class LoadVolumed(LoadImaged):
             )
         self.label_key = label_key
         self.image_key = image_key
-        self.label_values = list(range(num_classes) if label_values is None else label_values)
+        values: Sequence[int | str] = range(num_classes) if label_values is None else label_values
+        self.colours = [value for value in values if isinstance(value, str)] or None
+        self.label_values = [n if isinstance(value, str) else value for n, value in enumerate(values)]
+        self.ignore_label = ignore_label
         self.channels = channels
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
@@ -114,7 +121,7 @@ class LoadVolumed(LoadImaged):
                 raise FileNotFoundError(f"{path} is {DEAD_LINK}")
             if not Path(path).exists():
                 raise FileNotFoundError(f"there is no {key} {path}")
-            of_pictures = PictureReader(is_label=key == self.label_key)
+            of_pictures = PictureReader(is_label=key == self.label_key, colours=self.colours)
             own = of_pictures if is_picture(path) else VolumeReader(loaded.get(FRAME))
             loaded[key] = self._loader(path, reader or own)
             if not self._loader.image_only:
@@ -129,7 +136,7 @@ class LoadVolumed(LoadImaged):
             loaded[self.image_key] = _with_grey_values(image)
         if label is not None:
             label = label if image is None else on_grid_of(image, label)
-            loaded[self.label_key] = _with_classes(label, self.label_values)
+            loaded[self.label_key] = _with_classes(label, self.label_values, self.ignore_label)
         return loaded
 
 
@@ -183,8 +190,11 @@ def _no_data(values: np.ndarray) -> np.ndarray:
     return beyond
 
 
-def _with_classes(label: torch.Tensor, label_values: Sequence[int]) -> torch.Tensor:
+def _with_classes(label: torch.Tensor, label_values: Sequence[int], ignore_label: int | None) -> torch.Tensor:
     """Return a label map as float32 with the class index of each voxel, or raise if a value has no class."""
+    if ignore_label is not None and (ignored := label == ignore_label).any():
+        known = label.masked_fill(ignored, label_values[0])
+        return _with_classes(known, label_values, None).masked_fill(ignored, IGNORED)
     num_classes, whole = len(label_values), label.round()
     is_range = list(label_values) == list(range(num_classes))
     known = torch.as_tensor(label_values, dtype=whole.dtype)
@@ -345,7 +355,8 @@ class CentralCropd(CenterSpatialCropd):
         """
         cropped = super().__call__(data, lazy)
         if self.label_key in self.keys and self.label_key in data:
-            before, after = (int((item[self.label_key] > 0).sum()) for item in (data, cropped))
+            labels = (item[self.label_key] for item in (data, cropped))
+            before, after = (int(((label > 0) & (label != IGNORED)).sum()) for label in labels)
             if after < before:
                 logger.warning(
                     "%s: crop_size %d cuts away %.1f%% of its labelled pixels, which the network never sees: give a "
@@ -355,6 +366,34 @@ class CentralCropd(CenterSpatialCropd):
                     100 * (before - after) / before,
                 )
         return cropped
+
+
+class LeaveOutIgnoredd(MapTransform):
+    """Make voxels that nobody has annotated background in prediction and truth alike, so that no score counts them.
+
+    Args:
+        keys: items 1xHxWxD with class indices, the prediction.
+        label_key: item with the truth on the same grid, in which these voxels are `IGNORED`.
+    """
+
+    def __init__(self, keys: KeysCollection, *, label_key: str = "label") -> None:
+        super().__init__(keys)
+        self.label_key = label_key
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """Leave the voxels out of the items of one dictionary.
+
+        Args:
+            data: tensors by key.
+
+        Returns:
+            the dictionary, with new tensors in their place if the truth has such voxels.
+        """
+        known = dict(data)
+        ignored = torch.as_tensor(known[self.label_key]).as_subclass(torch.Tensor) == IGNORED
+        for key in (*self.key_iterator(known), self.label_key) if ignored.any() else ():
+            known[key] = known[key].masked_fill(ignored.to(known[key].device), 0)
+        return known
 
 
 class RoundIntensityd(MapTransform):

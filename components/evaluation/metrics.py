@@ -1,4 +1,4 @@
-"""Dice and average symmetric surface distance, per volume and class, on the native grid."""
+"""Dice and average symmetric surface distance, per volume or picture and class, on the native grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric, compute_average_surface_distance
 
-from components.base.volume_metadata import checked_spacing_mm, header_spacing_mm
+from components.base.volume_metadata import checked_spacing_mm, files_of, header_spacing_mm, is_picture
 from components.data.acdc import CLASS_NAMES
 
 
@@ -39,7 +39,7 @@ def assd_per_class_mm(y_pred: torch.Tensor, y: torch.Tensor, spacing_mm: Sequenc
     """Compute the average symmetric surface distance of every volume and foreground class.
 
     The mean is taken over the distances of both directions together. In a volume one slice deep, every voxel of a mask
-    is surface, because the grid ends above and below it.
+    is surface, because the grid ends above and below it. A picture has no third axis; see `VolumeAssd`.
 
     Source: MONAI's `compute_average_surface_distance(symmetric=True)` for masks that both hold voxels.
     Differs: if only one mask is empty, the distance is the volume's diagonal, not inf. So a miss is penalised, and the
@@ -139,17 +139,25 @@ class VolumeDice(VolumeMetric):
 class VolumeAssd(VolumeMetric):
     """Average symmetric surface distance per volume and class, see `assd_per_class_mm`, by each volume's own spacing.
 
-    The spacing is read from the affine of `y`.
+    The spacing is read from the affine of `y`. A picture is measured in 2D, in pixels: it is one slice deep, and all of
+    its pixels would be surface in 3D. A `y` whose file is a picture is one.
 
     Raises:
         ValueError: if called on a `y` without a header's affine.
     """
 
     def score(self, y_pred: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Score a batch-first batch: `(B,C,spatial...)` twice to `(B,C-1)` in mm."""
+        """Score a batch-first batch: `(B,C,spatial...)` twice to `(B,C-1)` in mm, or in pixels for pictures."""
         _foreground_masks(y_pred, y)  # report a wrong shape rather than the missing spacing that it leads to
-        volumes = range(len(y))
-        return torch.cat([assd_per_class_mm(y_pred[i : i + 1], y[i : i + 1], header_spacing_mm(y[i])) for i in volumes])
+        return torch.cat([self._score_one(y_pred[i : i + 1], y[i : i + 1], y[i]) for i in range(len(y))])
+
+    @staticmethod
+    def _score_one(y_pred: torch.Tensor, y: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
+        """Score a batch of one, whose truth is the MetaTensor `volume`."""
+        if not any(map(is_picture, files_of(volume))):
+            return assd_per_class_mm(y_pred, y, header_spacing_mm(volume))
+        flat_pred, flat_truth = (torch.as_tensor(masks).as_subclass(torch.Tensor)[..., 0] for masks in (y_pred, y))
+        return assd_per_class_mm(flat_pred, flat_truth, (1.0, 1.0))
 
 
 class VolumeMetricHandler(IgniteMetricHandler):

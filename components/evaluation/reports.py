@@ -17,12 +17,13 @@ from monai.data import decollate_batch
 from monai.utils import string_list_all_gather
 
 from components.base.atomic_write import write_atomically
-from components.base.volume_metadata import case_name_of
+from components.base.volume_metadata import case_name_of, files_of, is_picture
 from components.data.acdc import CLASS_NAMES
 
 logger = logging.getLogger(__name__)
 
 METRICS_COLUMNS = ("case", "class", "dice", "assd_mm")
+UNIT_COLUMN, PIXELS = "assd_unit", "pixels"  # the last column of both tables of pictures, and all its values
 SUMMARY_COLUMNS = (
     "class",
     "n_volumes",
@@ -51,7 +52,7 @@ def summarise(
 
     Args:
         dice: `(N,K)` Dice in 0..1.
-        assd_mm: `(N,K)` surface distances in mm.
+        assd_mm: `(N,K)` surface distances in mm, or in pixels for pictures.
         in_pred: `(N,K)` bool, whether the prediction holds the class.
         in_truth: `(N,K)` bool, whether the truth holds the class.
         class_names: K names of the foreground classes.
@@ -81,8 +82,9 @@ class EvaluationReport:
     """Ignite handler that writes `metrics.csv` and `summary.csv` when the evaluation is completed.
 
     `metrics.csv` has one row per case and class, sorted by case; `summary.csv` holds the rows of `summarise`. Undefined
-    values are written as `nan`. Both metrics must be `VolumeMetricHandler`s with `save_details`. In a distributed run
-    rank 0 writes the files.
+    values are written as `nan`. Distances of pictures are in pixels, as their last column `assd_unit` and the log say;
+    the name of the column `assd_mm` stays, since other programs read it. Both metrics must be `VolumeMetricHandler`s
+    with `save_details`. In a distributed run rank 0 writes the files.
 
     Args:
         output_dir: folder of both files, made if missing.
@@ -107,6 +109,7 @@ class EvaluationReport:
         self.assd = assd
         self.image_key = image_key
         self._cases: list[str] = []
+        self._of_pictures = False
 
     def attach(self, engine: Engine) -> None:
         """Register the handler on an evaluator."""
@@ -135,9 +138,13 @@ class EvaluationReport:
         summary = summarise(
             dice=dice, assd_mm=assd_mm, in_pred=in_pred, in_truth=in_truth, class_names=self.class_names
         )
-        metrics_path = write_csv(self.output_dir / "metrics.csv", METRICS_COLUMNS, scores)
-        summary_path = write_csv(self.output_dir / "summary.csv", SUMMARY_COLUMNS, summary)
-        logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{_as_table(summary)}")
+        unit = (UNIT_COLUMN,) if self._of_pictures else ()
+        for row in (*scores, *summary) if unit else ():
+            row[UNIT_COLUMN] = PIXELS
+        metrics_path = write_csv(self.output_dir / "metrics.csv", (*METRICS_COLUMNS, *unit), scores)
+        summary_path = write_csv(self.output_dir / "summary.csv", (*SUMMARY_COLUMNS, *unit), summary)
+        table = _as_table(summary, of_pictures=self._of_pictures)
+        logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{table}")
 
     def _forget_cases(self, _: Engine) -> None:
         self._cases = []
@@ -149,6 +156,7 @@ class EvaluationReport:
             decollate_batch(batch[self.image_key]) if isinstance(batch, Mapping) else [b[self.image_key] for b in batch]
         )
         self._cases.extend(case_name_of(image) for image in images)
+        self._of_pictures = all(is_picture(file) for image in images for file in files_of(image))
 
     def _details(self, engine: Engine, name: str, n_cases: int) -> np.ndarray:
         """Return the details `(N,K)` that a metric left in the engine, checked."""
@@ -214,9 +222,10 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
     return path.resolve()
 
 
-def _as_table(rows: Sequence[Row]) -> str:
+def _as_table(rows: Sequence[Row], *, of_pictures: bool) -> str:
     """Lay the summary out in aligned columns for a log."""
-    head = ("class", "Dice", "ASSD mm", "detected only", "undefined", "misses", "false alarms")
+    items, unit = ("pictures", PIXELS) if of_pictures else ("volumes", "mm")
+    head = ("class", "Dice", f"ASSD {unit}", "detected only", "undefined", "misses", "false alarms")
     table: list[Sequence[str]] = [head]
     for row in rows:
         dice, assd = (f"{row[f'{m}_mean']:.3f} +- {row[f'{m}_std_ddof1']:.3f}" for m in ("dice", "assd_mm"))
@@ -225,4 +234,4 @@ def _as_table(rows: Sequence[Row]) -> str:
         table.append((str(row["class"]), dice, assd, detected, *counts))
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join([f"{rows[0]['n_volumes']} volumes, mean +- standard deviation over volumes (ddof 1)", *lines])
+    return "\n".join([f"{rows[0]['n_volumes']} {items}, mean +- standard deviation over {items} (ddof 1)", *lines])

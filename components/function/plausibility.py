@@ -21,9 +21,8 @@ _JUMP_SHARE = 0.1  # share of the largest volume by which a frame may differ fro
 def faults_of_labels(labels: np.ndarray, classes: Mapping[str, int]) -> list[str]:
     """Describe the implausible anatomy in the labels of one frame.
 
-    Faults are a missing class, and a slice without left ventricle between others that show it. A ventricle in pieces,
-    and an open wall around the cavity below the most basal slice, are faults if at least two slices show them. Slices
-    are counted from 1.
+    Faults are a missing class, and a slice without left ventricle between others. A ventricle in pieces, and an open
+    wall around the cavity below the most basal slice, count in two slices or more. Slices are counted from 1.
 
     Args:
         labels: `(H,W,D)`, slices last.

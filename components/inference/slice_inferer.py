@@ -20,8 +20,8 @@ class TestTimeAugmentationInferer(SliceInferer):
     """MONAI's `SliceInferer` that averages class probabilities over rotated and mirrored views of each slice.
 
     The views are the symmetries of a square. The slice itself and its rotations by 180, 90 and 270 degrees come first,
-    then its mirror image and the same rotations of that. 2 views are the identity and the half turn, 4 are all
-    rotations, 8 all symmetries. Each of these sets is a group, so the prediction is equivariant to it.
+    then its mirror image and the same rotations of that. Two views are the identity and the half turn, four are
+    all rotations, eight all symmetries. Each of these sets is a group, so the prediction is equivariant to it.
 
     Args:
         args: as `SliceInferer`.

@@ -169,10 +169,9 @@ def _paint_basal_gap(tissues: Tensor, along: Tensor, across: Tensor, inner: Tens
 
 
 def _rv_distance(along: Tensor, across: Tensor, shape: Draw) -> tuple[Tensor, Tensor]:
-    """Return two signed distances in mm: to the outline of the RV pool, and to the tricuspid valve.
+    """Return mm to the RV pool's outline, negative inside, and to the tricuspid valve, negative in the right atrium.
 
-    The outline is an egg on the septum's chord with the outflow tract, negative inside. The valve is negative in the
-    right atrium, which takes the pool's place from the diaphragm's side.
+    The outline is an egg on the septum's chord with the outflow tract. The atrium is on the diaphragm's side.
     """
     epi, outflow = shape["epi"], shape["outflow"]
     reach = along - shape["rv_chord"]

@@ -49,8 +49,8 @@ class SamEncoder(nn.Module):
         model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny` or `phantom_unet`.
         checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
         image_size: side in pixels to which images are resized, a multiple of 16.
-        trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"). `neck` trains its last
-            layers alone: SAM's neck, or the last stage of `phantom_unet`.
+        trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"). `neck` trains the
+            last layers alone: SAM's neck, or the last stage of `phantom_unet`.
         cache_dir: folder of the embedding cache; None for no cache.
         cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
         cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).

@@ -6,8 +6,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checkpoints": ["TrainingCheckpoints"],
-        "command_line": ["read_command_line"],
+        "command_line": ["check_run_id", "read_command_line"],
         "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler", "StepLimit"],
+        "known_pixels": ["KnownPixelsDiceCELoss"],
         "mean_teacher": ["PseudoLabelCutMix", "ExponentialMovingAverage"],
         "phantom_mixing": ["PhantomMixing"],
         "tracking": ["finish_mlflow_runs"],

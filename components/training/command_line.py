@@ -78,6 +78,27 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
             names[ReferenceResolver._vars][key] = kept
 
 
+def check_run_id(argv: Sequence[str] | None = None) -> None:
+    """Raise an error if the workflow to run is none, such as the section ``train`` instead of ``training``.
+
+    MONAI resolves any key of the config as a workflow, and ends without an error.
+
+    Args:
+        argv: as for `refuse_unknown_knobs`.
+
+    Raises:
+        ValueError: when the key is no list of expressions.
+    """
+    options = _read_options(argv)
+    if "run_id" not in options:
+        return
+    run_id, configs = str(options["run_id"].value), _read_configs(options)
+    if run_id not in configs or not isinstance(configs[run_id], list | str) or not run_id:
+        target = "components.training.read_command_line"
+        workflows = [key for key, value in configs.get().items() if isinstance(value, list) and target in str(value)]
+        raise ValueError(f"expected a workflow to run, received '{run_id}': write {' or '.join(workflows)}")
+
+
 def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
     """Raise an error on a command-line option that is neither a key of the configs nor an argument of the runner.
 

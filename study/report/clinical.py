@@ -118,11 +118,10 @@ def agreement(measurements: pd.DataFrame) -> pd.DataFrame:
         measurements: as `read_measurements` returns them; ablations are ignored.
 
     Returns:
-        a row for each `method`, `title`, `labelled_patients` and `quantity`, in the quantity's unit. `n` is the number
-        of patients, averaged over splits as in `patient_pairs`. Predicted minus true has the `mean_error` (bias),
-        `sd_of_error` (ddof 1), `lower_limit`, `upper_limit` (bias ± 1.96 sd) and `mean_absolute_error`. There is also
-        `pearson_r`. A statistic is nan if there are too few patients. `n_undefined` counts undefined pairs of a patient
-        and split.
+        a row for each `method`, `title`, `labelled_patients` and `quantity`, in the quantity's unit. `n` counts
+        patients, averaged over splits as in `patient_pairs`. `mean_error` (bias), `sd_of_error` (ddof 1),
+        `lower_limit` and `upper_limit` (bias ± 1.96 sd) and `mean_absolute_error` are of predicted minus true. They and
+        `pearson_r` are nan if there are too few patients. `n_undefined` counts undefined pairs of patient and split.
     """
     own = measurements[measurements["ablation"] == ""]
     undefined = own[_PAIR].isna().any(axis=1).groupby([own[name] for name in _BY], sort=False).sum()
