@@ -21,6 +21,7 @@ from components.data.cases import SUBSETS
 from components.data.geometry import find_slice_axis, on_grid_of, slices_last
 from components.data.pictures import PictureReader, used_colours
 from components.data.reader import VolumeReader
+from components.data.transforms import ROUNDING_ERROR
 
 SIDES = re.compile(r"(left|right|anterior|posterior|superior|inferior|upper|lower|dorsal|ventral|l|r)", re.IGNORECASE)
 NAMELESS = re.compile(r"(class|label)?[ _-]?\d+", re.IGNORECASE)  # names that are none, as in some `dataset.json`
@@ -132,17 +133,18 @@ def _look(item: Item, layout: Layout, colours: list[str] | None) -> dict[str, An
     )
     label = on_grid_of(image, label)
     values = np.unique(label.numpy())
-    if values[0] < 0:
+    if values[0] < -ROUNDING_ERROR:
         raise ValueError(
             f"{item['label']} has the value {values[0]:g}: expected 0 for the background and a whole number from 1 for "
             "each class; set it to 0, or, if nobody has annotated these voxels, to a number that is no class, and list "
             f"that in a dataset.json as `{IGNORE}`"
         )
     is_too_many = layout.class_names is None and len(values) > MOST_CLASSES
-    if is_too_many or not np.equal(values, values.round()).all():
+    if is_too_many or (np.abs(values - values.round()) > ROUNDING_ERROR).any():
         raise ValueError(
             f"{item['label']} has {len(values)} values from {values[0]:g}: expected a whole number for each class"
         )
+    values, label = np.unique(values.round()), label.round()
     spacing = affine_to_spacing(image.affine.numpy(), r=3).tolist()
     return {
         "image": item["image"],

@@ -15,7 +15,9 @@ from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from PIL import Image, TiffImagePlugin
 
+from adapt.layouts import read_layout
 from adapt.new import new_bundle
+from adapt.survey import survey
 from components.data.cases import list_cases
 from components.data.custom_data import DatasetStatistics, read_data
 from components.data.pictures import PictureReader, PictureWriter
@@ -396,3 +398,13 @@ def test_a_mask_on_another_grid_is_named_and_nothing_is_left(tmp_path):
         new_bundle("organs", data, tmp_path / "out")
     assert not (tmp_path / "out/organs").exists()
     assert not (tmp_path / "out/organs_data").exists()
+
+
+def test_labels_that_are_nearly_whole_are_read_as_in_training(tmp_path):
+    label = with_ignored(0).clip(0, 2).astype(np.float32) * np.float32(0.99998)
+    for folder, array in (("images", image_of(label.round().astype(np.uint8))), ("labels", label)):
+        (tmp_path / folder).mkdir()
+        for number in range(4):
+            nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / f"{number}.nii.gz")
+    description, _ = survey(read_layout(tmp_path), tmp_path)
+    assert description["label_values"] == [0, 1, 2]

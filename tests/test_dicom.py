@@ -321,11 +321,8 @@ OF_ANOTHER_KIND = {
 }
 
 
-@pytest.mark.parametrize("depths", [[1, 3], None])
-@pytest.mark.parametrize("kind", OF_ANOTHER_KIND)
+@pytest.mark.parametrize(("kind", "depths"), [*((kind, [1, 3]) for kind in OF_ANOTHER_KIND), ("name", range(5))])
 def test_later_series_of_another_kind_replace_no_slice(kind, depths, beating, tmp_path):
-    if depths is None and kind != "name":
-        pytest.skip("of two whole stacks the later one is taken unless its name tells that it is no plain cine")
     write_classic(tmp_path / "study", beating, SequenceName="*tfi2d1_15")
     others = {"SequenceName": "*tfi2d1_15", **OF_ANOTHER_KIND[kind]}
     write_classic(tmp_path / "study", sevens(beating), depths=depths, number=40, **others)
@@ -333,7 +330,7 @@ def test_later_series_of_another_kind_replace_no_slice(kind, depths, beating, tm
     assert stack.shape == beating.shape
     assert not (read_voxels(stack) == 7).any()
     assert stack.chosen == f"'sax': 5 slices of {beating.shape[3]} frames"
-    assert set(stack.left_out) == {f"series {40 + depth} '{others['name']}'" for depth in depths or range(5)}
+    assert set(stack.left_out) == {f"series {40 + depth} '{others['name']}'" for depth in depths}
     assert set(stack.left_out.values()) == {
         "at slices of the short-axis cine, but of another name, sequence or number of frames"
     }
@@ -452,6 +449,19 @@ def test_damaged_files_of_other_series_are_named_and_stop_nothing(beating, tmp_p
         f"anna, file loc/{localiser.name}, anna, file sax/{copied.name}.dcm"
     ) in caplog.text
     assert "skipped 1, a damaged DICOM file, empty: copy it again from its source: berta/x.dcm" in caplog.text
+
+
+def test_a_damaged_phase_image_does_not_stop_the_study(beating, tmp_path):
+    write_classic(tmp_path / "study", beating)
+    write_classic(
+        tmp_path / "study", beating, depths=[0], number=40, name="flow", ImageType=["ORIGINAL", "PRIMARY", "P"]
+    )
+    paths = files_at(tmp_path / "study", 39)
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-100])
+    stack = read_stack(tmp_path / "study")
+    assert stack.shape == beating.shape
+    assert set(stack.left_out) == {f"file {path.name}" for path in paths}
 
 
 def test_a_folder_of_damaged_files_only_says_so(tmp_path):
@@ -590,7 +600,8 @@ def test_studies_in_one_folder_are_refused(beating, tmp_path):
 
 def test_dicom_beside_volumes_is_left_out_with_the_reason(beating, tmp_path):
     write_classic(tmp_path / "in/raw", beating, depths=[0])
-    nib.save(beating, tmp_path / "in/cine.nii.gz")
+    grey = np.arange(np.prod(beating.shape), dtype=np.int16).reshape(beating.shape)  # not taken for a label map
+    nib.save(nib.Nifti1Image(grey, beating.affine), tmp_path / "in/cine.nii.gz")
     found = find_volumes(str(tmp_path / "in"))
     assert {Path(item["image"]).name for item in found} == {"cine.nii.gz"}
     assert found.skipped == {"raw": "DICOM files beside volumes: give this folder alone to segment them"}

@@ -98,6 +98,14 @@ def test_folder_without_faults_ends_well(study, tmp_path):
     assert len(segment(study, tmp_path / "out").segmented) == 4
 
 
+def test_volumes_in_which_nothing_was_found_are_named_at_the_end(tmp_path, caplog):
+    save(tmp_path / "heart.nii.gz")
+    dark = np.random.default_rng(0).integers(-900, -100, SHAPE).astype(np.int16)
+    nib.save(nib.Nifti1Image(dark, np.eye(4)), tmp_path / "other.nii.gz")
+    segment(tmp_path, tmp_path / "out")
+    assert f"nothing was found in 1: {tmp_path / 'other.nii.gz'}; check" in caplog.text
+
+
 def test_the_error_of_an_only_volume_is_its_own(tmp_path):
     (tmp_path / "x.nii.gz").write_bytes(b"hello")
     with pytest.raises(RuntimeError) as error:

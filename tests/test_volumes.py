@@ -83,6 +83,49 @@ def test_file_is_taken_as_it_is_named(tmp_path):
     assert find_volumes(path) == [{"image": path}]
 
 
+LABELS = np.zeros((8, 8, 3))
+LABELS[2:5, 2:5, 1:] = 3
+
+
+@pytest.mark.parametrize(
+    "name", ["heart_gt", "heart_dseg", "heart-label", "heart.seg", "heart_roi", "mask", "label_sa_ED", "SEG", "h_masks"]
+)
+def test_a_file_named_like_a_label_is_left_out(tmp_path, name):
+    save(tmp_path / "heart.nii.gz", (4, 4, 3))
+    save(tmp_path / f"{name}.nii.gz", (4, 4, 3))
+    found = find_volumes(str(tmp_path))
+    assert [Path(item["image"]).name for item in found] == ["heart.nii.gz"]
+    assert found.skipped == {f"{name}.nii.gz": "a label or prediction by its name"}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_label_map_is_known_by_its_content_and_segmented_with_a_warning_if_named(tmp_path, dtype, caplog):
+    path = save(tmp_path / "patient_a.nii.gz", LABELS.shape, dtype, LABELS)
+    save(tmp_path / "segmentations/liver.nii.gz", (4, 4, 3))
+    image = save(tmp_path / "ct.nii.gz", (8, 8, 3), dtype)
+    found = find_volumes(str(tmp_path))
+    assert [item["image"] for item in found] == [image]
+    assert found.skipped["patient_a.nii.gz"].startswith("a label map by its content")
+    assert found.skipped["segmentations"] == "a folder of labels"
+    assert [item["image"] for item in find_volumes(path)] == [path]
+    assert f"{path} is segmented, though it is a label map by its content" in caplog.text
+
+
+@pytest.mark.parametrize("values", [np.zeros((8, 8, 3)), LABELS + 0.5, np.arange(192).reshape(8, 8, 3)])
+def test_other_grey_values_are_no_label_map(tmp_path, values):
+    path = save(tmp_path / "x.nii.gz", values.shape, np.float32, values)
+    assert [item["image"] for item in find_volumes(str(tmp_path))] == [path]
+
+
+def test_a_picture_is_refused_where_a_volume_is_expected_and_the_reverse(tmp_path):
+    volume = save(tmp_path / "x.nii.gz", (4, 4, 3))
+    (tmp_path / "x.png").touch()
+    with pytest.raises(ValueError, match=r"x\.png is a picture: expected a volume, on which"):
+        find_volumes(str(tmp_path / "x.png"))
+    with pytest.raises(ValueError, match=r"x\.nii\.gz is no picture: expected a picture"):
+        find_volumes(volume, pictures=True)
+
+
 def test_damaged_file_stays_in_the_list_for_the_loader_to_name(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"\x1f\x8b\x08garbage")
     assert len(find_volumes(str(tmp_path))) == 1

@@ -55,6 +55,8 @@ def _reason(error: Exception) -> str:
     forbidden = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
     if forbidden:
         return f"beside tensors it holds a {forbidden[1]}, which is not loaded since that could run code of the file"
+    if "TorchScript" in str(error):
+        return "it is an exported TorchScript network, not a state dict"
     found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     return f"{type(error).__name__}: {found[1] if found else error}"
 

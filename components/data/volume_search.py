@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 from monai.data import Dataset
 
 from components.base.errors import error_message, is_out_of_memory
@@ -34,12 +35,15 @@ from components.dicom.stack import DicomStack, read_stack, study_folders
 
 logger = logging.getLogger(__name__)
 
-NOT_IMAGES = ("_gt", "_label", "_mask", "_seg", f"_{PREDICTION_POSTFIX}")  # postfixes of labels and predictions
+MOST_LABELS = 64  # whole values of a label map, of which one fills more than half
 FAILURE = "failure"  # key of the reason in the item of a volume that could not be loaded
 
 _IMAGES = re.compile("(images?|imgs?)(tr|ts|val)?")
 _LABELS_OF_SUBSET = re.compile("labels?(tr|ts|val)")  # as nnU-Net and the Medical Segmentation Decathlon name them
 _LABELS = re.compile("labels?|masks?|seg(mentation)?s?|gts?")
+_LABEL_OR_PREDICTION = re.compile(
+    rf"(.*[._-])?(gts?|labels?|masks?|d?seg(mentation)?s?|roi|{PREDICTION_POSTFIX})|label[_-].*"
+)  # names of files without their suffix
 
 
 class FoundVolumes(list):
@@ -69,14 +73,17 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     These files and folders are left out, with the reason in `skipped`:
 
     - files without a 3D volume or a series of them, and further paths to the same file;
-    - labels and predictions by their postfix: `*_gt`, `*_label`, `*_mask`, `*_seg`, `*_pred`;
+    - damaged DICOM files, and DICOM series that are not of the cine;
+    - labels and predictions by their name, such as `*_gt`, `*-label`, `*.seg`, `*_dseg`, `*_roi`, `mask`, `label_*`;
+    - label maps by their content, up to 64 whole values of which one fills more than half;
     - folders `labelsTr`, `labelsTs` and `labelsVal`, and folders such as `labels`, `masks` or `segmentations` beside
-      one such as `images` or `imagesTr`.
+      volumes or a folder such as `images`.
 
     Hidden files and folders, and files without an image's suffix, are left out without a reason.
 
     Args:
-        dataset_dir: a volume's file, listed whatever its name, or a folder of volumes or DICOM studies.
+        dataset_dir: a volume's file, or a folder of volumes or DICOM studies. The file is listed even if it looks like
+            a label map, with a warning.
         pictures: whether to list files of `PICTURE_SUFFIXES` instead of volumes.
 
     Returns:
@@ -84,7 +91,8 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
         the number of frames as `frames`.
 
     Raises:
-        ValueError: if `dataset_dir` is empty or has no volume, or two predictions would have the same name.
+        ValueError: if `dataset_dir` is empty or has no volume, or two predictions would have the same name. If the file
+            is a picture but volumes are expected, or the reverse.
         FileNotFoundError: if the file or folder is missing.
         OptionalImportError: if there are DICOM files only and pydicom is missing.
     """
@@ -98,6 +106,13 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     if not root.exists():
         raise FileNotFoundError(f"dataset_dir {root} does not exist: expected a volume's file or a folder of them")
     if root.is_file():
+        if is_picture(root) != pictures:
+            expected = f"a picture {', '.join(PICTURE_SUFFIXES)}" if pictures else "a volume"
+            raise ValueError(
+                f"{root} is {'no' if pictures else 'a'} picture: expected {expected}, on which the model was trained"
+            )
+        if not pictures and (reason := _reason_for_label(root)):
+            logger.warning("%s is segmented, though it is %s", root, reason)
         return FoundVolumes(_frames_of(root), {})
     left_out: dict[Path, str] = {}
     by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # by case name and real path
@@ -154,7 +169,9 @@ def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -
         left_out[folder] = f"a folder that cannot be listed: {error.strerror}"
         return
     folders = {path for path in paths if path.is_dir()}
-    has_images = any(_IMAGES.fullmatch(path.name.lower()) for path in folders)
+    has_images = any(
+        _IMAGES.fullmatch(path.name.lower()) if path in folders else bool(volume_suffix(path)) for path in paths
+    )
     for path in paths:
         name = path.name.lower()
         if path not in folders:
@@ -181,8 +198,8 @@ def _reason_to_skip(path: Path) -> str:
     suffix = volume_suffix(path)
     if not suffix and not is_picture(path):
         return DEAD_LINK if is_dead_link(path) and not path.suffix else ""  # it may have led to a patient's folder
-    if case_name(path).lower().endswith(NOT_IMAGES):
-        return "a label or prediction by its name"
+    if reason := _reason_for_label(path):
+        return reason
     if (other := other_of_pair(path)) and not os.path.lexists(other):
         return f"half of a pair: there is no {other.name} beside it"
     image = None if suffix == ".img" else _header_of(path)  # a pair is judged by its .hdr
@@ -192,6 +209,31 @@ def _reason_to_skip(path: Path) -> str:
         return "colours instead of grey values"
     is_fit = is_volume(image.shape) or time_axis(image.shape) is not None
     return "" if is_fit else f"neither a 3D volume nor a series of them but an array {image.shape}"
+
+
+def _reason_for_label(path: Path) -> str:
+    """Return why a file is taken for a label map or a prediction, or an empty string."""
+    if _LABEL_OR_PREDICTION.fullmatch(case_name(path).lower()):
+        return "a label or prediction by its name"
+    image = None if is_picture(path) or path.suffix.lower() == ".img" else _header_of(path)
+    if image is None or image.get_data_dtype().fields or len(image.shape) < 3:
+        return ""
+    try:
+        middle = np.asanyarray(image.dataobj[..., image.shape[-1] // 2])  # most images are told by it
+        looks_so = _has_few_values(middle) and _looks_like_labels(np.asanyarray(image.dataobj))
+    except Exception:  # damaged voxels, which the loader reports
+        return ""
+    return f"a label map by its content, up to {MOST_LABELS} whole values" if looks_so else ""
+
+
+def _has_few_values(voxels: np.ndarray) -> bool:
+    found = np.unique(voxels)
+    return len(found) <= MOST_LABELS and bool(np.equal(found, np.round(found)).all())
+
+
+def _looks_like_labels(voxels: np.ndarray) -> bool:
+    found, counts = np.unique(voxels, return_counts=True)
+    return 2 <= len(found) <= MOST_LABELS and _has_few_values(found) and 2 * counts.max() > voxels.size
 
 
 def _frames_of(path: Path) -> list[dict[str, Any]]:

@@ -141,9 +141,9 @@ def read_stack(folder: Path) -> DicomStack:
     ones the latest. Series named as tagging, late enhancement, perfusion or flow come last.
 
     If several alike series have one position, as after a repeated breath-hold, the latest one with the usual number of
-    frames is used. Where alike series lack slices, those alike in only one of name and sequence may complete the
-    stack. Images of one position are ordered by trigger time, else by temporal position, else by their number. Phase
-    images are left out. Copies of an image count once.
+    frames is used. Series alike in only one of name and sequence complete the stack at other positions. Images of one
+    position are ordered by trigger time, else by temporal position, else by their number. Phase images are left out.
+    Copies of an image count once.
 
     Args:
         folder: folder of the study, searched with all folders below.
@@ -373,10 +373,9 @@ def _is_oblique(stack: Positions) -> bool:
 
 
 def _in_words(stack: Positions) -> str:
-    by_kind = {
-        _kind(image): image.name for images in reversed(stack) for image in images
-    }  # the name of its first slice
-    names, more = sorted(by_kind.values()), len({image.name for images in stack for image in images}) - len(by_kind)
+    first_of_kind = {_kind(image): image.name for images in reversed(stack) for image in images}
+    names = sorted(set(first_of_kind.values()))
+    more = len({image.name for images in stack for image in images}) - len(names)
     frames = sorted({len(images) for images in stack})
     of_frames = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
     kind = "" if _is_oblique(stack) else ", across a body axis"
@@ -429,6 +428,7 @@ def _refuse_damage(folder: Path, chosen: Positions, files: Sequence[DicomFile]) 
         file
         for file in files
         if file.damage
+        and not file.left_out
         and (file.path in used if file.images else file.series not in others and file.instance_uid not in intact)
     ]
     if lost:

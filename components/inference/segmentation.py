@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from components.base.errors import error_message, is_out_of_memory
@@ -42,6 +43,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
     Attributes:
         segmented: the segmented files; a series counts once.
         failed: reason by file.
+        has_foreground: whether any class was found, by file.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
         self.skipped = skipped or {}
         self.segmented: list[str] = []
         self.failed: dict[str, str] = {}
+        self.has_foreground: dict[str, bool] = {}
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # as MONAI's own
         """Segment all volumes.
@@ -66,7 +69,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
         Raises:
             RuntimeError: at the end, when a file has failed.
         """
-        self.segmented, self.failed = [], {}
+        self.segmented, self.failed, self.has_foreground = [], {}, {}
         try:
             super().run(global_epoch)
         finally:
@@ -91,6 +94,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
         try:
             if frames == 1:
                 output = super()._iteration(engine, batchdata)
+                self._note_foreground(engine, path)
             else:
                 output = self._frame_iteration(engine, batchdata, frame, frames)
         except Exception as error:
@@ -132,8 +136,15 @@ class SegmentationEvaluator(SupervisedEvaluator):
             engine.state.output = {"image": of_frame, "pred": output}
             engine.fire_event(IterationEvents.FORWARD_COMPLETED)
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
+            self._note_foreground(engine, ", ".join(files_of(batchdata["image"])))
         self.frames.remove()
         return {}
+
+    def _note_foreground(self, engine: SupervisedEvaluator, path: str) -> None:
+        """Note whether the label map of a volume or frame has any voxel of a class; logits have no label map."""
+        if isinstance(engine.state.output, list):
+            found = any(bool((item[Keys.PRED] > 0).any()) for item in engine.state.output)
+            self.has_foreground[path] = self.has_foreground.get(path, False) or found
 
     @property
     def _files(self) -> int:
@@ -148,6 +159,12 @@ class SegmentationEvaluator(SupervisedEvaluator):
             by_reason[reason].append(path)
         for reason, paths in by_reason.items():
             logger.info("skipped %d, %s: %s", len(paths), reason, ", ".join(paths))
+        if empty := [path for path, found in self.has_foreground.items() if not found]:
+            logger.warning(
+                "nothing was found in %d: %s; check that they are of the kind that the model was trained on",
+                len(empty),
+                ", ".join(empty),
+            )
         for failure in self.failed.items():
             logger.warning("failed: %s", _naming(*failure))
 
