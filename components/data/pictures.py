@@ -19,7 +19,7 @@ from components.data.reader import UNIT_MM, ContentReader
 CLASS_COLOURS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
 
 _COLOURS_OF_PREDICTION = ["#000000", *(CLASS_COLOURS[index % len(CLASS_COLOURS)].lower() for index in range(255))]
-_TIFF_BITS, _TIFF_ORIENTATION = 258, 274  # the tags BitsPerSample and Orientation
+_TIFF_BITS = 258  # the tag BitsPerSample
 _LOSSY = ("JPEG", "MPO")
 _GREY = ("1", "L", "LA", "La")
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -58,13 +58,13 @@ class PictureReader(ContentReader):
             what `get_data` takes.
 
         Raises:
-            ValueError: if the file is not a picture, has several pages, or has colours of more than 8 bits. If it is an
-                uncompressed TIFF file that is turned by a quarter. If a label
+            ValueError: if the file is not a picture, has several pages, or has colours of more than 8 bits. If a label
                 map has lossy compression, or colours that are neither indices nor listed.
         """
         (path,) = (Path(name) for name in ensure_tuple(data))
         try:
-            with Image.open(path) as picture:
+            # as a file, since Pillow maps a path into memory, where it scrambles a turned TIFF without compression
+            with path.open("rb") as file, Image.open(file) as picture:
                 self._refuse_unfit(picture, path)
                 picture.load()  # Pillow turns a TIFF by itself, and takes its EXIF orientation away
                 return np.asarray(self._plain(ImageOps.exif_transpose(picture), path))
@@ -101,12 +101,6 @@ class PictureReader(ContentReader):
             raise ValueError(
                 f"{path} has colours or transparency of {bits} bits: expected 8; convert it, or give grey values of 16 "
                 "bits"
-            )
-        tags = getattr(picture, "tag_v2", {})
-        if tags.get(_TIFF_ORIENTATION, 1) > 4 and picture.info.get("compression") == "raw":
-            raise ValueError(
-                f"{path} is a TIFF file turned by its orientation tag and not compressed, which Pillow reads wrong: "
-                "save it upright, or compress it"
             )
         if self.is_label and picture.format in _LOSSY:
             raise ValueError(
