@@ -130,7 +130,8 @@ def study(tmp_path_factory):
         voxel_ml = math.prod(labels.header.get_zooms()[:3]) / 1000
         counts = [np.count_nonzero(np.asarray(labels.dataobj) == label, axis=(0, 1, 2)) for label in (1, 2, 3)]
         truth[image.name.removesuffix(".nii.gz")] = np.stack(counts) * voxel_ml
-        nib.save(labels, image)
+        shown = np.asarray(labels.dataobj) + np.float32(0.125)  # whole values would be taken for labels
+        nib.save(nib.Nifti1Image(shown, labels.affine, labels.header, dtype=np.float32), image)
         path.write_bytes(b"never to be read")
     return root, truth
 

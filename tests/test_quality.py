@@ -209,7 +209,8 @@ def test_a_case_of_odd_anatomy_is_flagged_whatever_its_predicted_dice(tmp_path):
 
 def test_flagged_cases_come_first_in_the_summary(tmp_path):
     for name, labels in (("a_good", heart()), ("z_odd", np.where(heart() == 1, 0, heart()))):
-        nib.save(nib.Nifti1Image(labels.astype(np.int16), np.diag([1.5, 1.5, 8, 1])), tmp_path / f"{name}.nii.gz")
+        shown = labels + np.float32(0.125)  # whole values would be taken for labels
+        nib.save(nib.Nifti1Image(shown.astype(np.float32), np.diag([1.5, 1.5, 8, 1])), tmp_path / f"{name}.nii.gz")
     segment(tmp_path, tmp_path / "out", network=Scaled(10), handlers=[FunctionReport(str(tmp_path / "out"))])
     assert re.findall('href="(.*?)"', (tmp_path / "out/function.html").read_text()) == ["z_odd.html", "a_good.html"]
     assert list(pd.read_csv(tmp_path / "out/function.csv")["case"]) == ["a_good", "z_odd"]
