@@ -20,7 +20,6 @@ from torch import nn
 from components.sam.segment_anything_import import import_from_segment_anything
 
 REPOSITORY = Path(__file__).parents[1]
-LONGEST_FILE = "test_quick_study.py"
 DYNAMIC_BATCH = {  # of `onnx_export`: any number of slices
     "input_names": ["image"],
     "output_names": ["pred"],
@@ -34,11 +33,6 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the file that takes longest first: else one of two processes still works on it when the other has ended."""
-    items.sort(key=lambda item: item.path.name != LONGEST_FILE)
 
 
 def randomise_positions(image_encoder: nn.Module) -> None:
@@ -102,16 +96,22 @@ def run_monai_bundle(*arguments: str, cwd: Path, processes: int = 1) -> subproce
 
 @contextlib.contextmanager
 def everything_logged_to(handler: logging.Handler) -> Iterator[None]:
-    """Give a handler all that is logged from INFO on."""
-    root = logging.getLogger()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    """Give a handler all that is logged from INFO on, whatever an earlier run in this process has set."""
+    metrics = logging.getLogger("monai.handlers.StatsHandler")  # MONAI makes it pass nothing on
+    loggers = [logging.getLogger(), metrics, logging.getLogger("ignite.engine.engine")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+    metrics.propagate = False
+    for logger in loggers[:2]:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
         handler.close()
 
 

@@ -1,12 +1,16 @@
 import csv
 import math
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from benchmarks.__main__ import main
+from benchmarks.bundle import HEADS
 from benchmarks.contenders import hugging_face_name
 from benchmarks.flops import encoder_flops
 from benchmarks.memory import CLEAR_REFS, MIB, peak_mib
@@ -130,9 +134,24 @@ def test_peak_memory_is_that_of_the_work_only():
 def test_a_quick_run_writes_table_csv_and_plot(tmp_path, monkeypatch, capsys):
     options = ["--quick", "--threads", "1", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["python -m benchmarks", *options])
+    monkeypatch.setattr("benchmarks.epoch_section.HEADS", {"LinearHead": HEADS["LinearHead"]})
     main()
-    assert (tmp_path / "benchmarks.md").read_text() in capsys.readouterr().out
-    with (tmp_path / "benchmarks.csv").open(newline="") as file:
+    check_report(tmp_path, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_quick_run_of_the_command_trains_every_head(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = check_report(tmp_path, result.stdout)
+    assert {row["case"].rpartition(", ")[0] for row in rows if row["section"] == "epoch"} == HEADS.keys()
+
+
+def check_report(folder: Path, printed: str) -> list[dict[str, str]]:
+    """Check what a quick run has written and printed; return the rows of its table."""
+    assert (folder / "benchmarks.md").read_text() in printed
+    with (folder / "benchmarks.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["section"] for row in rows} == set(SECTIONS)
     for section in SECTIONS:
@@ -141,4 +160,5 @@ def test_a_quick_run_writes_table_csv_and_plot(tmp_path, monkeypatch, capsys):
     errors = {row["contender"]: float(row["error"]) for row in rows if row["error"]}
     assert 0 < errors["segment_anything"] < 1e-4
     assert errors["ours"] == 0
-    assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+    return rows

@@ -134,10 +134,7 @@ def test_a_folder_becomes_a_bundle_that_trains_evaluates_and_infers(tmp_path, ki
     bundle, _ = new_bundle("my_organ", data, tmp_path / "bundles")
     quick = ("--steps", "2", "--val_interval", "100", "--train#dataset#at_least", "1")
     run = ("--config_file", "configs/train.json", "--labelled_cases", "1", *quick)
-    if kind == "pictures":
-        succeeds(run_monai_bundle("run", "training", *run, cwd=bundle))
-    else:
-        run_monai_bundle_here("run", "training", *run, cwd=bundle)
+    run_monai_bundle_here("run", "training", *run, cwd=bundle)
     run_monai_bundle_here("run", "evaluating", "--config_file", BOTH, cwd=bundle)
     cases = {row["case"] for row in scores(bundle / "eval")}
     tested = list_cases(read_data(bundle / "configs/data.json", str(data)), "test")

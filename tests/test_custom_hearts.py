@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from test_custom_data import described, scores
+from test_custom_data import SHORT_EPOCHS, described, scores
 from test_custom_networks import assert_complete, assert_workflows_are_whole, labels, parsed, run
 
 from adapt.new import new_bundle
@@ -78,6 +78,7 @@ def test_patients_in_acdcs_layout_make_a_bundle_of_every_network_that_starts_fro
 def test_hearts_in_acdcs_layout_train_evaluate_and_are_measured(release, tmp_path, network):
     bundle, _ = new_bundle("hearts", release, tmp_path, network=network)
     quick = {"labelled_cases": 1, "epochs": 1, "train#prepare_batch#pool_size": 4, "is_silent": True}
+    quick |= SHORT_EPOCHS
     run("training", bundle, "train", **quick)
     run("evaluating", bundle, "train", "evaluate", is_silent=True)
     data = read_data(bundle / "configs/data.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 import ignite.distributed as idist
 import pytest
 import torch
-from conftest import REPOSITORY, run_monai_bundle, succeeds
+from conftest import REPOSITORY, run_monai_bundle, run_monai_bundle_here, succeeds
 
 from components.phantom.dataset import write_phantom_dataset
 from components.training.phantom_mixing import PhantomMixing
@@ -30,6 +30,8 @@ def run(run_id: str, *configs: str, processes: int, **knobs) -> str:
     files = ",".join(f"'configs/{name}.json'" for name in configs)
     options = [text for name, value in (SMALL | knobs).items() for text in (f"--{name}", str(value))]
     arguments = ["run", run_id, "--config_file", f"[{files}]", *options]
+    if processes == 1:
+        return run_monai_bundle_here(*arguments, cwd=BUNDLE)
     return succeeds(run_monai_bundle(*arguments, cwd=BUNDLE, processes=processes))
 
 

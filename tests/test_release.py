@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, messages_of, run_monai_bundle, run_monai_bundle_here, succeeds
+from conftest import REPOSITORY, messages_of, run_monai_bundle_here, succeeds
 from monai.bundle import ConfigParser, verify_metadata
 from PIL import Image
 
@@ -171,15 +171,6 @@ def test_readme_of_an_archive_names_files_that_it_has(bundle, unpacked):
     assert {name for name in named if not (unpacked / bundle / name).is_file()} == set()
     assert "download_large_files" not in readme
     assert not (unpacked / bundle / "large_files.yml").exists()  # the zoo's checks would download what no one needs
-
-
-def test_unpacked_archive_segments(unpacked, tmp_path):
-    root = unpacked / "linearhead_acdc"
-    voxels = np.random.RandomState(0).rand(60, 48, 2).astype(np.float32)
-    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "case.nii.gz")
-    command = ("run", "inferring", "--config_file", "configs/inference.json", "--output_dir", str(tmp_path / "out"))
-    succeeds(run_monai_bundle(*command, "--dataset_dir", str(tmp_path / "case.nii.gz"), cwd=root))
-    assert nib.load(tmp_path / "out/case_pred.nii.gz").shape == (60, 48, 2)
 
 
 @pytest.fixture(scope="module")
@@ -397,20 +388,30 @@ def test_archive_is_loaded_from_anywhere_by_its_root(unpacked, tmp_path, monkeyp
     assert all(torch.equal(state[key], value) for key, value in trained.items() if key.startswith("head."))
 
 
-LOAD_ALL = """
+SEGMENT_AND_LOAD_ALL = """
 import sys
-from monai.bundle import load
+from monai.bundle import load, run
 
-folder, *bundles = sys.argv[1:]
-sys.path.insert(0, f"{folder}/{bundles[0]}")
+volume, output_dir, folder, *bundles = sys.argv[1:]
+root = f"{folder}/{bundles[0]}"
+sys.path.insert(0, root)
+run("inferring", config_file=f"{root}/configs/inference.json", bundle_root=root, dataset_dir=volume,
+    output_dir=output_dir)
 for bundle in bundles:
     load(bundle, bundle_dir=folder, workflow_type="inference", args_file={"bundle_root": f"{folder}/{bundle}"})
 import components
+from components.pretrained import pretrained_file
 print(components.__file__)
+print(pretrained_file("phantom_unet.pth"))
 """
 
 
-def test_one_process_loads_several_archives_by_the_components_of_the_first(unpacked, tmp_path):
-    command = [sys.executable, "-c", LOAD_ALL, str(unpacked), "unet_acdc", "linearhead_acdc"]
+def test_one_process_segments_and_loads_several_archives_by_the_components_of_the_first(unpacked, tmp_path):
+    voxels = np.random.RandomState(0).rand(60, 48, 2).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "case.nii.gz")
+    arguments = (tmp_path / "case.nii.gz", tmp_path / "out", unpacked, "linearhead_acdc", "unet_acdc")
+    command = [sys.executable, "-c", SEGMENT_AND_LOAD_ALL, *map(str, arguments)]
     said = succeeds(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False))
-    assert f"{unpacked}/unet_acdc/components/__init__.py" in said
+    assert f"{unpacked}/linearhead_acdc/components/__init__.py" in said
+    assert f"{unpacked}/linearhead_acdc/components/pretrained/phantom_unet.pth" in said
+    assert nib.load(tmp_path / "out/case_pred.nii.gz").shape == (60, 48, 2)

@@ -181,6 +181,12 @@ def test_stages_set_data_split_and_folders_of_a_cell(tmp_path):
     assert everyone.arguments[everyone.arguments.index("--labelled_cases") + 1] == "$None"
 
 
+def test_no_embedding_is_kept_where_the_encoder_trains_along(tmp_path):
+    method = replace(LINEAR, knobs={"trainable_encoder": True})
+    for stage in list_stages(Cell(method, 5, 2), dataset_dir="/data", output_dir=tmp_path):
+        assert stage.knobs["cache_dir"] is None
+
+
 def test_a_cell_starts_from_its_preparation(tmp_path):
     cell = Cell(STARTED, 1, 3)
     (pretraining,) = list_stages(Preparation(STARTED, 3), dataset_dir="/data", output_dir=tmp_path)

@@ -95,7 +95,7 @@ def file_of(encoder_state, tmp_path):
 
 
 # At 1024 MobileSAM's file is as it is. At the others windows of 7 and 14 tokens fill the grid, or go beyond it.
-@pytest.mark.parametrize("image_size", [1024, 16, 112, 176, 224])
+@pytest.mark.parametrize("image_size", [pytest.param(1024, marks=pytest.mark.slow), 16, 112, 176, 224])
 def test_equals_mobile_sams_own_module(image_size, mobile_sam):
     torch.manual_seed(0)
     theirs = mobile_sam(image_size)
