@@ -17,9 +17,9 @@ import nibabel as nib
 import numpy as np
 from monai.data import load_decathlon_datalist
 
-from components.base.volume_metadata import case_name, is_picture, volume_suffix
+from components.base.volume_metadata import NO_WEBP, case_name, is_picture, volume_suffix
 from components.data.acdc import CLASS_NAMES, INFO, read_acdc
-from components.data.cases import SUBSETS, check_no_leakage
+from components.data.cases import SUBSETS, check_no_leakage, named_cases
 
 IMAGES = ("images", "imagesTr", "image")
 LABELS = ("labels", "masks", "labelsTr", "label", "mask")
@@ -61,7 +61,7 @@ def read_layout(folder: str | os.PathLike[str]) -> Layout:
     Raises:
         FileNotFoundError: if the folder, or a file that it lists, is missing.
         ValueError: if there are no cases, `dataset.json` is invalid or an image has several channels. If an image or a
-            label has no counterpart. If a case is listed twice, or a group is in two lists.
+            label has no counterpart. If a case is listed twice, a group is in two lists, or two cases have one name.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -157,6 +157,9 @@ def _pairs(root: Path, *, by_channel: bool) -> list[Item]:
             raise ValueError(f"{images_dir} has several channels of a case, such as {several[0]}: expected _0000 alone")
         images = {re.sub("_0000$", "", name): path for name, path in images.items()}
     labels = {_stem(name, images): path for name, path in labels.items()}
+    if not images or set(images) != set(labels):
+        for webp in root.rglob("*.webp"):
+            raise ValueError(f"{webp} is {NO_WEBP}")
     for names, others, role, where in ((labels, images, "image", images_dir), (images, labels, "label", labels_dir)):
         if alone := sorted(set(names) - set(others)):
             raise ValueError(
@@ -257,10 +260,11 @@ def combine_masks(root: Path, target: Path) -> str:
 
 
 def _check(lists: dict[str, list[Item]]) -> None:
-    """Check that all files exist, that no case is listed twice and that no group is in two lists."""
+    """Check that all files exist, that no case is listed twice, no group is in two lists and no name has two cases."""
     for name, items in lists.items():
         for item in items:
             for role in ("image", "label") if name in SUBSETS else ("image",):
                 if not Path(item[role]).is_file():
                     raise FileNotFoundError(f"the {role} {item[role]} in the list `{name}` is missing: add it")
     check_no_leakage(lists)
+    named_cases(lists)

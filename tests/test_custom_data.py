@@ -93,6 +93,14 @@ def plain(root: Path, cases: int = 8, mode: str = "RGB", side: int = 40) -> Path
     return root
 
 
+def same_names(root: Path, cases: int = 8) -> Path:
+    """A folder for each patient with an image of one name, images/p00/t2.nii.gz and labels/p00/t2.nii.gz."""
+    for number in range(cases):
+        for folder, array in zip(("images", "labels"), organ(number), strict=True):
+            write_volume(root / folder / f"p{number:02d}/t2.nii.gz", array)
+    return root
+
+
 def ct_phantom(root: Path, cases: int = 8, side: int = 64, depth: int = 6) -> Path:
     """Plain folders of CT-like volumes in HU: a body of fat in air, a spine, and labels 1 liver, 2 cyst in it."""
     rows, columns, slices = np.mgrid[:side, :side, :depth].astype(np.float32)
@@ -152,6 +160,20 @@ def test_a_folder_becomes_a_bundle_that_trains_evaluates_and_infers(tmp_path, ki
             pred = Image.open(bundle / f"eval/{name}_pred.png")
             assert (pred.mode, pred.size) == ("P", Image.open(image).size)
             assert set(np.unique(np.asarray(pred))) <= {0, 1}
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders_in_all_results(tmp_path):
+    data = same_names(tmp_path / "data", cases=14)
+    bundle, _ = new_bundle("organ", data, tmp_path)
+    tested = [Path(case["image"]).parent.name for case in list_cases(read_data(bundle / "configs/data.json"), "test")]
+    assert len(tested) > 1
+    options = {"width": 2, "steps": 1, "val_interval": 100, "is_silent": True, "bundle_root": str(bundle)}
+    train, evaluate = (str(bundle / f"configs/{name}.json") for name in ("train", "evaluate"))
+    monai.bundle.run("training", config_file=train, labelled_cases=2, logging_file=False, **options)
+    monai.bundle.run("evaluating", config_file=[train, evaluate], logging_file=False, **options)
+    assert {row["case"] for row in scores(bundle / "eval")} == {f"{name}_t2" for name in tested}
+    for end in ("pred.nii.gz", "overlay.png"):
+        assert {path.name for path in (bundle / "eval").glob(f"*_{end}")} == {f"{name}_t2_{end}" for name in tested}
 
 
 def trained(bundle: Path) -> Path:
@@ -377,6 +399,15 @@ def test_pictures_of_any_format_are_read(tmp_path, suffix):
         path.unlink()
     bundle, _ = new_bundle("cells", folder, tmp_path)
     assert {Path(case["image"]).suffix for case in described(bundle)["training"]} == {suffix}
+
+
+def test_webp_is_refused_with_the_formats_that_are_read(tmp_path):
+    data = plain(tmp_path / "data")
+    for path in (data / "images").iterdir():
+        Image.open(path).save(path.with_suffix(".webp"), lossless=True)
+        path.unlink()
+    with pytest.raises(ValueError, match=r"\.webp is a WebP picture, which is not read: .* convert it to PNG"):
+        new_bundle("cells", data, tmp_path)
 
 
 def test_colours_with_transparency_beside_plain_ones_are_of_one_kind(tmp_path):

@@ -336,6 +336,34 @@ def test_later_series_of_another_kind_replace_no_slice(kind, depths, beating, tm
     }
 
 
+TAGGED = {
+    "protocol": {"ProtocolName": "SAX_TAG"},
+    "name of the sequence": {"SequenceName": "*fl2d1_tag"},
+    "variant of the sequence": {"SequenceVariant": ["SP", "MP"]},
+    "attribute": {"Tagging": "GRID"},
+}
+
+
+@pytest.mark.parametrize("way", TAGGED)
+def test_a_later_whole_stack_of_tagging_under_a_plain_name_is_not_taken(way, beating, tmp_path):
+    common = {"SequenceVariant": ["SK", "SP"], "ProtocolName": "SAX", "one_series": True}
+    write_classic(tmp_path / "study", beating, name="sax", **common)
+    write_classic(tmp_path / "study", sevens(beating), name="sax", number=40, **common | TAGGED[way])
+    stack = read_stack(tmp_path / "study")
+    assert stack.shape == beating.shape
+    assert not (read_voxels(stack) == 7).any()
+    assert stack.chosen == f"'sax': 5 slices of {beating.shape[3]} frames"
+
+
+def test_the_choice_between_two_whole_stacks_that_nothing_tells_apart_is_named(beating, tmp_path):
+    write_classic(tmp_path / "study", beating, one_series=True)
+    write_classic(tmp_path / "study", sevens(beating), one_series=True, number=40)
+    stack = read_stack(tmp_path / "study")
+    assert (read_voxels(stack) == 7).all()
+    of_each = f"'sax': 5 slices of {beating.shape[3]} frames in series"
+    assert stack.chosen.startswith(f"{of_each} 40, and not {of_each} 1; give the study without the wrong one")
+
+
 @pytest.mark.parametrize("name", ["LGE_SAX", "sax", ""])
 @pytest.mark.parametrize("place", ["at the slices", "between them"])
 def test_still_images_of_the_same_geometry_are_no_slices_of_the_cine(name, place, beating, tmp_path):
@@ -449,6 +477,40 @@ def test_damaged_files_of_other_series_are_named_and_stop_nothing(beating, tmp_p
         f"anna, file loc/{localiser.name}, anna, file sax/{copied.name}.dcm"
     ) in caplog.text
     assert "skipped 1, a damaged DICOM file, empty: copy it again from its source: berta/x.dcm" in caplog.text
+
+
+def cut_off(paths):
+    """End files before their pixels."""
+    for path in paths:
+        content = path.read_bytes()
+        path.write_bytes(content[: content.index(b"\xe0\x7f\x10\0") - 20])
+
+
+def test_a_localiser_of_damaged_files_only_is_left_out_with_the_reason(beating, tmp_path):
+    write_classic(tmp_path / "study", beating)
+    write_others(tmp_path / "study", beating)
+    localiser = sorted((tmp_path / "study/loc").iterdir())
+    cut_off(localiser)
+    stack = read_stack(tmp_path / "study")
+    assert stack.shape == beating.shape
+    reasons = {stack.left_out[f"file loc/{path.name}"] for path in localiser}
+    assert reasons == {"a damaged DICOM file, cut off before its pixels end: copy it again from its source"}
+
+
+@pytest.mark.parametrize("one_series", [True, False])
+def test_a_damaged_series_at_the_axes_of_the_cine_may_be_of_it_unless_the_cine_is_one_series(
+    one_series, beating, tmp_path
+):
+    write_classic(tmp_path / "study", beating, one_series=one_series)
+    write_classic(tmp_path / "study", beating, depths=[5], number=40)
+    lost = files_at(tmp_path / "study", 39 + 5)
+    cut_off(lost)
+    if one_series:
+        stack = read_stack(tmp_path / "study")
+        assert stack.shape == beating.shape
+        assert set(stack.left_out) == {f"file {path.name}" for path in lost}
+    else:
+        assert f"may lack slices or frames: {lost[0].name}" in refused(tmp_path / "study")
 
 
 def test_a_damaged_phase_image_does_not_stop_the_study(beating, tmp_path):
@@ -589,6 +651,20 @@ def test_studies_are_cases_by_their_folders_and_one_that_fails_stops_none(beatin
         "berta_pred.nii.gz",
     ]
     assert "not of the short-axis cine: berta, series 50 '4ch', berta, series 60 'localiser'" in caplog.text
+
+
+def test_studies_of_one_folder_name_have_results_of_their_own(beating, tmp_path):
+    for patient in ("anna", "berta"):
+        write_classic(tmp_path / "in" / patient / "cardiac", beating, study=generate_uid())
+        (tmp_path / "in" / patient / "other").mkdir()
+        write_classic(tmp_path / "in" / patient / "other", beating, depths=[0], study=generate_uid())
+    saving = [SaveDicomSegd("pred", str(tmp_path / "out"), CLASSES)]
+    with pytest.raises(RuntimeError, match="2 of 4 volumes failed"):
+        segment(tmp_path / "in", tmp_path / "out", network=GreyIsClass(), smoothing=0, saving=saving)
+    names = {"anna_cardiac", "berta_cardiac"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"{name}_{end}" for name in names for end in ("pred.nii.gz", "seg")
+    }
 
 
 def test_studies_in_one_folder_are_refused(beating, tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import shutil
 
 import monai.bundle
 import nibabel as nib
@@ -213,6 +214,19 @@ def test_the_bulls_eye_has_the_anterior_wall_on_top_and_the_septum_left():
     assert places["4"][0] == pytest.approx(1.5 * np.pi)
     assert places["1"][1] > places["7"][1] > places["13"][1]
     assert "5" not in places
+
+
+def test_patients_of_one_name_in_two_folders_are_told_apart_by_these(study, tmp_path):
+    root, truth = study
+    for folder in ("one", "two"):
+        shutil.copytree(
+            root / "training/patient001", tmp_path / folder / "patient001", ignore=shutil.ignore_patterns("*_4d*")
+        )
+    segment(tmp_path, tmp_path / "out", network=GreyIsClass(), handlers=[FunctionReport(str(tmp_path / "out"))])
+    table = pd.read_csv(tmp_path / "out/function.csv").set_index("case")
+    assert list(table.index) == ["one_patient001_patient001", "two_patient001_patient001"]
+    assert table["lv_edv_ml"].tolist() == pytest.approx(2 * [truth["patient001_4d"][2].max()], rel=0.05)
+    assert (tmp_path / "out/two_patient001_patient001.html").is_file()
 
 
 def test_a_cine_alone_is_measured_at_the_extremes_of_its_curve(study, tmp_path):

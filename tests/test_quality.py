@@ -12,7 +12,7 @@ from test_cine import segment
 from test_function import GreyIsClass, beat
 
 from components.function.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
-from components.function.quality import CALIBRATION, FLAG_BELOW, Dice, expected_dice, predicted_dice
+from components.function.quality import CALIBRATION, FLAG_BELOW, POOR_BELOW, Dice, expected_dice, predicted_dice
 from components.function.report import FunctionReport
 from components.phantom.degraded import degraded_phantom
 from study.calibration import calibrate
@@ -205,6 +205,25 @@ def test_a_case_of_odd_anatomy_is_flagged_whatever_its_predicted_dice(tmp_path):
     assert "ES: no right ventricle" in reasons
     assert "an ejection fraction of the right ventricle of 100%, outside 5 to 85%" in reasons
     assert "<li>ES: no right ventricle</li>" in page
+
+
+def test_a_volume_of_one_slice_is_flagged_since_it_is_no_ventricles(tmp_path):
+    row, page, _ = measured([heart(1), heart(1, contraction=3)], Scaled(10), tmp_path)
+    assert (row["flag"], row["reason"].split("; ")[0]) == ("check", "one slice: no volume")
+    assert "<li>one slice: no volume</li>" in page
+
+
+def test_cases_with_a_low_predicted_dice_are_named_at_the_end(tmp_path, caplog):
+    for patient, labels in (("p1", np.zeros_like(heart())), ("p2", heart())):
+        shown = labels + np.random.default_rng(0).uniform(-0.2, 0.2, labels.shape)
+        (tmp_path / patient).mkdir()
+        nib.save(nib.Nifti1Image(shown.astype(np.float32), np.diag([1.5, 1.5, 8, 1])), tmp_path / patient / "sa.nii.gz")
+    segment(tmp_path, tmp_path / "out", network=Scaled(10), handlers=[FunctionReport(str(tmp_path / "out"))])
+    table = pd.read_csv(tmp_path / "out/function.csv").set_index("case")["predicted_dice"]
+    assert list(table.index) == ["p1_sa", "p2_sa"]
+    assert table["p1_sa"] < POOR_BELOW < table["p2_sa"]
+    assert f"the predicted Dice is below 0.5 in 1: p1_sa ({table['p1_sa']:.2f}); do not use" in caplog.text
+    assert {"p1_sa.html", "p1_sa_pred.nii.gz"} < {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_flagged_cases_come_first_in_the_summary(tmp_path):

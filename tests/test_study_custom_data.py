@@ -11,14 +11,17 @@ import pytest
 import torch
 from conftest import mark_finished, run_in_this_process
 from PIL import Image
-from test_custom_data import HIPPOCAMPUS, SHORT_EPOCHS, decathlon, plain, write_volume
+from test_custom_data import HIPPOCAMPUS, SHORT_EPOCHS, decathlon, plain, same_names, write_volume
 from test_custom_data import organ as block
+from test_custom_labels import volumes as ignored_volumes
+from test_custom_labels import with_ignored
 
 from adapt.new import new_bundle
-from components.base.volume_metadata import case_name
+from components.base.volume_metadata import case_name_of_item
 from components.data.cases import list_cases
 from components.data.custom_data import read_data
 from components.data.prediction_writer import prediction_name
+from components.data.slices import IGNORED
 from components.data.transforms import LoadVolumed
 from components.networks.unet import GreyUNet
 from components.phantom.dataset import write_phantom_dataset
@@ -160,6 +163,8 @@ def test_a_study_of_ones_own_data_runs_up_to_its_report(tmp_path, monkeypatch):
     assert started == str(output / "unet/cases_1/split_0/models/model.pt")
     table = pd.read_csv(output / "table_1.csv")
     assert list(table["method"]) == ["UNet", "UNet, then unlabelled"]
+    assert "ASSD in pixels" in table
+    assert set(pd.read_csv(output / "scores.csv")["assd_unit"]) == {"pixels"}
     assert (output / "contours.png").is_file()
 
 
@@ -190,15 +195,17 @@ def finish(folder: Path, cell, dice: float) -> None:
     names = data["class_names"]
     cases = cases_of(folder, "test", cell.split)
     for case in cases:
-        label = LoadVolumed("label", label_values=data["label_values"])({"label": case["label"]})["label"]
-        array, file = label[0].numpy().astype(np.uint8), output / prediction_name(case["image"])
+        load = LoadVolumed("label", label_values=data["label_values"], ignore_label=data["ignore_label"])
+        label = load({"label": case["label"]})["label"]
+        label[label == IGNORED] = 0
+        array, file = label[0].numpy().astype(np.uint8), output / prediction_name(case)
         if data["pictures"]:
             picture = Image.fromarray(array[..., 0].T)
             picture.putpalette([0, 0, 0, 9, 9, 9])
             picture.save(file)
         else:
             write_volume(file, array, label.affine.numpy())
-    rows = [(case_name(case["image"]), name, dice, 1.5) for case in cases for name in names]
+    rows = [(case_name_of_item(case), name, dice, 1.5) for case in cases for name in names]
     pd.DataFrame(rows, columns=["case", "class", "dice", "assd_mm"]).to_csv(output / "metrics.csv", index=False)
     summary = [(name, len(cases), 0, 0) for name in (*names, "mean")]
     columns = ["class", "n_volumes", "n_misses", "n_false_alarms"]
@@ -259,7 +266,7 @@ def test_cases_of_one_group_are_one_in_the_tests_of_significance(volumes):
     grid = read_grid(write_grid(volumes))
     rows = [
         {"method": key, "title": key, "ablation": "", "labelled_patients": 1, "split": 0, "class": "A"}
-        | {"case": case_name(case["image"]), "dice": 0.5 + 0.1 * (key == "unet")}
+        | {"case": case_name_of_item(case), "dice": 0.5 + 0.1 * (key == "unet")}
         for key in ("unet", "more")
         for case in data["training"]
     ]
@@ -267,8 +274,42 @@ def test_cases_of_one_group_are_one_in_the_tests_of_significance(volumes):
     assert pair["n_patients"] == len(data["training"]) / 2
     data["training"].append(data["training"][0] | {"image": "elsewhere/case_0.nii.gz"})
     (volumes / "organ/configs/data.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"two cases have the name case_0, .* rename one"):
+    groups = read_grid(write_grid(volumes)).data.groups
+    assert {"imagesTr_case_0", "elsewhere_case_0", "case_1"} < set(groups)
+    assert groups["elsewhere_case_0"] == groups["imagesTr_case_0"] == groups["case_1"] == "person_0"
+    data["training"].append(data["training"][0] | {"image": "elsewhere/case_0.nii"})
+    (volumes / "organ/configs/data.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"would both have the case name elsewhere_case_0, .* rename one"):
         read_grid(write_grid(volumes))
+
+
+def test_a_study_of_volumes_of_one_name_reports_them_by_their_folders(tmp_path):
+    data = same_names(tmp_path / "data")
+    new_bundle("organ", data, tmp_path)
+    grid = read_grid(write_grid(tmp_path, labelled_cases=[1]))
+    for cell in grid.cells:
+        finish(tmp_path, cell, 0.5)
+    write_report(grid, tmp_path / "study", dataset_dir="")
+    shown = set(pd.read_csv(tmp_path / "study/scores.csv")["case"])
+    assert shown == {case_name_of_item(case) for case in cases_of(tmp_path, "test")}
+    assert all(re.fullmatch(r"p\d\d_t2", name) for name in shown)
+    figure = draw_contours(grid.cells, tmp_path / "study", dataset_dir="", labelled_cases=1)
+    assert {axes.get_ylabel().splitlines()[1] for axes in figure.axes if axes.get_ylabel()} <= shown
+
+
+def test_voxels_that_nobody_annotated_are_not_drawn_and_do_not_choose_the_slice(tmp_path):
+    names = {"background": 0, "top": 1, "bottom": 2, "ignore": 3}
+    data = ignored_volumes(tmp_path / "data", [with_ignored(number) for number in range(8)], names)
+    new_bundle("organ", data, tmp_path)
+    grid = read_grid(write_grid(tmp_path, labelled_cases=[1]))
+    for cell in grid.cells:
+        finish(tmp_path, cell, 0.5)
+    figure = draw_contours(grid.cells, tmp_path / "study", dataset_dir="", labelled_cases=1)
+    truth = figure.axes[0]
+    assert truth.get_ylabel().endswith("slice 1 of 6")  # slices 2 and 3 are not annotated
+    assert len(truth.collections) == 2
+    right, down = np.ptp(truth.get_xlim()), np.ptp(truth.get_ylim())
+    assert (right, down) == (40, 36)  # squares from 8 to 32 and 17 to 23, a margin of 15, the border at 0 and 40
 
 
 def test_with_unlabelled_patients_alone_the_trained_network_is_scored(tmp_path, monkeypatch):

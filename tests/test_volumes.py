@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import nibabel as nib
@@ -5,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import messages_of
+from PIL import Image
 
+from components.base.volume_metadata import CASE
 from components.data.prediction_writer import SavePredictiond
 from components.data.transforms import LoadVolumed
 from components.data.volume_search import find_volumes
@@ -61,6 +64,15 @@ def test_the_fourth_axis_is_time_also_where_there_is_one_slice(tmp_path, shape):
         assert loaded.shape == (1, *shape[:3])
         assert np.allclose(loaded.affine, AFFINE)
         assert np.array_equal(loaded.numpy().ravel(), whole[:, item["frame"]])
+
+
+@pytest.mark.parametrize(("shape", "is_said"), [((1, 4, 4, 12), True), ((4, 4, 1, 12), False), ((1, 4, 4), False)])
+def test_a_first_axis_of_length_one_may_be_channels_so_the_log_says_how_it_is_read(tmp_path, shape, is_said, caplog):
+    caplog.set_level(logging.INFO)
+    path = save(tmp_path / "x.nii.gz", shape)
+    assert len(find_volumes(path)) == (12 if len(shape) == 4 else 1)
+    assert (f"{path}: the array (1, 4, 4, 12) is read as 12 frames of (1, H, W)" in caplog.text) == is_said
+    assert is_said == bool(caplog.text)
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 1, 12, 3), (4, 1, 4, 2, 3)])
@@ -126,6 +138,19 @@ def test_a_picture_is_refused_where_a_volume_is_expected_and_the_reverse(tmp_pat
         find_volumes(volume, pictures=True)
 
 
+def test_webp_is_not_read_and_the_message_says_what_to_do(tmp_path):
+    webp = tmp_path / "x.webp"
+    Image.new("RGB", (4, 4)).save(webp, lossless=True)
+    said = r"x\.webp is a WebP picture, which is not read: expected \.png, .*; convert it to PNG"
+    for pictures in (False, True):
+        with pytest.raises(ValueError, match=said):
+            find_volumes(str(webp), pictures=pictures)
+    with pytest.raises(ValueError, match=said):
+        LoadVolumed("image")({"image": str(webp)})
+    Image.new("RGB", (4, 4)).save(tmp_path / "y.png")
+    assert list(find_volumes(str(tmp_path), pictures=True).skipped) == ["x.webp"]
+
+
 def test_damaged_file_stays_in_the_list_for_the_loader_to_name(tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"\x1f\x8b\x08garbage")
     assert len(find_volumes(str(tmp_path))) == 1
@@ -142,10 +167,31 @@ def test_nothing_to_segment_is_an_error(tmp_path):
         find_volumes(str(tmp_path))
 
 
-def test_two_volumes_that_would_overwrite_each_others_prediction_are_refused(tmp_path):
-    save(tmp_path / "a" / "x.nii.gz", (4, 4, 2))
-    save(tmp_path / "b" / "x.nii.gz", (4, 4, 2))
-    with pytest.raises(ValueError, match="would both be saved as x_pred"):
+def test_folders_join_the_names_of_volumes_that_are_named_alike(tmp_path):
+    names = {
+        "t2": "t2",
+        "p01/t2": "p01_t2",
+        "p02/t2": "p02_t2",
+        "a/p03/scan/t1": "p03_scan_t1",
+        "p04/scan/t1": "p04_scan_t1",
+    }
+    names |= {"p04/scan/own": "own"}
+    for file in names:
+        save(tmp_path / "in" / f"{file}.nii.gz", (4, 4, 2))
+    found = find_volumes(str(tmp_path / "in"))
+    named = {str(Path(item["image"]).relative_to(tmp_path / "in")).partition(".")[0]: item.get(CASE) for item in found}
+    assert named == {file: None if file in ("t2", "p04/scan/own") else name for file, name in names.items()}
+    for item in found:
+        SavePredictiond("image", str(tmp_path / "out"))(LoadVolumed("image")(item))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}_pred.nii.gz" for name in names.values()}
+
+
+@pytest.mark.parametrize("other", ["p/x.nii", "q/p_x.nii.gz"])
+def test_volumes_whose_names_are_equal_also_with_their_folders_are_refused(tmp_path, other):
+    save(tmp_path / "p" / "x.nii.gz", (4, 4, 2))
+    save(tmp_path / "q" / "x.nii.gz", (4, 4, 2))
+    save(tmp_path / other, (4, 4, 2))
+    with pytest.raises(ValueError, match=r"would both have the case name p_x, .* rename one"):
         find_volumes(str(tmp_path))
 
 

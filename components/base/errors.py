@@ -10,7 +10,8 @@ from types import TracebackType
 
 import torch
 
-_PACKAGE = str(Path(__file__).parents[1])
+# folders whose errors are sentences for the user
+_OWN = tuple(f"{Path(__file__).parents[2] / name}/" for name in ("components", "autosam", "adapt", "release", "study"))
 # MONAI's words for what it was doing: the error that led to them says why that failed
 _EVALUATED = "Failed to evaluate ConfigExpression:"
 _WRAPPERS = ("Failed to instantiate component", "Failed to evaluate", "applying transform")
@@ -68,7 +69,7 @@ def summarize_traceback(error: BaseException) -> tuple[str, bool]:
         wrapper, error = str(error), inner
     file, source, kind, text = _sent_by_worker(str(error)) or _describe(error)
     line = " ".join(text.split())
-    if file.startswith(_PACKAGE) and source.startswith("raise"):
+    if file.startswith(_OWN) and source.startswith("raise"):
         return line, True
     if writing := re.match(r"\w+ cannot find a suitable writer for (.+)\.\n", text):  # of MONAI's `SaveImage`
         return f"{writing[1]} cannot be written: {text.splitlines()[-1]}", False

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
@@ -14,7 +16,9 @@ from monai.data.utils import affine_to_spacing
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".nhdr")  # formats that MONAI's `ITKReader` reads
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img", *ITK_SUFFIXES)
 PICTURE_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+NO_WEBP = f"a WebP picture, which is not read: expected {', '.join(PICTURE_SUFFIXES)}; convert it to PNG"
 FRAME, FRAMES = "frame", "frames"  # keys of a frame of a series: its index, and the number of frames
+CASE = "case_name"  # key of the name of a case, where it is not that of its file
 DEAD_LINK = "a link whose target is missing: fetch it (git annex get, datalad get) or repair the link"
 
 
@@ -78,6 +82,57 @@ def case_name(path: str | os.PathLike[str]) -> str:
     return Path(name).stem if is_picture(name) else name[: len(name) - len(volume_suffix(name))]
 
 
+def case_names(images: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return a name for each case of a data set, by which its results are told apart.
+
+    It is `case_name`. Where several files have the same one, the names of as many folders as needed precede it, such as
+    `p01_t2` for `p01/t2.nii.gz` beside `p02/t2.nii.gz`. The folder that holds them all is not named.
+
+    Args:
+        images: image files, or folders of DICOM studies.
+
+    Raises:
+        ValueError: if two cases still have the same name.
+    """
+    paths = [Path(os.path.abspath(image)) for image in images]  # noqa: PTH100  # symbolic links stay in the path
+    alike: dict[str, list[Path]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        alike[case_name(path)].append(path)
+    named: dict[Path, str] = {}
+    for name, group in alike.items():
+        above = os.path.commonpath([path.parent for path in group])
+        folders = [path.parent.relative_to(above).parts for path in group]
+        for depth in range(max(map(len, folders)) + 1):
+            joined = ["_".join((*parts[max(len(parts) - depth, 0) :], name)) for parts in folders]
+            if len(set(joined)) == len(joined):
+                break
+        named |= zip(group, joined, strict=True)
+    if twice := [name for name, count in Counter(named.values()).items() if count > 1]:
+        same = " and ".join(str(path) for path, name in named.items() if name == twice[0])
+        raise ValueError(
+            f"{same} would both have the case name {twice[0]}, so that their results cannot be told apart: rename one"
+        )
+    return [named[path] for path in paths]
+
+
+def with_case_names(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the items of a data list, each with its case name as `CASE` where that is not the name of its `image`.
+
+    Raises:
+        ValueError: as `case_names`.
+    """
+    names = case_names([item["image"] for item in items])
+    return [
+        dict(item) if name == case_name(item["image"]) else {**item, CASE: name}
+        for item, name in zip(items, names, strict=True)
+    ]
+
+
+def case_name_of_item(item: Mapping[str, Any]) -> str:
+    """Return the case name of an item of a data list: its `CASE`, else the name of its `image`."""
+    return str(item.get(CASE) or case_name(item["image"]))
+
+
 def files_of(volumes: object) -> list[str]:
     """Return the files of loaded volumes.
 
@@ -95,21 +150,22 @@ def case_name_of(volume: torch.Tensor) -> str:
     """Return the name of the case a loaded volume belongs to.
 
     Args:
-        volume: MetaTensor of one volume, with `meta["filename_or_obj"]` as set by `LoadImaged`.
+        volume: MetaTensor of one volume, or of a batch of one, with `meta["filename_or_obj"]` as set by `LoadImaged`.
 
     Returns:
-        The name, see `case_name`.
+        The name that `LoadVolumed` has kept as `meta[CASE]`, else that of the file; see `case_names`.
 
     Raises:
         ValueError: if the volume's metadata have no file name.
     """
-    path = volume.meta.get("filename_or_obj") if isinstance(volume, MetaTensor) else None
-    if not isinstance(path, str | os.PathLike):
+    files = files_of(volume)
+    if len(files) != 1:
         raise ValueError(
             "Expected a MetaTensor of one volume with its file's name in meta['filename_or_obj'], received "
-            f"{type(volume).__name__} with {path!r}: load the volume with LoadImaged and keep its metadata."
+            f"{type(volume).__name__} with {files}: load the volume with LoadImaged and keep its metadata."
         )
-    return case_name(path)
+    name = volume.meta.get(CASE)  # type: ignore[attr-defined]  # a MetaTensor, since it has files
+    return case_name(files[0]) if name is None else name if isinstance(name, str) else str(name[0])
 
 
 def header_spacing_mm(volume: torch.Tensor) -> tuple[float, ...]:

@@ -2,7 +2,8 @@
 
 A data set is described by the dictionary that `components.data.read_acdc` and `components.data.read_data` return. Its
 lists `training`, `validation`, `test` and `unlabelled` hold cases: dictionaries with the paths `image` and `label`. A
-`group` may name what several cases belong to, such as their patient. A case without it is a group of its own.
+`group` may name what several cases belong to, such as their patient. A case without it is a group of its own. A case
+whose file has the name of another one has a name as `CASE`; see `named_cases`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.base.volume_metadata import case_name
+from components.base.volume_metadata import CASE, case_name_of_item, with_case_names
 from components.data.split import shuffled, split_patients
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def list_cases(
             frames; `frames` are single images.
 
     Returns:
-        dictionaries with the paths `image` and `label`.
+        dictionaries with the paths `image` and `label`, and the case's name as `CASE` where its file's name is not
+        unique.
 
     Raises:
         ValueError: if the folder of the data is not set, or the subset or unit is unknown. If too many labelled cases
@@ -69,7 +71,7 @@ def list_cases(
             f"{bare[0]} has no label in the list `{subset}`: expected one, or the image in the list `unlabelled`"
         )
     _log(data, subset, cases)
-    return [{key: case[key] for key in ("image", "label")} for case in cases]
+    return [{key: case[key] for key in ("image", "label", CASE) if key in case} for case in cases]
 
 
 def list_unlabelled(
@@ -130,20 +132,25 @@ def groups_of_cases(data: Mapping[str, Any]) -> dict[str, str]:
 
     Returns:
         groups by case name, as in scores and predictions.
+    """
+    cases = [(case_name_of_item(case), case) for subset in SUBSETS for case in data[subset]]
+    return {name: str(case.get("group", name)) for name, case in cases}
+
+
+def named_cases(lists: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Give the labelled cases of a data set unique names, so that a case has one name in every split.
+
+    Args:
+        lists: cases by subset; those of other lists, such as `unlabelled`, are never scored and have no names.
+
+    Returns:
+        the same lists, in which cases have `CASE` where their file's name is not unique.
 
     Raises:
-        ValueError: if two cases have the same name.
+        ValueError: if two cases have the same name, with the names of their folders too.
     """
-    groups: dict[str, str] = {}
-    for case in (case for subset in SUBSETS for case in data[subset]):
-        name = case_name(case["image"])
-        if name in groups:
-            raise ValueError(
-                f"two cases have the name {name}, such as {case['image']}, so that their scores cannot be told apart: "
-                "rename one"
-            )
-        groups[name] = str(case.get("group", name))
-    return groups
+    named = iter(with_case_names([case for subset in SUBSETS for case in lists.get(subset, [])]))
+    return {**lists} | {name: [next(named) for _ in lists[name]] for name in SUBSETS if name in lists}
 
 
 def check_dataset_dir(dataset_dir: str) -> None:

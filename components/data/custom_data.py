@@ -18,7 +18,7 @@ import numpy as np
 from monai.transforms import Compose
 from scipy import ndimage
 
-from components.data.cases import SUBSETS
+from components.data.cases import SUBSETS, named_cases
 from components.data.slices import IGNORED
 from components.data.transforms import PERCENTILES, LoadVolumed, PadInPlaneToSquared, SlicesLastd
 
@@ -48,11 +48,11 @@ def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> d
 
     Returns:
         its values by name; `ignore_label` is None if missing. Paths are joined with `dataset_dir`. If that is empty, as
-        in an archive, they stay relative, and listing cases raises an error.
+        in an archive, they stay relative, and listing cases raises an error. Cases have names; see `named_cases`.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if a field is missing.
+        ValueError: if a field is missing, or two cases have the same name.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -63,7 +63,7 @@ def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> d
         raise ValueError(f"{path} lacks {', '.join(missing)}: write it again with `python -m adapt new`")
     folder = data["dataset_dir"] if dataset_dir is None else dataset_dir
     lists = {name: [_in_folder(case, folder) for case in data.get(name, [])] for name in (*SUBSETS, "unlabelled")}
-    return {"ignore_label": None} | data | lists | {"dataset_dir": folder}
+    return {"ignore_label": None} | data | named_cases(lists) | {"dataset_dir": folder}
 
 
 def _in_folder(case: Mapping[str, str], folder: str) -> dict[str, str]:

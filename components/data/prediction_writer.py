@@ -13,7 +13,17 @@ from monai.data import ITKWriter, MetaTensor, NibabelWriter
 from monai.transforms import SaveImaged
 
 from components.base.atomic_write import write_atomically
-from components.base.volume_metadata import FRAME, FRAMES, ITK_SUFFIXES, case_name, files_of, is_picture, volume_suffix
+from components.base.volume_metadata import (
+    CASE,
+    FRAME,
+    FRAMES,
+    ITK_SUFFIXES,
+    case_name,
+    case_name_of_item,
+    files_of,
+    is_picture,
+    volume_suffix,
+)
 from components.data.pictures import PictureWriter
 from components.data.reader import NIFTI_HEADER, STORED_SHAPE
 
@@ -121,9 +131,13 @@ def _with_geometry(labels: np.ndarray, affine: np.ndarray, header: bytes | None)
     return image
 
 
-def prediction_name(image: str | os.PathLike[str]) -> str:
-    """Return the file name under which `SavePredictiond` saves the label map of an image."""
-    return f"{case_name(image)}_{PREDICTION_POSTFIX}{_other_extension(image) or '.nii.gz'}"
+def prediction_name(case: Mapping[str, Any]) -> str:
+    """Return the file name under which `SavePredictiond` saves the label map of a case.
+
+    Args:
+        case: dictionary with the path `image`, and the name `CASE` if it has one.
+    """
+    return f"{case_name_of_item(case)}_{PREDICTION_POSTFIX}{_other_extension(case['image']) or '.nii.gz'}"
 
 
 def _other_extension(image: str | os.PathLike[str]) -> str | None:
@@ -133,6 +147,8 @@ def _other_extension(image: str | os.PathLike[str]) -> str | None:
 
 class SavePredictiond(SaveImaged):
     """Save label maps as `<case>_pred.nii.gz`, 8 bits a voxel, by `VolumeWriter`; those of pictures as indexed PNG.
+
+    The case is named by `case_name_of`.
 
     Those of MetaImages become `.mha`, and those of NRRD files `.nrrd`, with header and voxels in one file. The frames
     of a series, given one after the other, are saved as one file after the last frame.
@@ -179,4 +195,4 @@ class SavePredictiond(SaveImaged):
 
 def _named_by_case(metadata: Mapping[str, Any], _: Any) -> dict[str, Any]:
     """Return the arguments of MONAI's `FolderLayout.filename` for a volume's metadata."""
-    return {"subject": f"{case_name(metadata['filename_or_obj'])}.nii.gz"}
+    return {"subject": f"{metadata.get(CASE) or case_name(metadata['filename_or_obj'])}.nii.gz"}

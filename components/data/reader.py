@@ -19,6 +19,7 @@ from components.base.volume_metadata import (
     FRAME,
     FRAMES,
     ITK_SUFFIXES,
+    NO_WEBP,
     is_volume,
     other_of_pair,
     time_axis,
@@ -230,6 +231,8 @@ def _open_nifti(path: Path) -> tuple[Any, bytes]:
             return nib.load(path) if of_pair else image_class.from_bytes(content), content[:size]  # type: ignore
         except Exception as error:  # nibabel raises many types of errors on damaged headers
             raise _damaged(path, error) from error
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        raise ValueError(f"{path} is {NO_WEBP}")
     try:
         image = nib.load(path)  # FreeSurfer's .mgz and others that nibabel knows
     except nib.filebasedimages.ImageFileError as error:

@@ -22,7 +22,7 @@ from monai.transforms import (
 )
 from monai.utils import ImageMetaKey, MetaKeys
 
-from components.base.volume_metadata import DEAD_LINK, FRAME, is_dead_link, is_picture
+from components.base.volume_metadata import CASE, DEAD_LINK, FRAME, is_dead_link, is_picture
 from components.data.geometry import AXIAL_POSE, RAS_LABELS, on_grid_of, pose
 from components.data.pictures import PictureReader
 from components.data.reader import VolumeReader
@@ -35,14 +35,15 @@ NO_DATA_BEYOND = 1e9  # scanners give no such grey values, but 1e20 and the larg
 ROUNDING_ERROR = 1e-3  # tolerance for labels that are stored as fractions
 # With pydicom, MONAI's `LoadImaged` also makes a reader for GPUs, which is unused here and warns without a GPU.
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
-_NO_GPU_READER = ".*nvImageCodec"
+warnings.filterwarnings("ignore", message=".*nvImageCodec")
 _COLOURS = {1: "grey values", 3: "colours"}  # by number of channels
 
 
 class LoadVolumed(LoadImaged):
     """Load 3D volumes as 1xHxWxD and reject those that are unfit for segmentation or training.
 
-    One frame of a series is loaded, with the index in the item `frame`; a series without that item is rejected.
+    One frame of a series is loaded, with the index in the item `frame`; a series without that item is rejected. A name
+    of the case in the item `CASE` is kept in the metadata.
 
     A 2D picture is a volume one slice deep, 1xWxHx1, or 3xWxHx1 if it has colours; see `PictureReader`.
 
@@ -83,16 +84,14 @@ class LoadVolumed(LoadImaged):
         channels: int = 1,
         allow_missing_keys: bool = False,
     ) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_NO_GPU_READER)
-            super().__init__(
-                keys,
-                reader=VolumeReader,
-                dtype=np.float64,
-                image_only=True,
-                ensure_channel_first=True,
-                allow_missing_keys=allow_missing_keys,
-            )
+        super().__init__(
+            keys,
+            reader=VolumeReader,
+            dtype=np.float64,
+            image_only=True,
+            ensure_channel_first=True,
+            allow_missing_keys=allow_missing_keys,
+        )
         self.label_key = label_key
         self.image_key = image_key
         values: Sequence[int | str] = range(num_classes) if label_values is None else label_values
@@ -126,6 +125,8 @@ class LoadVolumed(LoadImaged):
             loaded[key] = self._loader(path, reader or own)
             if not self._loader.image_only:
                 loaded[key], loaded[meta_key or f"{key}_{postfix}"] = loaded[key]
+            if CASE in loaded:
+                loaded[key].meta[CASE] = loaded[CASE]
         image, label = (loaded.get(key) if key in self.keys else None for key in (self.image_key, self.label_key))
         if image is not None:
             if len(image) != self.channels:

@@ -19,6 +19,7 @@ from components.base.volume_metadata import (
     FRAME,
     FRAMES,
     ITK_SUFFIXES,
+    NO_WEBP,
     PICTURE_SUFFIXES,
     VOLUME_SUFFIXES,
     case_name,
@@ -28,6 +29,7 @@ from components.base.volume_metadata import (
     other_of_pair,
     time_axis,
     volume_suffix,
+    with_case_names,
 )
 from components.data.prediction_writer import PREDICTION_POSTFIX
 from components.dicom.images import is_dicom, is_named_dicom
@@ -50,7 +52,8 @@ class FoundVolumes(list):
     """The volumes of a folder as a data list, with the files that are left out.
 
     Args:
-        volumes: dictionaries with the path of a volume as `image`; a frame also has `frame` and `frames`.
+        volumes: dictionaries with the path of a volume as `image`. Some have a name as `CASE`; a frame also has `frame`
+            and `frames`. See `find_volumes`.
         skipped: reason for each image file or folder that is left out, by path relative to the folder.
     """
 
@@ -72,7 +75,7 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
 
     These files and folders are left out, with the reason in `skipped`:
 
-    - files without a 3D volume or a series of them, and further paths to the same file;
+    - files without a 3D volume or a series of them, WebP pictures, and further paths to the same file;
     - damaged DICOM files, and DICOM series that are not of the cine;
     - labels and predictions by their name, such as `*_gt`, `*-label`, `*.seg`, `*_dseg`, `*_roi`, `mask`, `label_*`;
     - label maps by their content, up to 64 whole values of which one fills more than half;
@@ -87,12 +90,13 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
         pictures: whether to list files of `PICTURE_SUFFIXES` instead of volumes.
 
     Returns:
-        one dictionary per volume with its path as `image`, sorted by path. A frame also has its index as `frame` and
-        the number of frames as `frames`.
+        one dictionary per volume with its path as `image`, sorted by path. Where its file's name is not unique, it also
+        has a name as `CASE`; see `case_names`. A frame also has its index as `frame` and the number of frames as
+        `frames`.
 
     Raises:
-        ValueError: if `dataset_dir` is empty or has no volume, or two predictions would have the same name. If the file
-            is a picture but volumes are expected, or the reverse.
+        ValueError: if `dataset_dir` is empty or has no volume, or two cases would have the same name. If the file is a
+            picture but volumes are expected, or the reverse.
         FileNotFoundError: if the file or folder is missing.
         OptionalImportError: if there are DICOM files only and pydicom is missing.
     """
@@ -106,6 +110,8 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
     if not root.exists():
         raise FileNotFoundError(f"dataset_dir {root} does not exist: expected a volume's file or a folder of them")
     if root.is_file():
+        if root.suffix.lower() == ".webp":
+            raise ValueError(f"{root} is {NO_WEBP}")
         if is_picture(root) != pictures:
             expected = f"a picture {', '.join(PICTURE_SUFFIXES)}" if pictures else "a volume"
             raise ValueError(
@@ -115,46 +121,40 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
             logger.warning("%s is segmented, though it is %s", root, reason)
         return FoundVolumes(_frames_of(root), {})
     left_out: dict[Path, str] = {}
-    by_case: dict[str, dict[str, Path]] = defaultdict(dict)  # by case name and real path
+    volumes: dict[tuple[str, str], Path] = {}  # by case name and real path
     of_studies: list[Path] = []
     for path in _files_below(root, left_out, set()):
         if not pictures and not volume_suffix(path) and (is_dicom(path) or is_named_dicom(path)):
             of_studies.append(path)
+        elif pictures and path.suffix.lower() == ".webp":
+            left_out[path] = NO_WEBP
         elif reason := _reason_to_skip(path):
             left_out[path] = reason
         elif is_picture(path) if pictures else volume_suffix(path) not in ("", ".img"):  # the .hdr represents the pair
-            first = by_case[case_name(path)].setdefault(os.path.realpath(path), path)
+            first = volumes.setdefault((case_name(path), os.path.realpath(path)), path)
             if first != path:
                 left_out[path] = f"the same file as {first.relative_to(root)}"
-    if by_case:
+    if volumes:
         left_out |= {
             path.parent: "DICOM files beside volumes: give this folder alone to segment them" for path in of_studies
         }
         of_studies = []
     skipped = {str(path.relative_to(root)): reason for path, reason in left_out.items()}
+    found = sorted(volumes.values())
     if of_studies:
         above = Path(os.path.abspath(root))  # noqa: PTH100  # symbolic links stay in the path
-        folders, outside = study_folders([above / path.relative_to(root) for path in of_studies], above)
+        found, outside = study_folders([above / path.relative_to(root) for path in of_studies], above)
         skipped |= {str(path.relative_to(above)): reason for path, reason in outside.items()}
-        for folder in folders:
-            by_case[folder.name][os.path.realpath(folder)] = folder
+        for folder in found:
             skipped |= _left_out_of(folder)
-    if not by_case:
+    if not found:
         raise ValueError(
             f"no {'picture' if pictures else 'volume'} found under {root}: expected "
             f"{'2D' if pictures else '3D'} files {', '.join(PICTURE_SUFFIXES if pictures else VOLUME_SUFFIXES)}"
             f"{'' if pictures else ', or DICOM'}; "
             f"left out: {_in_words(skipped) or 'nothing'}"
         )
-    for case, paths in by_case.items():
-        if len(paths) > 1:
-            raise ValueError(
-                f"{' and '.join(map(str, paths.values()))} would both be saved as "
-                f"{case}_{PREDICTION_POSTFIX}: rename one, or segment their folders one by one into different "
-                "--output_dir"
-            )
-    found = sorted(path for paths in by_case.values() for path in paths.values())
-    return FoundVolumes([item for path in found for item in _frames_of(path)], skipped)
+    return FoundVolumes(with_case_names([item for path in found for item in _frames_of(path)]), skipped)
 
 
 def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -> Iterator[Path]:
@@ -247,6 +247,14 @@ def _frames_of(path: Path) -> list[dict[str, Any]]:
     if time is None:
         return [{"image": str(path)}]
     frames = image.shape[time]
+    if image.shape[0] == 1:
+        logger.info(
+            "%s: the array %s is read as %d frames of (1, H, W), since NIfTI's fourth axis is time; if it is a volume "
+            "behind an axis of channels, save it as (H, W, D)",
+            path,
+            image.shape,
+            frames,
+        )
     return [{"image": str(path), FRAME: frame, FRAMES: frames} for frame in range(frames)]
 
 

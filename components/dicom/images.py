@@ -42,6 +42,7 @@ class DicomImage(NamedTuple):
     series: str
     series_number: int
     name: str  # of the series
+    words: str  # of the names of series, protocol and sequence, and of the sequence's variant, in lower case
     sequence: tuple[str, ...]  # ImageType, ScanningSequence and SequenceName: what the image shows and how it was made
     size_hw: tuple[int, int]
     spacing_mm: tuple[float, float]  # between rows, between columns
@@ -66,6 +67,7 @@ class DicomFile(NamedTuple):
     instance_uid: str = ""
     series: str = ""
     series_in_words: str = ""
+    axes: np.ndarray | None = None  # as of an image, of a file that lost its pixels and still has them
 
 
 def is_dicom(path: Path) -> bool:
@@ -215,7 +217,10 @@ def _file_of(path: Path, header: Any) -> DicomFile:
     )
     if not any(pixels in header for pixels in _PIXELS):
         if class_uid is None or class_uid in _IMAGE_CLASSES:
-            return file._replace(damage=f"a damaged DICOM file, cut off before its pixels end: {_COPY_AGAIN}")
+            damage = f"a damaged DICOM file, cut off before its pixels end: {_COPY_AGAIN}"
+            directions = header.get("ImageOrientationPatient") or ()
+            axes = np.array(directions, np.float64).reshape(2, 3) if len(directions) == 6 else None
+            return file._replace(damage=damage, axes=axes)
         return file
     if header.get("Modality") not in _MODALITIES:
         modality = header.get("Modality") or "unknown"
@@ -273,6 +278,9 @@ def _image(path: Path, frame: int | None, groups: Sequence[Any], header: Any) ->
     temporal = _first(groups, "TemporalPositionIndex", _first(groups, "TemporalPositionIdentifier"))
     number = header.get("InstanceNumber") if frame is None else frame
     sequence_name = str(_first(groups, "SequenceName", _first(groups, "PulseSequenceName", ""))).lower()
+    variants = _values(_first(groups, "SequenceVariant"))
+    is_tagged = str(_first(groups, "Tagging", "NONE")) != "NONE"
+    names = [str(header.get(name, "")) for name in ("SeriesDescription", "ProtocolName")]
     is_inverse = header.get("PhotometricInterpretation") == "MONOCHROME1"  # which the shape INVERSE repeats
     return DicomImage(
         path=path,
@@ -282,7 +290,8 @@ def _image(path: Path, frame: int | None, groups: Sequence[Any], header: Any) ->
         study=str(header.get("StudyInstanceUID", "")),
         series=str(header.get("SeriesInstanceUID", "")),
         series_number=int(header.get("SeriesNumber") or 0),
-        name=str(header.get("SeriesDescription", "")),
+        name=names[0],
+        words=" ".join([*names, sequence_name, *variants, "tagging" * is_tagged]).lower(),
         sequence=(
             "\\".join(kinds),
             "\\".join(_values(_first(groups, "ScanningSequence"))),

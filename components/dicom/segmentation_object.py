@@ -16,7 +16,7 @@ from monai.utils import OptionalImportError, optional_import
 
 import components
 from components.base.atomic_write import write_atomically
-from components.base.volume_metadata import FRAME, case_name, files_of
+from components.base.volume_metadata import FRAME, case_name_of, files_of
 from components.dicom.images import DicomImage, read_header
 from components.dicom.stack import DicomStack, read_stack
 
@@ -69,17 +69,24 @@ class SaveDicomSegd(MapTransform):
             labels = data[key]
             folder = Path(files_of(labels)[0])
             if folder.is_dir():
-                self._save(np.asarray(labels[0].cpu()).astype(np.uint8), folder, int(labels.meta[FRAME]))
+                self._save(labels, folder)
         return dict(data)
 
-    def _save(self, labels: np.ndarray, folder: Path, frame: int) -> None:
+    def _save(self, labels: Any, folder: Path) -> None:
+        frame = int(labels.meta[FRAME])
         if self._stack is None or frame == 0:
             _require_highdicom(folder)
             self._stack, self._series_uid = read_stack(folder), highdicom.UID()
         segmentation = segmentation_of(
-            labels, self._stack, frame, class_names=self.class_names, series_uid=self._series_uid
+            np.asarray(labels[0].cpu()).astype(np.uint8),
+            self._stack,
+            frame,
+            class_names=self.class_names,
+            series_uid=self._series_uid,
         )
-        with write_atomically(self.output_dir / f"{case_name(folder)}_seg" / f"frame{frame + 1:02d}.dcm") as temporary:
+        with write_atomically(
+            self.output_dir / f"{case_name_of(labels)}_seg" / f"frame{frame + 1:02d}.dcm"
+        ) as temporary:
             segmentation.save_as(temporary)
 
 

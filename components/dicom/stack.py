@@ -1,15 +1,15 @@
 """DICOM studies: the short-axis cine among a study's series, as one 4D array with its affine.
 
 dicom2nifti and SimpleITK turn one series into one volume. Here a stack is often ten series of one slice each, among
-other series, and time is an axis. So this module groups the images itself, from what pydicom reads.
+other series, and time is an axis. So `series.py` groups the images that pydicom reads. This module chooses one of the
+stacks, refuses what is incomplete, and reads it.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,27 +28,24 @@ from components.dicom.images import (
     require_pydicom,
     study_of,
 )
-
-FEWEST_SLICES = 4  # of a stack; perfusion has three
-EVEN_SHARE = 0.05  # tolerance of the distance between slices, as a share of it
-SAME_POSITION_MM = 0.1
-OFFSET_MM = 1.0  # largest distance of a slice from the line through the first and the last one
-SAME_DIRECTION = 1 - 1e-4  # cosine, 0.8 degrees
-ACROSS_BODY = 0.94  # cosine, 20 degrees: a stack closer to a body axis is axial, coronal or sagittal, not short-axis
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Words of a series' name that number its slices or breath-holds, beside single letters and Roman numerals
-_NUMBERING = frozenset(
-    (
-        *("slice", "slices", "slc", "sl", "pos", "loc", "bas", "basal", "base", "mid", "middle", "apex", "apical"),
-        *("again", "repeat", "repeated", "rep", "rpt", "redo", "new", "try", "bh", "breathhold"),
-    )
+from components.dicom.series import (
+    EVEN_SHARE,
+    FEWEST_SLICES,
+    SAME_POSITION_MM,
+    Candidate,
+    Positions,
+    by_geometry,
+    candidate_stacks,
+    have_same_axes,
+    in_words,
+    is_plain,
+    kind_of,
+    numbers_in_words,
 )
-_NO_PLAIN_CINE = re.compile(
-    "(?<![a-z])(tag|grid|spamm|csp|lge|delay|psir|perf|flow|venc|map|molli|dense|strain|scout)"
-)  # words of a series' name
-_NAMED_FILES = 5  # at most, in one message
 
-Positions = list[list[DicomImage]]  # the images at each position, sorted along the normal
+OFFSET_MM = 1.0  # largest distance of a slice from the line through the first and the last one
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_NAMED_FILES = 5  # at most, in one message
 
 
 class DicomStack(NamedTuple):
@@ -65,13 +62,6 @@ class DicomStack(NamedTuple):
         """Columns, rows, slices and frames."""
         rows, columns = self.slices[0][0].size_hw
         return columns, rows, len(self.slices), len(self.slices[0])
-
-
-class _Candidate(NamedTuple):
-    """Images that may be a stack, and the words that tell its kind."""
-
-    positions: Positions
-    kind: tuple[str, ...] = ()
 
 
 def study_folders(files: Iterable[Path], root: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -138,7 +128,7 @@ def read_stack(folder: Path) -> DicomStack:
     Images of one orientation, size and pixel spacing belong together. A stack is one series of them with at least 4
     positions, or all alike series of a single position. Series are alike if ImageType, ScanningSequence, SequenceName
     and the series' name are equal, except for what numbers slices. The stack with most slices is taken, and of equal
-    ones the latest. Series named as tagging, late enhancement, perfusion or flow come last.
+    ones the latest. Series whose names or sequence are those of tagging, late enhancement, perfusion or flow come last.
 
     If several alike series have one position, as after a repeated breath-hold, the latest one with the usual number of
     frames is used. Series alike in only one of name and sequence complete the stack at other positions. Images of one
@@ -151,7 +141,8 @@ def read_stack(folder: Path) -> DicomStack:
     Raises:
         OptionalImportError: if pydicom is missing.
         ValueError: if there is no short-axis cine. If its slices are missing, unevenly spaced or not in line, or have
-            different numbers of frames. If files are damaged that may be of the cine.
+            different numbers of frames. If files are damaged that may be of the cine. Those of another series are not
+            if it has intact files or other axes, or if the cine is one series.
     """
     require_pydicom()
     files = tuple(sorted(path for path in folder.rglob("*") if _may_be_dicom(path, folder)))
@@ -173,17 +164,10 @@ def _may_be_dicom(path: Path, folder: Path) -> bool:
 def _read_stack(folder: Path, paths: tuple[Path, ...], _changed_ns: int) -> DicomStack:
     files = [read_dicom(path) for path in paths]
     images, copies = _distinct(folder, files)
-    candidates = [candidate for group in _by_geometry(images) for candidate in _candidates(group)]
-    candidates.sort(key=_rank, reverse=True)
-    fit = [
-        candidate
-        for candidate in candidates
-        if len(candidate.positions) >= FEWEST_SLICES
-        and _is_cine(candidate.positions)
-        and _is_oblique(candidate.positions)
-    ]
+    candidates = candidate_stacks(images)
+    fit = [candidate for candidate in candidates if candidate.is_short_axis_cine]
     if not fit:
-        found = "; ".join(_in_words(candidate.positions) for candidate in candidates) or "no image with a position"
+        found = "; ".join(in_words(candidate.positions) for candidate in candidates) or "no image with a position"
         raise ValueError(
             f"{folder} has no short-axis cine: expected at least {FEWEST_SLICES} parallel slices of several frames "
             f"each, oblique to the body's axes; found {found}{_and_damaged(folder, files)}"
@@ -194,11 +178,22 @@ def _read_stack(folder: Path, paths: tuple[Path, ...], _changed_ns: int) -> Dico
     counts = [len(images) for images in chosen]
     if len(set(counts)) > 1:
         listed = ", ".join(f"{n} at {images[0].across_mm:.1f} mm" for n, images in zip(counts, chosen, strict=True))
-        raise ValueError(f"{folder}: expected as many frames in every slice of {_in_words(chosen)}, received {listed}")
+        raise ValueError(f"{folder}: expected as many frames in every slice of {in_words(chosen)}, received {listed}")
     slices = [_in_time(folder, images) for images in chosen]
     left_out = _other_series(fit[0], images) | copies | _unread_files(folder, files, images)
-    doubt = "" if _is_plain(chosen) else ", though its name is not that of a plain cine: none other was found"
-    return DicomStack(slices, _affine(slices), _frame_seconds(slices), _in_words(chosen) + doubt, left_out)
+    return DicomStack(slices, _affine(slices), _frame_seconds(slices), _choice(fit), left_out)
+
+
+def _choice(fit: Sequence[Candidate]) -> str:
+    """Return the first stack in words, and the others that nothing but their size and age puts behind it."""
+    chosen, *others = (candidate.positions for candidate in fit)
+    words = in_words(chosen)
+    if not is_plain(chosen):
+        words += ", though its name or sequence is not that of a plain cine: none other was found"
+    if rivals := [stack for stack in others if is_plain(stack) == is_plain(chosen)]:
+        listed = "; ".join(f"{in_words(stack)} in {numbers_in_words(stack)}" for stack in rivals)
+        words += f" in {numbers_in_words(chosen)}, and not {listed}; give the study without the wrong one if need be"
+    return words
 
 
 def _distinct(folder: Path, files: Sequence[DicomFile]) -> tuple[list[DicomImage], dict[str, str]]:
@@ -240,157 +235,12 @@ def read_voxels(stack: DicomStack) -> np.ndarray:
     return voxels
 
 
-def _by_geometry(images: Iterable[DicomImage]) -> list[list[DicomImage]]:
-    """Group images by orientation, size and pixel spacing."""
-    groups: list[list[DicomImage]] = []
-    for image in images:
-        for group in groups:
-            first = group[0]
-            if (
-                first.size_hw == image.size_hw
-                and np.allclose(first.spacing_mm, image.spacing_mm, rtol=1e-3)
-                and (np.sum(first.axes * image.axes, axis=1) > SAME_DIRECTION).all()
-            ):
-                group.append(image)
-                break
-        else:
-            groups.append([image])
-    return groups
-
-
-def _candidates(group: Sequence[DicomImage]) -> list[_Candidate]:
-    """Return the stacks of a geometry: each series of several positions, and alike series of one position together."""
-    by_series: dict[tuple, list[DicomImage]] = defaultdict(list)
-    for image in group:
-        by_series[image.series, image.sequence].append(image)
-    several, single = [], defaultdict(list)
-    for images in by_series.values():
-        positions = _by_position(images)
-        if len(positions) > 1:
-            several.append(_Candidate(positions, _kind(images[0])))
-        else:
-            single[_kind(images[0])].append(images)
-    alike = [_Candidate(_one_series_each(of_kind), kind) for kind, of_kind in single.items()]
-    alike.sort(key=_rank, reverse=True)
-    return [*several, *_completed(alike)]
-
-
-def _rank(candidate: _Candidate) -> tuple[bool, bool, int, int]:
-    """Return what tells the better one of two stacks, most important first."""
-    positions = candidate.positions
-    return _is_cine(positions), _is_plain(positions), len(positions), _latest(positions)
-
-
-def _kind(image: DicomImage) -> tuple[str, ...]:
-    """Return what alike series have in common: the words of their name without numbering, and their sequence."""
-    words = re.findall(r"[^\W\d_]+", image.name.lower())
-    name = [word for word in words if len(word) > 1 and word not in _NUMBERING and not re.fullmatch("[ivx]+", word)]
-    return (" ".join(name), *image.sequence)
-
-
-def _is_plain(stack: Positions) -> bool:
-    """Return whether the name of a stack says nothing against a cine of plain grey values."""
-    return not any(_NO_PLAIN_CINE.search(image.name.lower()) for images in stack for image in images)
-
-
-def _one_series_each(series: Sequence[list[DicomImage]]) -> Positions:
-    """Return the positions of alike series: at each the latest series that has the usual number of frames.
-
-    A series of another number of frames, such as a still image between the slices, counts only in place of a slice that
-    is missing. Then the number of frames is refused.
-    """
-    frames = Counter(len(images) for images in series)
-    usual = max(frames, key=lambda count: (count > 1, frames[count], count))
-    ordered = sorted(series, key=lambda images: (images[0].series_number, images[0].series))
-    positions = _latest_at_each([images for images in ordered if len(images) == usual])
-    places = np.array([images[0].across_mm for images in positions])
-    step = float(np.median(np.diff(places))) * (1 - EVEN_SHARE) if len(places) > 1 else SAME_POSITION_MM
-    others = _latest_at_each([images for images in ordered if len(images) != usual])
-    lacking = [images for images in others if np.abs(places - images[0].across_mm).min() >= step]
-    return sorted([*positions, *lacking], key=lambda images: images[0].across_mm)
-
-
-def _latest_at_each(series: Iterable[list[DicomImage]]) -> Positions:
-    """Return of series of one position, sorted by age, the latest one at each position."""
-    together = _by_position(image for images in series for image in images)
-    order = {id(image): n for n, images in enumerate(series) for image in images}
-    for images in together:
-        latest = max(order[id(image)] for image in images)
-        images[:] = [image for image in images if order[id(image)] == latest]
-    return together
-
-
-def _completed(alike: list[_Candidate]) -> list[_Candidate]:
-    """Complete the first stack by others at other positions, if all slices are then there.
-
-    Only stacks with as many frames and the same name or sequence are taken, and none that is no plain cine.
-    """
-    if not alike:
-        return []
-    first, together, rest = alike[0], alike[0].positions, []
-    for other in alike[1:]:
-        is_alike = other.kind[0] == first.kind[0] or other.kind[1:] == first.kind[1:]
-        is_cine = _is_plain(first.positions) and _is_plain(other.positions) and _is_cine(other.positions)
-        frames = {len(images) for images in (*first.positions, *other.positions)}
-        merged = _by_position(image for images in (*together, *other.positions) for image in images)
-        is_beside = len(merged) == len(together) + len(other.positions)
-        if is_alike and is_cine and len(frames) == 1 and is_beside and (_is_whole(merged) or not _is_whole(together)):
-            together = merged
-        else:
-            rest.append(other)
-    return [_Candidate(together, first.kind), *rest] if _is_whole(together) else alike
-
-
-def _is_whole(stack: Positions) -> bool:
-    """Return whether a stack has enough slices, evenly spaced."""
-    if len(stack) < FEWEST_SLICES:
-        return False
-    steps = np.diff([images[0].across_mm for images in stack])
-    return bool((np.abs(steps - np.median(steps)) <= EVEN_SHARE * np.median(steps)).all())
-
-
-def _by_position(images: Iterable[DicomImage]) -> Positions:
-    positions: Positions = []
-    for image in sorted(images, key=lambda image: image.across_mm):
-        if positions and image.across_mm - positions[-1][0].across_mm < SAME_POSITION_MM:
-            positions[-1].append(image)
-        else:
-            positions.append([image])
-    return positions
-
-
-def _latest(stack: Positions) -> int:
-    return max(image.series_number for images in stack for image in images)
-
-
-def _is_cine(stack: Positions) -> bool:
-    """Return whether most slices have several frames; `_read_stack` refuses the stack if others have one."""
-    return 2 * sum(len(images) > 1 for images in stack) > len(stack)
-
-
-def _is_oblique(stack: Positions) -> bool:
-    return bool(np.abs(np.cross(*stack[0][0].axes)).max() < ACROSS_BODY)
-
-
-def _in_words(stack: Positions) -> str:
-    first_of_kind = {_kind(image): image.name for images in reversed(stack) for image in images}
-    names = sorted(set(first_of_kind.values()))
-    more = len({image.name for images in stack for image in images}) - len(names)
-    frames = sorted({len(images) for images in stack})
-    of_frames = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
-    kind = "" if _is_oblique(stack) else ", across a body axis"
-    others = f" and {more} more series" if more else ""
-    plural = ["s" if many else "" for many in (len(stack) > 1, frames[-1] > 1)]
-    quoted = ", ".join(f"'{name}'" for name in names)
-    return f"{quoted}{others}: {len(stack)} slice{plural[0]} of {of_frames} frame{plural[1]}{kind}"
-
-
-def _other_series(chosen: _Candidate, images: Sequence[DicomImage]) -> dict[str, str]:
+def _other_series(chosen: Candidate, images: Sequence[DicomImage]) -> dict[str, str]:
     """Return why the series beside the chosen stack are left out, by their numbers and names."""
     used = {id(image) for of_slice in chosen.positions for image in of_slice}
     series = {image.series for of_slice in chosen.positions for image in of_slice}
-    kinds = {_kind(image) for of_slice in chosen.positions for image in of_slice}
-    (geometry,) = [group for group in _by_geometry(images) if any(id(image) in used for image in group)]
+    kinds = {kind_of(image) for of_slice in chosen.positions for image in of_slice}
+    (geometry,) = [group for group in by_geometry(images) if any(id(image) in used for image in group)]
     of_geometry = {id(image) for image in geometry}
     places = np.array([of_slice[0].across_mm for of_slice in chosen.positions])
     reasons: dict[str, str] = {}
@@ -400,7 +250,7 @@ def _other_series(chosen: _Candidate, images: Sequence[DicomImage]) -> dict[str,
         reason = "not of the short-axis cine"
         if id(image) in of_geometry and np.abs(places - image.across_mm).min() < SAME_POSITION_MM:
             reason = "at slices of the short-axis cine, but of another name, sequence or number of frames"
-            if _kind(image) in kinds and image.series not in series:
+            if kind_of(image) in kinds and image.series not in series:
                 reason = "another breath-hold of a slice: the latest one with the usual number of frames is used"
         reasons.setdefault(f"series {image.series_number} '{image.name}'", reason)
     return reasons
@@ -419,21 +269,27 @@ def _unread_files(folder: Path, files: Sequence[DicomFile], images: Sequence[Dic
 
 
 def _refuse_damage(folder: Path, chosen: Positions, files: Sequence[DicomFile]) -> None:
-    """Raise an error that names the damaged files that are of the stack, or whose series is unknown."""
+    """Raise an error that names the damaged files that are of the stack, or may be."""
     used = {image.path for of_slice in chosen for image in of_slice}
     series = {image.series for of_slice in chosen for image in of_slice}
     intact = {image.instance_uid for file in files if not file.damage for image in file.images}
     others = {file.series for file in files if not file.damage} - series - {""}
+
+    def is_of_another(file: DicomFile) -> bool:
+        is_turned = file.axes is not None and not have_same_axes(file.axes, chosen[0][0].axes)
+        is_known = bool(file.series) and file.series not in series
+        return is_known and (is_turned or len(series) == 1 or file.series in others)
+
     lost = [
         file
         for file in files
         if file.damage
         and not file.left_out
-        and (file.path in used if file.images else file.series not in others and file.instance_uid not in intact)
+        and (file.path in used if file.images else file.instance_uid not in intact and not is_of_another(file))
     ]
     if lost:
         raise ValueError(
-            f"{folder}: expected every file of the short-axis cine whole, but {_in_words(chosen)} may lack slices or "
+            f"{folder}: expected every file of the short-axis cine whole, but {in_words(chosen)} may lack slices or "
             f"frames: {_listed(folder, lost)}; or remove what is of another series"
         )
 
@@ -466,12 +322,12 @@ def _refuse_gaps(folder: Path, stack: Positions) -> None:
     if wide.size:
         between = ", ".join(f"{places[n]:.1f} and {places[n + 1]:.1f}" for n in wide)
         raise ValueError(
-            f"{folder} lacks slices of {_in_words(stack)}: expected one every {usual:.1f} mm, none is between {between}"
+            f"{folder} lacks slices of {in_words(stack)}: expected one every {usual:.1f} mm, none is between {between}"
             f"; positions in mm: {listed}; copy the missing series"
         )
     if (np.abs(steps - usual) > EVEN_SHARE * usual).any():
         raise ValueError(
-            f"{folder} has unevenly spaced slices of {_in_words(stack)}: expected one every {usual:.1f} mm; positions "
+            f"{folder} has unevenly spaced slices of {in_words(stack)}: expected one every {usual:.1f} mm; positions "
             f"in mm: {listed}; keep one stack in the folder"
         )
     corners = np.array([images[0].position for images in stack])
@@ -479,7 +335,7 @@ def _refuse_gaps(folder: Path, stack: Positions) -> None:
     offsets = np.linalg.norm(corners - line, axis=1)
     if offsets.max() > OFFSET_MM + EVEN_SHARE * usual:
         raise ValueError(
-            f"{folder} has slices of {_in_words(stack)} that are not in line: their first pixels are up to "
+            f"{folder} has slices of {in_words(stack)} that are not in line: their first pixels are up to "
             f"{offsets.max():.1f} mm beside a line, expected at most {OFFSET_MM:g}; was the stack planned anew midway?"
         )
 

@@ -16,10 +16,10 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 
-from components.base.volume_metadata import FRAME, case_name, files_of, header_spacing_mm
+from components.base.volume_metadata import CASE, FRAME, case_name, case_name_of, files_of, header_spacing_mm
 from components.data.acdc import CLASS_NAMES, INFO, read_info
 from components.data.geometry import slices_last
-from components.data.prediction_writer import PREDICTION_POSTFIX
+from components.data.prediction_writer import prediction_name
 from components.data.reader import FRAME_SECONDS, HEIGHT_CM, WEIGHT_KG
 from components.data.transforms import LoadVolumed
 from components.evaluation.overlays import draw_overlay, foreground_extent
@@ -41,7 +41,7 @@ from components.function.page import (
     write_summary_page,
 )
 from components.function.plausibility import faults_of_curve, faults_of_labels, faults_of_measures
-from components.function.quality import FLAG, FLAG_BELOW, Dice, expected_dice, predicted_dice
+from components.function.quality import FLAG, FLAG_BELOW, POOR_BELOW, Dice, expected_dice, predicted_dice
 from components.function.wall import SEGMENTS, thickening_percent, wall_thickness_mm
 
 logger = logging.getLogger(__name__)
@@ -106,10 +106,11 @@ class FunctionReport:
     they are the frames in which the left ventricle is largest and smallest. Labels of the data set are never read.
 
     `function.csv` has a row for each case, sorted by name, with the measures of `measure_function`; unknown ones are
-    empty. `predicted_dice` is the lower one of ED and ES (`quality.py`). A `flag` with its `reason` marks a low Dice
-    and implausible anatomy (`plausibility.py`). `wall_thickness.csv` has a row for each case and each of `SEGMENTS`. A
-    series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.gif`, with all frames.
-    `<case>.html` is the page of a case, and `function.html` links to these pages, flagged cases first.
+    empty. `predicted_dice` is the lower one of ED and ES (`quality.py`). A `flag` with its `reason` marks a low Dice,
+    implausible anatomy (`plausibility.py`), and a single slice, which holds no whole ventricle. Cases with a predicted
+    Dice below `POOR_BELOW` are named in a warning at the end. `wall_thickness.csv` has a row for each case and each of
+    `SEGMENTS`. A series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.gif`, with all
+    frames. `<case>.html` is the page of a case, and `function.html` links to these pages, flagged cases first.
 
     Args:
         output_dir: folder of the tables, in which `SavePredictiond` has saved the label maps.
@@ -143,6 +144,7 @@ class FunctionReport:
         self.slice_axis = slice_axis
         self._measured: dict[str, list[dict[str, float]]] = defaultdict(list)
         self._dice: dict[str, list[Dice]] = defaultdict(list)
+        self._names: dict[str, str] = {}
         self._frame_seconds: dict[str, float] = {}
         self._body: dict[str, dict[str, str]] = {}
 
@@ -172,10 +174,20 @@ class FunctionReport:
             write_summary_page(self.output_dir / "function.html", rows, pages)
             path = write_csv(self.output_dir / "function.csv", tuple(rows[0]), rows)
             logger.info("Ventricular function of %d cases: %s", len(rows), path)
+        dice = {str(row["case"]): _number(str(row["predicted_dice"])) for row in rows}
+        if poor := [f"{case} ({value:.2f})" for case, value in dice.items() if value < POOR_BELOW]:
+            logger.warning(
+                "the predicted Dice is below %g in %d: %s; do not use their values, and check that they are of the "
+                "kind that the model was trained on",
+                POOR_BELOW,
+                len(poor),
+                ", ".join(poor),
+            )
 
     def _forget(self, _: Engine) -> None:
         self._measured.clear()
         self._dice.clear()
+        self._names.clear()
         self._frame_seconds.clear()
         self._body.clear()
 
@@ -192,6 +204,7 @@ class FunctionReport:
         for item in output:
             labels = item["pred"]
             (file,) = files_of(labels)
+            self._names[file] = case_name_of(labels)
             spacing = header_spacing_mm(labels)
             self._measured[file].append(volumes_ml(np.asarray(labels[0].cpu()), spacing, self.class_names))
             self._frame_seconds[file] = float(labels.meta.get(FRAME_SECONDS, NAN))
@@ -205,15 +218,16 @@ class FunctionReport:
         cases: dict[Path, _Case] = {}
         for file in files:
             path, measured, dice = Path(file), self._measured[file], self._dice[file]
-            folder, name = path.parent, case_name(path)
+            folder, name = path.parent, self._names[file]
             info = read_info(folder) if (folder / INFO).is_file() else {}
             item: dict[Hashable, Any] = {
                 "image": file,
-                "label": str(self.output_dir / f"{name}_{PREDICTION_POSTFIX}.nii.gz"),
+                "label": str(self.output_dir / prediction_name({"image": file, CASE: name})),
             }
-            of_patient = re.fullmatch(rf"{re.escape(folder.name)}_frame(\d+)", name)
+            of_patient = re.fullmatch(rf"{re.escape(folder.name)}_frame(\d+)", case_name(path))
             if info and of_patient:
-                cases.setdefault(folder, _Case(folder.name, info)).add(int(of_patient[1]), item, measured[0], dice[0])
+                patient = cases.setdefault(folder, _Case(name.rpartition("_frame")[0], info))
+                patient.add(int(of_patient[1]), item, measured[0], dice[0])
                 continue
             is_series = len(measured) > 1
             cases[path] = _Case(name, self._body[file] | (info if is_series else {}), is_series=is_series)
@@ -247,7 +261,9 @@ class FunctionReport:
 
     def _reasons(self, case: _Case, phases: Mapping[str, _Volume], measures: Mapping[str, float]) -> list[str]:
         """Return the reasons to check a case, the most important first."""
-        reasons = [
+        is_flat = any(volume.labels.shape[2] == 1 for volume in phases.values())
+        reasons = ["one slice: no volume"] if is_flat else []
+        reasons += [
             f"{phase}: the predicted Dice of {dice.volume:.2f} is below {FLAG_BELOW}"
             for phase, dice in case.phase_dice().items()
             if dice.volume < FLAG_BELOW

@@ -16,7 +16,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from components.base.errors import error_message, is_out_of_memory
-from components.base.volume_metadata import FRAME, FRAMES, case_name, files_of
+from components.base.volume_metadata import FRAME, FRAMES, case_name_of, files_of
 from components.data.volume_search import FAILURE
 from components.inference.cine_buffer import CineBuffer
 
@@ -122,7 +122,7 @@ class SegmentationEvaluator(SupervisedEvaluator):
 
         if frame == 0:
             middle = image.shape[-1] // 2
-            self.frames.start(case_name(files_of(image)[0]), predict(image[..., middle : middle + 1]))
+            self.frames.start(case_name_of(image), predict(image[..., middle : middle + 1]))
         self.frames.add(image.cpu().numpy(), lambda: predict(image))
         if frame < frames - 1:
             return {}

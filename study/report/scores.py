@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from monai.bundle import ConfigParser
 
-from components.base.volume_metadata import case_name
+from components.base.volume_metadata import case_name_of_item
 from components.data.cases import Case
 from components.data.prediction_writer import prediction_name
 from study.cells import is_finished, list_cases_to_score, list_stages
@@ -46,7 +46,7 @@ def list_test_cases(cell: Cell, dataset_dir: str) -> list[Case]:
 
 def prediction_file(cell: Cell, case: Case, output_dir: Path) -> Path:
     """Return the path of a finished cell's prediction for a test case."""
-    return output_dir / cell.name / "eval" / prediction_name(case["image"])
+    return output_dir / cell.name / "eval" / prediction_name(case)
 
 
 def count_training_cases(cells: Iterable[Cell], dataset_dir: str, data: StudyData = ACDC) -> int:
@@ -60,7 +60,7 @@ def count_training_cases(cells: Iterable[Cell], dataset_dir: str, data: StudyDat
     parser = evaluation_parser(cell, dataset_dir=dataset_dir)
     parser[LABELLED_CASES] = None
     training = parser.get_parsed_content("train#dataset#data")
-    return len({data.group_of(case_name(case["image"])) for case in training})
+    return len({data.group_of(case_name_of_item(case)) for case in training})
 
 
 def read_scores(cells: Iterable[Cell], output_dir: Path, *, training_cases: int) -> pd.DataFrame:
