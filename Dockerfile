@@ -4,17 +4,21 @@
 FROM python:3.11-slim-bookworm AS source
 RUN useradd --create-home --uid 1000 autosam
 WORKDIR /home/autosam/bundles_of_autosam
-COPY LICENSE README.md pyproject.toml setup.cfg constraints.txt constraints-label.txt ./
+COPY LICENSE README.md pyproject.toml setup.cfg setup.py constraints.txt constraints-label.txt ./
+COPY autosam autosam
 COPY components components
 COPY adapt adapt
 COPY release release
 COPY serving serving
+COPY study study
 COPY --chown=1000 bundles bundles
 
 FROM source AS serving
-RUN pip install --no-cache-dir -c constraints-label.txt -e '.[label]'
+RUN pip install --no-cache-dir -c constraints-label.txt setuptools \
+ && pip install --no-cache-dir --no-build-isolation -c constraints-label.txt -e '.[label]'
 USER 1000
 EXPOSE 8000
+# --host 0.0.0.0 demands a login: docker run --env SERVING_TOKEN=... (docs/serving.md)
 ENTRYPOINT ["python", "-m", "serving", "--host", "0.0.0.0", "--app_dir", "/home/autosam/monailabel_app"]
 
 FROM source AS command_line

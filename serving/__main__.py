@@ -116,8 +116,8 @@ def _settings_of(studies: str, modality: str) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("itkimage2segimage", path=environment["PATH"]):
         raise FileNotFoundError(
-            "the program itkimage2segimage, which writes DICOM SEG, is missing: install it (dcmqi) with pip install -c "
-            "constraints-label.txt -e '.[label]'"
+            "the program itkimage2segimage, which writes DICOM SEG, is missing: install it with pip install -c "
+            "constraints-label.txt dcmqi"
         )
     environment.setdefault(_FILTER, json.dumps({"Modality": modality}))
     logger.info("series served from %s: those with %s", studies, environment[_FILTER])

@@ -73,8 +73,7 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, 
             raise ValueError(f"MONAI Label would use {name} for {other} by its name: rename the bundle's folder")
     if importlib.util.find_spec("monailabel") is None:
         raise FileNotFoundError(
-            f"no MONAI Label in {sys.prefix}: set an environment up with pip install -c constraints-label.txt -e "
-            "'.[label]'"
+            f"no MONAI Label in {sys.prefix}: make an environment for it with the command in docs/serving.md"
         )
     (app_dir / "model").mkdir(parents=True, exist_ok=True)
     for file, source in _FILES.items():
