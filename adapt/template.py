@@ -92,6 +92,9 @@ class Instance:
         self.parts: Parts = {}
         for layer in (*layers, own, own.get(shows, {}), _of_head(own), texts or {}):
             self.parts |= layer
+        metrics = own.get("eval_metrics", {}) if cases == "acdc" and not self.is_of_paper else {}
+        self.parts |= {"eval_metrics": metrics, **{name: f"{value:.3f}" for name, value in metrics.items()}}
+        self.tags |= metrics.keys()
         side = 176 if hearts and not self.is_of_paper else 256
         self.parts |= {"package_version": components.__version__, "side": str(side), "spatial_shape": [side, side]}
         if self.is_of_paper:

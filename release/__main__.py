@@ -3,6 +3,7 @@
 From the repository's root: `python -m release --output_dir dist` for archives that segment as soon as they are
 unpacked; `--model_type vit_b` (`vit_l`, `vit_h`, `vit_t`) for the paper's form, on SAM's own weights. `--bundle FOLDER`
 packages a trained bundle of `python -m adapt new`. `--huggingface DIR` writes folders for the Hugging Face Hub.
+`--pictures True` draws the pictures of the cards anew.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import fire
 
 from adapt.template import SHIPPED_ENCODER, encoders, networks
 from release.archives import write_archive, write_model_info
-from release.bundles import PACKED, assemble, check_release_facts, own_bundle, take_encoder_along
+from release.bundles import PACKED, assemble, check_release_facts, own_bundle, picture_of, take_encoder_along
 from release.huggingface import write_repository
+from release.picture import draw_picture
 
 logger = logging.getLogger("release")
 
@@ -30,6 +32,7 @@ def build(
     encoder_url: str = "",
     base_url: str = "",
     huggingface: str | None = None,
+    pictures: bool = False,
 ) -> None:
     """Write `<bundle>_v<version>.zip` of every bundle and `model_info.json` with checksums, or folders for the Hub.
 
@@ -45,9 +48,13 @@ def build(
         encoder_url: address of the file of your own encoder, if it is too large for an archive.
         base_url: address of the archives, for `model_info.json`.
         huggingface: folder in which each bundle becomes a folder that is ready to push to the Hugging Face Hub.
+        pictures: whether to draw the pictures of the cards anew first, into `release/pictures`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if output_dir is None and huggingface is None:
+    if pictures:
+        for name in PACKED:
+            logger.info("%s", draw_picture(name, picture_of(name)))
+    elif output_dir is None and huggingface is None:
         raise ValueError("expected a folder to write to: give --output_dir DIR for archives, or --huggingface DIR")
     if model_type not in (known := (SHIPPED_ENCODER, *encoders())):
         raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(known)}")
@@ -57,6 +64,8 @@ def build(
     names = [bundle] if bundle else PACKED if model_type == SHIPPED_ENCODER else with_encoder
     if model is not None and len(names) != 1:
         raise ValueError(f"a model belongs to one bundle: choose one of {', '.join(names)} with --bundle")
+    if output_dir is None and huggingface is None:
+        return
     archives = []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:

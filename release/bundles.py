@@ -22,7 +22,14 @@ REPOSITORY = Path(__file__).parents[1]
 BUNDLES = REPOSITORY / "bundles"
 PACKED = tuple(f"{network}_acdc" for network in networks())  # they segment without training
 MODEL = "models/model.pt"
+PICTURE = "docs/example.jpg"
 ENCODER_KNOB = "sam_checkpoint"
+_EXAMPLE = f"""\
+![Slices of a synthetic patient from base to apex, with truth and prediction]({Path(PICTURE).name})
+
+*A synthetic patient, segmented by the model that comes with the package.*
+
+"""
 _PINNED_APART = {"monai": "monai", "torch": "pytorch", "numpy": "numpy"}  # package: its key in metadata.json
 
 
@@ -122,8 +129,11 @@ def assemble(bundle: str, folder: Path, *, model_type: str = SHIPPED_ENCODER, mo
     _copy_components(root)
     if own or model:
         _put_in(root, source, Path(model or source / MODEL))
+        if not own:  # the scores are those of the package's model
+            set_values(root / "configs/metadata.json", {"eval_metrics": {}})
     elif start := weights_of(root).get("start_checkpoint"):
         _copy(start, root / MODEL)
+        _add_picture(root, picture_of(bundle))
     if own:
         set_values(root / DATA_FILE, {"dataset_dir": ""})
     return root
@@ -191,6 +201,23 @@ def _copy_components(root: Path) -> None:
     for path in (REPOSITORY / "components").rglob("*"):
         if path.suffix in (".py", ".json", ".pt", ".pth"):
             _copy(path, root / path.relative_to(REPOSITORY))
+
+
+def picture_of(bundle: str) -> Path:
+    """Return where the picture for a bundle's card is kept; `release.picture` draws it."""
+    return REPOSITORY / f"release/pictures/{bundle}.jpg"
+
+
+def _add_picture(root: Path, picture: Path) -> None:
+    """Show what the package's model makes of a synthetic patient, in the README before the section on data."""
+    if not picture.is_file():
+        raise FileNotFoundError(
+            f"there is no picture {picture} for the card: draw it by `python -m release --pictures True`"
+        )
+    _copy(picture, root / PICTURE)
+    readme = root / "docs/README.md"
+    overview, heading, rest = readme.read_text().partition("## Data\n")
+    readme.write_text(f"{overview}{_EXAMPLE}{heading}{rest}")
 
 
 def _put_in(root: Path, source: Path, model: Path) -> None:

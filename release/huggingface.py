@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.pretrained import pretrained_file
-from release.bundles import MODEL, pins_of
+from release.bundles import MODEL, PICTURE, pins_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -18,11 +18,11 @@ _USAGE = """\
 
 ```bash
 pip install huggingface_hub {packages}
-python -m monai.bundle download --source huggingface_hub --repo OWNER/{name} --name {name} --bundle_dir .
+python -m monai.bundle download --source huggingface_hub --repo REPOSITORY --name {name} --bundle_dir .
 ```
 
-`OWNER` is whoever this repository belongs to. The folder is a MONAI Bundle with all the code that it needs; the
-commands below are typed inside it.
+`REPOSITORY` is the name at the top of this page: an account, a slash and `{name}`. The downloaded folder is a MONAI
+Bundle with all the code that it needs. Type the commands below inside it.
 
 """
 
@@ -45,7 +45,7 @@ def write_repository(root: Path, folder: Path) -> Path:
 
     hub, _ = optional_import("huggingface_hub", descriptor="pip install huggingface_hub, or -e '.[huggingface]'")
     metadata = json.loads((root / "configs/metadata.json").read_text())
-    results = _results(root)
+    results = _results(root, metadata)
     data = hub.ModelCardData(
         license="apache-2.0",
         library_name="monai",
@@ -55,7 +55,8 @@ def write_repository(root: Path, folder: Path) -> Path:
         model_name=root.name,
         eval_results=results or None,
     )
-    title, _, rest = (root / "docs/README.md").read_text().partition("\n")
+    readme = (root / "docs/README.md").read_text().replace(f"]({Path(PICTURE).name})", f"]({PICTURE})")
+    title, _, rest = readme.partition("\n")
     packages = " ".join(f"{package}=={version}" for package, version in pins_of(metadata).items())
     usage = _USAGE.format(name=root.name, packages=packages)
     card = hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{usage}{rest.lstrip()}")
@@ -66,15 +67,26 @@ def write_repository(root: Path, folder: Path) -> Path:
     return target
 
 
-def _results(root: Path) -> list[EvalResult]:
-    """Return the recorded scores of a bundle's head; none unless it is the head in the package."""
+def _results(root: Path, metadata: dict[str, Any]) -> list[EvalResult]:
+    """Return the scores in a bundle's metadata, and those recorded of its head if it is the one in the package."""
     from huggingface_hub import EvalResult
 
     record = json.loads(Path(pretrained_file("phantom_unet.pth")).with_name("record.json").read_text())
     by_file = {pretrained_file(f"{head}_head.pt"): scores for head, scores in record["dice"].items()}
     model = (root / MODEL).read_bytes() if (root / MODEL).is_file() else b""
     dice: dict[str, Any] = next((scores for file, scores in by_file.items() if Path(file).read_bytes() == model), {})
-    return [
+    measured = [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type="medical images",
+            dataset_name=metadata["data_source"],
+            metric_type=name,
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in metadata["eval_metrics"].items()
+    ]
+    return measured + [
         EvalResult(
             task_type="image-segmentation",
             dataset_type="synthetic",

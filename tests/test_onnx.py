@@ -27,7 +27,7 @@ def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, wei
     file = ("--meta_file", "configs/metadata.json", "--net_id", "network_def", "--ckpt_file", pretrained_file(weights))
     shape = ("--input_shape", "[2,3,176,176]", "--converter_kwargs", str(DYNAMIC_BATCH))
     run("onnx_export", "--config_file", CONFIG, *file, "--filepath", str(tmp_path / "model.onnx"), *shape)
-    inferring = ("run", "inferring", "--dataset_dir", str(volume))
+    inferring = ("run", "inferring", "--dataset_dir", str(volume), "--test_time_views", "1")
     run(*inferring, "--config_file", CONFIG, "--precision", "fp32", "--output_dir", str(tmp_path / "eager"))
     overlaid = f"['{CONFIG}','configs/inference_onnx.json']"
     onnx = ("--onnx_path", str(tmp_path / "model.onnx"), "--output_dir", str(tmp_path / "onnx"))
@@ -36,7 +36,7 @@ def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, wei
     name = volume.name.replace(".nii.gz", "_pred.nii.gz")
     eager, exported = (np.asarray(nib.load(tmp_path / folder / name).dataobj) for folder in ("eager", "onnx"))
     assert np.unique(eager).tolist() == [0, 1, 2, 3]
-    assert (eager == exported).mean() > 0.9999
+    assert np.count_nonzero(eager != exported) <= 2  # of 23,040
 
 
 def test_missing_file_is_named_with_the_way_to_get_it(tmp_path):

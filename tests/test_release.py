@@ -29,7 +29,8 @@ from components.sam.encoder import SamEncoder
 from release import bundles
 from release.__main__ import build
 from release.archives import write_archive, write_model_info
-from release.bundles import PACKED, check_release_facts
+from release.bundles import PACKED, check_release_facts, picture_of
+from release.picture import draw_picture
 
 VERSION = components.__version__
 MODELS = {"autosam": "vit_head.pt", "cnnhead": "cnn_head.pt", "linearhead": "linear_head.pt", "unet": "unet.pt"}
@@ -140,7 +141,11 @@ def test_archive_has_the_bundles_files_as_they_are_and_the_shipped_model(bundle,
     for name in (*folders, "."):
         kept = {path.name: path.read_bytes() for path in (source / name).glob("[!.]*") if path.is_file()}
         kept.pop("large_files.yml", None)  # SAM's, which an archive with the shipped encoder does not need
-        assert kept == {path.name: path.read_bytes() for path in (root / name).iterdir() if path.is_file()}
+        packed = {path.name: path.read_bytes() for path in (root / name).iterdir() if path.is_file()}
+        if name == "docs":
+            del packed["example.jpg"]
+            packed["README.md"] = re.sub(rb"!\[.*\n\n\*.*\*\n\n", b"", packed["README.md"])
+        assert packed == kept
     assert {path.name for path in root.iterdir() if path.is_dir()} == {*folders, "components", "models"}
     assert [path.name for path in (root / "models").iterdir()] == ["model.pt"]
     assert (root / "models/model.pt").read_bytes() == Path(
@@ -163,14 +168,88 @@ def test_metadata_of_archives_follow_the_schema(bundle, unpacked, metadata_schem
     verify_metadata(meta_file=str(path), filepath=metadata_schema, create_dir=False)
 
 
+NAMED_FILE = re.compile(r"(?<![\w/.<])((?:(?:configs|docs|components)/)?[\w/]+\.(?:json|md|txt|jpg|png|yml|py|conf))\b")
+
+
+def missing_files(card: Path, root: Path) -> set[str]:
+    """The files that a card names, by path or by name alone, and that its bundle does not have."""
+    folders = (root, root / "configs", card.parent)
+    named = NAMED_FILE.findall(card.read_text())
+    return {name for name in named if not any((folder / name).is_file() for folder in folders)}
+
+
 @pytest.mark.parametrize("bundle", PACKED)
 def test_readme_of_an_archive_names_files_that_it_has(bundle, unpacked):
-    readme = (unpacked / bundle / "docs/README.md").read_text()
-    named = set(re.findall(r"configs/\w+\.json", readme))
-    assert "configs/train.json" in named
-    assert {name for name in named if not (unpacked / bundle / name).is_file()} == set()
-    assert "download_large_files" not in readme
-    assert not (unpacked / bundle / "large_files.yml").exists()  # the zoo's checks would download what no one needs
+    root = unpacked / bundle
+    card = root / "docs/README.md"
+    assert "configs/train.json" in NAMED_FILE.findall(card.read_text())
+    assert missing_files(card, root) == set()
+    assert "download_large_files" not in card.read_text()
+    assert not (root / "large_files.yml").exists()  # the zoo's checks would download what no one needs
+
+
+def test_files_that_a_card_names_in_vain_are_found(unpacked, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(
+        "![x](example.jpg), `docs/results.md`, configs/train.json, ['configs/no.json'], `other.json`, <case>.txt"
+    )
+    assert missing_files(card, unpacked / "unet_acdc") == {
+        "example.jpg",
+        "docs/results.md",
+        "configs/no.json",
+        "other.json",
+    }
+
+
+@pytest.mark.parametrize("bundle", PACKED)
+def test_card_tells_the_weights_that_its_network_trains(bundle, unpacked):
+    parser = ConfigParser()
+    parser.read_config(unpacked / bundle / "configs/train.json")
+    network = parser.get_parsed_content("network_def")
+    count = sum(weights.numel() for weights in network.parameters() if weights.requires_grad)
+    assert f"{count:,}" in (unpacked / bundle / "docs/README.md").read_text()
+
+
+def test_papers_baseline_has_the_weights_that_its_card_tells(unpacked):
+    parser = ConfigParser()
+    parser.read_config([unpacked / f"unet_acdc/configs/{name}.json" for name in ("train", "from_scratch")])
+    count = sum(weights.numel() for weights in parser.get_parsed_content("network_def").parameters())
+    assert f"{count / 1e6:.0f}M weights from scratch" in (unpacked / "unet_acdc/docs/README.md").read_text()
+
+
+@pytest.mark.parametrize("bundle", PACKED)
+def test_card_and_metadata_tell_the_scores_of_the_page_of_results(bundle, unpacked):
+    metrics = config(unpacked / bundle, "metadata")["eval_metrics"]
+    card = (unpacked / bundle / "docs/README.md").read_text()
+    performance = re.findall(r"^- (0\.\d{3}) on (\d+) ACDC patients", card, flags=re.MULTILINE)
+    expected = {"mean_dice": "76", "mean_dice_development": "24"}
+    assert performance == [(f"{value:.3f}", expected[name]) for name, value in metrics.items()]
+    row = rf"^\| 76 \| none \| `{bundle}` \| ([\d.]+) "
+    others = re.findall(row, (REPOSITORY / "docs/results.md").read_text(), flags=re.MULTILINE)
+    assert others == [f"{100 * metrics[name]:.1f}" for name in ("mean_dice",) if name in metrics]
+
+
+@pytest.mark.parametrize("bundle", PACKED)
+def test_card_of_an_archive_shows_a_small_picture(bundle, unpacked):
+    picture = unpacked / bundle / "docs/example.jpg"
+    assert "truth and prediction](example.jpg)" in picture.with_name("README.md").read_text()
+    assert picture.stat().st_size < 60e3
+    assert picture.read_bytes() == picture_of(bundle).read_bytes()
+
+
+def test_picture_is_what_the_shipped_model_makes_of_a_phantom(tmp_path):
+    drawn, kept = (
+        np.asarray(Image.open(file).convert("L"), dtype=float)
+        for file in (draw_picture("linearhead_acdc", tmp_path / "example.jpg"), picture_of("linearhead_acdc"))
+    )
+    assert drawn.shape == kept.shape
+    assert np.corrcoef(drawn.ravel(), kept.ravel())[0, 1] > 0.9  # fonts and single voxels may differ
+
+
+def test_archive_without_a_picture_says_how_to_draw_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundles, "picture_of", lambda bundle: tmp_path / f"{bundle}.jpg")
+    with pytest.raises(FileNotFoundError, match=r"unet_acdc\.jpg .*python -m release --pictures True"):
+        build(str(tmp_path / "dist"), bundle="unet_acdc")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +279,8 @@ def test_archive_of_the_papers_recipe_says_where_sams_weights_are(model_type, re
     assert train["start_checkpoint"] is None
     assert config(root, "inference")["model_type"] == model_type
     assert not (root / "models").exists()
+    assert config(root, "metadata")["eval_metrics"] == {}
+    assert missing_files(root / "docs/README.md", root) == set()
 
 
 def test_every_head_has_an_archive_of_the_papers_recipe(recipes):
@@ -220,6 +301,8 @@ def test_trained_head_goes_into_the_archive_of_its_encoder_only(tmp_path):
     build(str(tmp_path), bundle="linearhead_acdc", model=mine)
     with zipfile.ZipFile(tmp_path / f"linearhead_acdc_v{VERSION}.zip") as file:
         assert file.read("linearhead_acdc/models/model.pt") == Path(mine).read_bytes()
+        assert json.loads(file.read("linearhead_acdc/configs/metadata.json"))["eval_metrics"] == {}
+        assert b"example.jpg" not in file.read("linearhead_acdc/docs/README.md")
     state["encoder.fingerprint"] = state["encoder.fingerprint"].flip(0)
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(RuntimeError) as caught:  # MONAI wraps a component's error in one of its own
@@ -359,12 +442,14 @@ def test_folder_for_the_hub_has_a_card_with_licence_and_recorded_scores(tmp_path
     card = huggingface_hub.ModelCard.load(root / "README.md")
     assert (card.data.license, card.data.library_name) == ("apache-2.0", "monai")
     recorded = json.loads(Path(pretrained_file("cnn_head.pt")).with_name("record.json").read_text())["dice"]["cnn"]
-    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {
-        f"Dice, {name}": value for name, value in recorded.items()
-    }
+    scores = config(root, "metadata")["eval_metrics"] | {f"Dice, {name}": value for name, value in recorded.items()}
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == scores
+    assert "mean_dice_development" in scores
     assert card.text.strip().startswith("# SAM encoder with CNN head on ACDC\n\n## Use from the Hub")
     assert (root / "models/model.pt").read_bytes() == Path(pretrained_file("cnn_head.pt")).read_bytes()
-    assert (root / "configs/metadata.json").is_file()
+    assert missing_files(root / "README.md", root) == set()
+    assert "](docs/example.jpg)" in card.text
+    assert "OWNER" not in card.text
 
 
 def test_card_of_another_head_claims_no_scores(tmp_path):
