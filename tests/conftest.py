@@ -225,6 +225,7 @@ def label_python(tmp_path_factory) -> str:
         return os.environ["LABEL_PYTHON"]
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    command = [str(folder / "bin/pip"), "install", "--quiet", "-c", "constraints-label.txt", "-e", ".[label]"]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
+    pip = [str(folder / "bin/pip"), "install", "--quiet", "-c", "constraints-label.txt"]
+    for packages in (["setuptools"], ["--no-build-isolation", "-e", ".[label]"]):
+        subprocess.run([*pip, *packages], cwd=REPOSITORY, check=True)
     return str(folder / "bin/python")

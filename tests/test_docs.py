@@ -164,7 +164,9 @@ def check_installation(arguments, folder):
     extras = configparser.ConfigParser()
     extras.read(REPOSITORY / "setup.cfg")
     match arguments:
-        case ["-c", constraints, "-e", target]:
+        case ["-c", constraints, "setuptools"]:
+            assert (folder / constraints).is_file()
+        case ["-c", constraints, "-e", target] | ["--no-build-isolation", "-c", constraints, "-e", target]:
             assert (folder / constraints).is_file()
             assert folder == REPOSITORY
             found = re.fullmatch(r"\.(?:\[(\w+)\])?", target)

@@ -100,6 +100,18 @@ def test_reports_of_pictures_say_pixels(tmp_path, caplog):
     assert "volumes" not in caplog.text
 
 
+def test_table_shows_the_dice_of_trivial_answers(tmp_path):
+    report = EvaluationReport(tmp_path)
+    run_evaluator([FIRST, SECOND], [report])
+    _, head, *rows = (line.split() for line in report.table.splitlines())
+    assert head[:6] == ["class", "Dice", "if", "all", "if", "none"]
+    trivial = {row[0]: row[4:7] for row in rows}
+    # RV 2 of 16 voxels, then none; all of the first as RV: 2 * 2 / (16 + 2)
+    assert trivial["RV"] == ["0.111", "0.000", "6.2%"]
+    assert trivial["Myo"] == ["0.222", "0.000", "12.5%"]
+    assert (report.n_cases, report.mean_dice) == (2, pytest.approx((0 + 5 / 6 + 0) / 3))
+
+
 def test_summary_csv_of_an_evaluation(tmp_path):
     evaluator = run_evaluator([FIRST, SECOND], [EvaluationReport(tmp_path)])
     header, *lines = read(tmp_path / "summary.csv")

@@ -84,7 +84,7 @@ def mean_over_classes(class_scores: torch.Tensor) -> torch.Tensor:
 
 
 class VolumeMetric(CumulativeIterationMetric):
-    """Base of metrics that keep one score per volume and class, and which masks held any voxel.
+    """Base of metrics that keep one score per volume and class, which masks held any voxel, and how many.
 
     Calls take one-hot `y_pred` and `y` as batch-first tensors `(B,C,spatial...)` or lists of channel-first ones, and
     return the scores `(B,C-1)`. The presence of masks is kept beside the scores because a score does not distinguish a
@@ -104,9 +104,10 @@ class VolumeMetric(CumulativeIterationMetric):
         if y is None:
             raise ValueError(f"{type(self).__name__} expected a truth y, received None: pass y_pred and y.")
         scores = self.score(y_pred, y)
-        # uint8, since not every distributed backend gathers bool
-        flags = [_present(masks).to(torch.uint8) for masks in _foreground_masks(y_pred, y)]
-        return [scores, *flags]
+        pred, truth = _foreground_masks(y_pred, y)
+        annotated = torch.as_tensor(y).flatten(1).sum(-1, keepdim=True).double()  # voxels with a class, of all classes
+        share = truth.flatten(2).sum(-1).double() / annotated.clamp(min=1)
+        return [scores, _present(pred).to(torch.uint8), share]  # not every distributed backend gathers bool
 
     def _synced_buffers(self) -> list[torch.Tensor]:
         buffers = super().get_buffer()
@@ -120,8 +121,12 @@ class VolumeMetric(CumulativeIterationMetric):
 
     def get_presence(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return whether prediction and truth hold each class, two `(N,C-1)` bool tensors aligned with `get_buffer`."""
-        _, in_pred, in_truth = self._synced_buffers()
-        return in_pred.bool(), in_truth.bool()
+        _, in_pred, share = self._synced_buffers()
+        return in_pred.bool(), share > 0
+
+    def get_share(self) -> torch.Tensor:
+        """Return the fraction of each volume that is truly of each class, `(N,C-1)` aligned with `get_buffer`."""
+        return self._synced_buffers()[2]
 
     def aggregate(self) -> torch.Tensor:
         """Return the mean over volumes, then over classes, ignoring nan, as a scalar tensor."""
@@ -163,8 +168,8 @@ class VolumeAssd(VolumeMetric):
 class VolumeMetricHandler(IgniteMetricHandler):
     """Base handler: attaches a `VolumeMetric` under `<name>` and its classes' means under `<name>_<class>`.
 
-    With `save_details`, `engine.state.metric_details` receives the scores under `<name>` and the presence of masks
-    under `<name>_in_pred` and `<name>_in_truth`, each `(N,C-1)`.
+    With `save_details`, `engine.state.metric_details` receives the scores under `<name>`, the presence of masks under
+    `<name>_in_pred` and `<name>_in_truth`, and the fraction of true voxels under `<name>_share`, each `(N,C-1)`.
 
     Args:
         output_transform: extracts `(y_pred, y)` from `engine.state.output`, one-hot, see `VolumeMetric`.
@@ -202,7 +207,8 @@ class VolumeMetricHandler(IgniteMetricHandler):
         if self.save_details:
             in_pred, in_truth = self.metric_fn.get_presence()
             details: dict[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined]
-            details.update({f"{name}_in_pred": in_pred, f"{name}_in_truth": in_truth})
+            share = self.metric_fn.get_share()
+            details.update({f"{name}_in_pred": in_pred, f"{name}_in_truth": in_truth, f"{name}_share": share})
 
 
 class VolumeDiceHandler(VolumeMetricHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,11 @@ class EvaluationReport:
         dice: name under which the Dice handler is attached.
         assd: name under which the surface distance handler is attached.
         image_key: key of the batch whose metadata names the case.
+
+    Attributes:
+        n_cases: number of scored cases.
+        mean_dice: mean over the classes' mean Dice.
+        table: the summary for a terminal, with the Dice of trivial answers.
     """
 
     def __init__(
@@ -108,6 +114,7 @@ class EvaluationReport:
         self.dice = dice
         self.assd = assd
         self.image_key = image_key
+        self.n_cases, self.mean_dice, self.table = 0, math.nan, ""
         self._cases: list[str] = []
         self._of_pictures = False
 
@@ -128,8 +135,8 @@ class EvaluationReport:
         if idist.get_rank() != 0:
             return
         order = sorted(range(len(cases)), key=cases.__getitem__)  # independent of how the ranks share the cases
-        names = (self.dice, self.assd, f"{self.assd}_in_pred", f"{self.assd}_in_truth")
-        dice, assd_mm, in_pred, in_truth = (self._details(engine, name, len(cases))[order] for name in names)
+        names = (self.dice, self.assd, *(f"{self.assd}_{kind}" for kind in ("in_pred", "in_truth", "share")))
+        dice, assd_mm, in_pred, in_truth, share = (self._details(engine, name, len(cases))[order] for name in names)
         scores: list[Row] = [
             dict(zip(METRICS_COLUMNS, (cases[index], class_name, float(dice[n, k]), float(assd_mm[n, k])), strict=True))
             for n, index in enumerate(order)
@@ -143,8 +150,9 @@ class EvaluationReport:
             row[UNIT_COLUMN] = PIXELS
         metrics_path = write_csv(self.output_dir / "metrics.csv", (*METRICS_COLUMNS, *unit), scores)
         summary_path = write_csv(self.output_dir / "summary.csv", (*SUMMARY_COLUMNS, *unit), summary)
-        table = _as_table(summary, of_pictures=self._of_pictures)
-        logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{table}")
+        self.n_cases, self.mean_dice = len(cases), float(summary[-1]["dice_mean"])
+        self.table = _as_table(summary, share, of_pictures=self._of_pictures)
+        logger.info(f"Every case and class: {metrics_path}\nSummary: {summary_path}\n{self.table}")
 
     def _forget_cases(self, _: Engine) -> None:
         self._cases = []
@@ -222,16 +230,28 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
     return path.resolve()
 
 
-def _as_table(rows: Sequence[Row], *, of_pictures: bool) -> str:
-    """Lay the summary out in aligned columns for a log."""
+def _as_table(rows: Sequence[Row], share: np.ndarray, *, of_pictures: bool) -> str:
+    """Lay the summary out in aligned columns.
+
+    The Dice of two trivial answers stands beside it: every voxel is of the class, and none is. So does the class's
+    share of the voxels, `(N,K)` by volume.
+    """
     items, unit = ("pictures", PIXELS) if of_pictures else ("volumes", "mm")
-    head = ("class", "Dice", f"ASSD {unit}", "detected only", "undefined", "misses", "false alarms")
+    trivial = [
+        (
+            f"{(2 * of_class / (1 + of_class)).mean():.3f}",
+            "0.000" if of_class.any() else "nan",
+            f"{of_class.mean():.1%}",
+        )
+        for of_class in share.T
+    ]
+    head = ("class", "Dice", "if all", "if none", "share", f"ASSD {unit}", "undefined", "misses", "false alarms")
     table: list[Sequence[str]] = [head]
-    for row in rows:
+    for row, answers in zip(rows, [*trivial, ("", "", "")], strict=True):
         dice, assd = (f"{row[f'{m}_mean']:.3f} +- {row[f'{m}_std_ddof1']:.3f}" for m in ("dice", "assd_mm"))
-        detected = _as_text(row["assd_mm_mean_detected"], decimals=3)
         counts = (str(row[column]) for column in ("dice_n_undefined", "n_misses", "n_false_alarms"))
-        table.append((str(row["class"]), dice, assd, detected, *counts))
+        table.append((str(row["class"]), dice, *answers, assd, *counts))
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join([f"{rows[0]['n_volumes']} {items}, mean +- standard deviation over {items} (ddof 1)", *lines])
+    about = f"{rows[0]['n_volumes']} {items}, mean +- standard deviation; if all, if none: Dice of trivial answers"
+    return "\n".join([about, *lines])

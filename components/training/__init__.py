@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "checkpoints": ["TrainingCheckpoints"],
         "command_line": ["check_run_id", "read_command_line"],
-        "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler", "StepLimit"],
+        "epoch_handlers": ["EpochSeeds", "LastEpochValidationHandler", "StepLimit", "TrainingProgressBar"],
         "known_pixels": ["KnownPixelsDiceCELoss"],
         "mean_teacher": ["PseudoLabelCutMix", "ExponentialMovingAverage"],
         "phantom_mixing": ["PhantomMixing"],

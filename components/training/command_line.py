@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import difflib
 import inspect
 import itertools
 import symtable
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,23 @@ def _arguments_of(command: Callable[..., Any]) -> list[str]:
 
 _COMMANDS: dict[str, Callable[..., Any]] = {"run": run, "run_workflow": run_workflow}
 _RUNNER_ARGUMENTS = {name for command in (run, run_workflow, ConfigWorkflow) for name in _arguments_of(command)}
+
+
+_judged: ContextVar[Sequence[str] | None] = ContextVar("_judged", default=None)
+
+
+@contextlib.contextmanager
+def judged_as(argv: Sequence[str]) -> Iterator[None]:
+    """Let the configs that run within judge a command line as that of ``python -m monai.bundle``.
+
+    Args:
+        argv: as for `refuse_unknown_knobs`.
+    """
+    token = _judged.set(argv)
+    try:
+        yield
+    finally:
+        _judged.reset(token)
 
 
 class _Option(NamedTuple):
@@ -122,17 +141,18 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
             continue
         read_as = "" if option.typed.lstrip("-").split("=")[0] == name else f" (read as '{name}' by python-fire)"
         nearest = difflib.get_close_matches(key, sorted(known), n=1)
-        hint = f" Did you mean '--{nearest[0]}'?" if nearest else ""
+        keys = ", ".join(sorted(knob for knob in knobs if not knob.startswith("_")))
+        hint = f"Did you mean '--{nearest[0]}'?" if nearest else f"The keys are: {keys}."
         raise ValueError(
-            f"expected options that the configs define, got '{option.typed}'{read_as}: no config has the key '{key}'."
-            f"{hint} The keys are: {', '.join(sorted(knob for knob in knobs if not knob.startswith('_')))}."
+            f"expected options that the configs define, got '{option.typed}'{read_as}: no config has the key '{key}'. "
+            + hint
         )
 
 
 def _read_options(argv: Sequence[str] | None) -> dict[str, _Option]:
     """Return a command's options by the names that python-fire binds them to; none if it is not ours to judge."""
     if argv is None:
-        argv = sys.argv if is_bundle_command() else []
+        argv = _judged.get() or (sys.argv if is_bundle_command() else [])
     command = _COMMANDS.get(argv[1].replace("-", "_")) if len(argv) > 1 else None
     if command is None:
         return {}

@@ -1,4 +1,4 @@
-"""Ignite handlers that seed every epoch of a training and validate after some of them."""
+"""Ignite handlers for the epochs of a training: seeds, number of steps, progress, validation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
 from monai.engines import Evaluator
 from monai.handlers import ValidationHandler
 
@@ -66,6 +67,26 @@ class StepLimit:
         state = engine.state
         if state.epoch == state.max_epochs and state.iteration == self.steps and self.steps % (state.epoch_length or 1):
             engine.terminate_epoch()
+
+
+class TrainingProgressBar(ProgressBar):
+    """ignite's `ProgressBar` over a whole training, with the time left. Differs: ignite's begins anew in each epoch.
+
+    Args: as `ProgressBar`.
+    """
+
+    def attach(self, engine: Engine, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Register the bar on a trainer."""
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+
+    def _open(self, engine: Engine) -> None:
+        self._reset((engine.state.max_epochs or 1) * (engine.state.epoch_length or 1))
+
+    def _advance(self, engine: Engine) -> None:
+        bar: Any = self.pbar
+        bar.update(engine.state.iteration - bar.n)
 
 
 class LastEpochValidationHandler(ValidationHandler):

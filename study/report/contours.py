@@ -16,13 +16,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
-from components.base.volume_metadata import case_name, header_spacing_mm, is_picture
+from components.base.volume_metadata import case_name_of_item, header_spacing_mm, is_picture
 from components.data.cases import Case
+from components.data.slices import IGNORED
 from components.data.transforms import LoadVolumed, SlicesLastd
 from components.evaluation.overlays import (
-    PREDICTION_STYLE,
+    LINE_WIDTH,
     SMALLEST_WIDTH_INCH,
-    TRUTH_STYLE,
     WINDOW_PERCENTILES,
     Extent,
     draw_class_contours,
@@ -111,7 +111,7 @@ def draw_contours(cells: Iterable[Cell], output_dir: Path, *, dataset_dir: str, 
         if row % len(examples) == 0:
             for axes, title in zip(axes_of_row, ["truth", *(titles[method] for method in band)], strict=False):
                 axes.set_title(title, fontsize=8)
-    figure.legend(handles=legend_lines(class_names, has_truth=True), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles=legend_lines(class_names), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
@@ -133,7 +133,7 @@ def _read_examples(shown: Sequence[Cell], output_dir: Path, parser: ConfigParser
     ranked = list(dice.mean(axis=1).dropna().sort_values(kind="stable").index)
     # Later entries replace earlier ones of the same rank: two cases are the worst and the best.
     rank_names = {(len(ranked) - 1) // 2: "median", 0: "worst", len(ranked) - 1: "best"}
-    cases = {case_name(case["image"]): case for case in list_cases_to_score(parser)}
+    cases = {case_name_of_item(case): case for case in list_cases_to_score(parser)}
     reader = _Reader(shown[0], parser)
     return [
         _read_example(
@@ -160,15 +160,16 @@ class _Reader:
         turned: list[SlicesLastd] = []
         if cell.method.data_file:
             options = {name: config(name) for name in ("label_values", "channels")}
+            options["ignore_label"] = config("data")["ignore_label"]
             turned = [SlicesLastd(["image", "label"], slice_axis=config("slice_axis"), allow_missing_keys=True)]
         self._case = Compose([LoadVolumed(["image", "label"], **options), *turned])
         self._prediction = Compose([LoadVolumed("label", num_classes=count), *turned])
 
     def read_case(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return image and true labels, 1xHxWxD; colours are reduced to green, as in overlays."""
+        """Return image and true labels, 1xHxWxD; colours are reduced to green, as in overlays, and IGNORED to 0."""
         loaded: Any = self._case(dict(case))
-        image = loaded["image"]
-        return image[[len(image) // 2]], loaded["label"]
+        image, label = loaded["image"], loaded["label"]
+        return image[[len(image) // 2]], label.masked_fill(label == IGNORED, 0)
 
     def read_prediction(self, file: Path) -> torch.Tensor:
         """Return predicted labels, 1xHxWxD."""
@@ -208,7 +209,7 @@ def _draw_row(axes_of_row: Sequence[Axes], example: _Example, methods: Sequence[
     for column, (axes, labels) in enumerate(zip(axes_of_row, label_maps, strict=False)):
         vmin, vmax = example.window
         axes.imshow(example.image.T, cmap="gray", vmin=vmin, vmax=vmax, origin="upper", interpolation="bilinear")
-        draw_class_contours(axes, labels, classes, PREDICTION_STYLE if column else TRUTH_STYLE)
+        draw_class_contours(axes, labels, classes, {"linewidths": LINE_WIDTH})
         across, down = (np.subtract(ends, 0.5) for ends in example.extent)
         axes.set(xlim=across, ylim=down[::-1], xticks=[], yticks=[])
         axes.set_aspect(example.spacing_mm[1] / example.spacing_mm[0])

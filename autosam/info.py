@@ -1,0 +1,56 @@
+"""What `autosam info` shows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import torch
+
+import components
+from autosam.folders import SHIPPED, is_bundle, shipped_bundles
+from components.base.precision import has_native_bf16
+from components.sam.checkpoint import CHECKPOINT_FILES
+from components.sam.defaults import PHANTOM_UNET
+
+_PACKAGES = ("torch", "monai", "segment-anything", "nibabel")
+
+
+def describe() -> str:
+    """Return versions, device, precision, bundles and encoders as lines of text."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    lines = [
+        f"autosam {components.__version__}; "
+        + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES),
+        f"device: {name}; precision: {'bf16' if has_native_bf16(device) else 'fp32'}",
+        "",
+        "bundles that come with the package, with their mean Dice on real hearts without labels:",
+    ]
+    width = max(map(len, shipped_bundles()))
+    for bundle in shipped_bundles():
+        lines.append(f"  {bundle:{width}}  {_worth(SHIPPED / bundle)}")
+    if own := [path for path in sorted(Path().iterdir()) if path.is_dir() and is_bundle(path)]:
+        lines += ["", "bundles in this folder:"]
+        lines += [
+            f"  {path.name}  {'trained' if (path / 'models/model.pt').is_file() else 'not trained'}" for path in own
+        ]
+    found = {kind: [path for path in _models(own) if path.name == file] for kind, file in CHECKPOINT_FILES.items()}
+    lines += ["", "encoders:", f"  {PHANTOM_UNET}  comes with the package"]
+    lines += [
+        f"  {kind:{len(PHANTOM_UNET)}}  "
+        + (str(paths[0]) if paths else f"not found: expected {CHECKPOINT_FILES[kind]} in models of a bundle")
+        for kind, paths in found.items()
+    ]
+    return "\n".join(lines)
+
+
+def _worth(bundle: Path) -> str:
+    metrics = json.loads((bundle / "configs/metadata.json").read_text())["eval_metrics"]
+    return ", ".join(f"{name} {value}" for name, value in metrics.items()) or "not measured"
+
+
+def _models(bundles: list[Path]) -> list[Path]:
+    """Return the files in the `models` folders of bundles."""
+    return [path for bundle in (*bundles, *SHIPPED.iterdir()) for path in (bundle / "models").glob("*")]
