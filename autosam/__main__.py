@@ -12,19 +12,13 @@ import typer
 from typer import Argument, Context, Option
 
 from autosam.folders import DEFAULT
+from autosam.options import SETTINGS
 from autosam.record import typed_knobs
 
 app = typer.Typer(
     help="Segment medical images, and adapt Segment Anything (SAM) to yours from a few labelled ones.",
     epilog="Example: autosam segment volume.nii.gz",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda name: name.replace("_", "-"),
-    },
+    **SETTINGS,
 )
 _KNOBS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -76,24 +70,12 @@ def new(
     model_type: Annotated[str, Option(help="encoder of a head: vit_b, ...")] = "phantom_unet",
     sam_checkpoint: Annotated[str | None, Option(help="file of the encoder, such as SAM's")] = None,
     classes: Annotated[str | None, Option(help="names of the classes, in the order of their values: a,b")] = None,
-    turned: Annotated[bool | None, Option("--turned/--not-turned", help="whether images may be mirrored")] = None,
+    turned: Annotated[str | None, Option(help="True or False: whether images may be mirrored and turned")] = None,
 ) -> None:
     """Make a bundle for your own labelled images."""
-    from adapt.new import new_bundle
+    from adapt.__main__ import new as make
 
-    bundle, said = new_bundle(
-        name,
-        folder,
-        output,
-        network=network,
-        model_type=model_type,
-        sam_checkpoint=sam_checkpoint,
-        classes=classes,
-        turned=turned,
-    )
-    print("\n".join(said))
-    print(f"made: {bundle}")
-    print(f"next: autosam train {output / name} --labelled 5")
+    make(name, str(folder), str(output), network, model_type, sam_checkpoint, classes, turned)
 
 
 @command("autosam train unet_acdc --data /data/ACDC --labelled 5", knobs=True)
@@ -164,9 +146,9 @@ def pack(
     encoder_url: Annotated[str, Option(help="address of an encoder that is too large for an archive")] = "",
 ) -> None:
     """Write a bundle as an archive that segments as soon as it is unpacked."""
-    from release.__main__ import build
+    from autosam import workflows
 
-    build(output, bundle=bundle, model=model, encoder_url=encoder_url)
+    workflows.pack(bundle, output, model, encoder_url)
 
 
 @command("autosam study study/quick.json --output my_study")

@@ -137,6 +137,33 @@ def demo(output: Path, *, verbose: bool) -> None:
     _say_scores(made, folder / "demo/eval", next_command="autosam segment IMAGE, or autosam new NAME FOLDER")
 
 
+def pack(bundle: str, output: str, model: str | None, encoder_url: str) -> None:
+    """Write a bundle's archive.
+
+    Args:
+        bundle: a bundle's folder or name.
+        output: folder of the archive.
+        model: the trained model; None for the bundle's own, or for the one that comes with the package.
+        encoder_url: address of an encoder that is too large for an archive.
+
+    Raises:
+        FileNotFoundError: if there is no such bundle or model.
+        ValueError: if the bundle has no archive.
+    """
+    from release.__main__ import build
+
+    folder = find_bundle(bundle, INFERENCE)
+    if (folder / "configs/data.json").is_file():
+        name = str(folder)
+    else:  # its configs are those of the package, also in a copy
+        name = folder.name
+        trained = folder / "models/model.pt"
+        model = model or (str(trained) if not is_shipped(folder) and trained.is_file() else None)
+    (archive,) = build(output, bundle=name, model=model, encoder_url=encoder_url)
+    print(f"packed {folder.name}: {archive} ({archive.stat().st_size / 1e6:.0f} MB)")
+    print(f"next:    unpack it, and autosam segment IMAGE --bundle {folder.name}")
+
+
 def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool) -> Any:
     """Show a run's command and run it; return MONAI's parser, or None if it is only shown."""
     print(f"$ {run.line}", flush=True)

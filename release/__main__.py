@@ -3,7 +3,7 @@
 From the repository's root: `python -m release --output_dir dist` for archives that segment as soon as they are
 unpacked; `--model_type vit_b` (`vit_l`, `vit_h`, `vit_t`) for the paper's form, on SAM's own weights. `--bundle FOLDER`
 packages a trained bundle of `python -m adapt new`. `--huggingface DIR` writes folders for the Hugging Face Hub.
-`--pictures True` draws the pictures of the cards anew.
+`--pictures` draws the pictures of the cards anew.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import logging
 import tempfile
 from pathlib import Path
 
-import fire
-
 from adapt.template import SHIPPED_ENCODER, encoders, networks
+from autosam.options import command_line
 from release.archives import write_archive, write_model_info
 from release.bundles import PACKED, assemble, check_release_facts, own_bundle, picture_of, take_encoder_along
 from release.huggingface import write_repository
@@ -33,7 +32,7 @@ def build(
     base_url: str = "",
     huggingface: str | None = None,
     pictures: bool = False,
-) -> None:
+) -> list[Path]:
     """Write `<bundle>_v<version>.zip` of every bundle and `model_info.json` with checksums, or folders for the Hub.
 
     The same sources give the same bytes.
@@ -49,6 +48,9 @@ def build(
         base_url: address of the archives, for `model_info.json`.
         huggingface: folder in which each bundle becomes a folder that is ready to push to the Hugging Face Hub.
         pictures: whether to draw the pictures of the cards anew first, into `release/pictures`.
+
+    Returns:
+        the archives.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if pictures:
@@ -64,9 +66,9 @@ def build(
     names = [bundle] if bundle else PACKED if model_type == SHIPPED_ENCODER else with_encoder
     if model is not None and len(names) != 1:
         raise ValueError(f"a model belongs to one bundle: choose one of {', '.join(names)} with --bundle")
+    archives: list[Path] = []
     if output_dir is None and huggingface is None:
-        return
-    archives = []
+        return archives
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             root = assemble(name, Path(folder), model_type=model_type, model=model)
@@ -79,7 +81,8 @@ def build(
                 logger.info("%s: %.1f MB", archives[-1], archives[-1].stat().st_size / 1e6)
     if output_dir is not None:
         logger.info("%s", write_model_info(archives, Path(output_dir) / "model_info.json", base_url=base_url))
+    return archives
 
 
 if __name__ == "__main__":
-    fire.Fire(build)
+    command_line(__doc__, build)()

@@ -17,8 +17,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-import fire
-
+from autosam.options import command_line
 from release.bundles import PACKED
 from serving.app import assemble_app
 from serving.requests import check_origins, is_loopback
@@ -56,9 +55,9 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        settings = _access_of(host, _parts_of(origins), insecure)
+        settings = _access_of(host, origins.split(","), insecure)
         environment = _settings_of(str(studies), modality) | settings
-        app, names = assemble_app(Path(app_dir).resolve(), _parts_of(bundle))
+        app, names = assemble_app(Path(app_dir).resolve(), bundle.split(","))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(app), os.environ.get("PYTHONPATH")]))
@@ -66,11 +65,6 @@ def serve(
     places = ["--app", str(app), "--studies", str(studies), "--host", host, "--port", str(port)]
     sys.stdout.flush()
     os.execve(sys.executable, [*command, *places, "--conf", "models", ",".join(names)], environment)
-
-
-def _parts_of(option: str | Sequence[str]) -> list[str]:
-    """Return what an option lists; Fire makes a tuple of some texts with commas."""
-    return option.split(",") if isinstance(option, str) else list(option)
 
 
 def _access_of(host: str, origins: Sequence[str], insecure: bool) -> dict[str, str]:
@@ -150,4 +144,4 @@ def _find_series(address: str) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(serve)
+    command_line(__doc__, serve)()

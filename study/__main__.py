@@ -15,8 +15,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-import fire
-
+from autosam.options import command_line
 from components.phantom.dataset import write_phantom_dataset
 from study.calibration import calibrate
 from study.cells import is_finished, last_error, run_cell
@@ -162,4 +161,4 @@ def _log_to_terminal() -> None:
 
 if __name__ == "__main__":
     _log_to_terminal()
-    fire.Fire({"run": run, "report": report, "calibrate": calibrate})
+    command_line(__doc__, run, report, calibrate)()

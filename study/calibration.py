@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def calibrate(
     output_dir: str,
     volumes: int = 60,
     dataset_dir: str = "",
-    bundles: Sequence[str] = BUNDLES,
+    bundles: str = ",".join(BUNDLES),
     path: str = str(CALIBRATION),
 ) -> None:
     """Fit the lines of `components/function/predicted_dice.json` to segmentations of degraded phantoms.
@@ -48,13 +48,12 @@ def calibrate(
         volumes: number of phantoms.
         dataset_dir: folder of real volumes with their truth beside them as `<name>_gt.nii.gz`, such as ACDC. They are
             not part of the fit; `real.csv` shows how well the lines hold for them.
-        bundles: names of the bundles.
+        bundles: names of the bundles, separated by commas.
         path: the file to write.
     """
     output = Path(output_dir).resolve()
-    names = [bundles] if isinstance(bundles, str) else list(bundles)
     phantoms = [_written(output / "phantoms", number) for number in range(volumes)]
-    table = pd.concat([_segmented(name, phantoms, output / name) for name in names])
+    table = pd.concat([_segmented(name, phantoms, output / name) for name in bundles.split(",")])
     table.to_csv(output / "phantoms.csv", index=False)
     lines = {"volume": _line(table[table["slice"] == _OF_WHOLE]), "slice": _line(table[table["slice"] != _OF_WHOLE])}
     with write_atomically(path) as temporary:
@@ -64,7 +63,7 @@ def calibrate(
     if dataset_dir:
         truths = sorted(Path(dataset_dir).resolve().rglob("*_frame??_gt.nii.gz"))
         cases = [(truth.with_name(truth.name.replace("_gt", "")), truth) for truth in truths]
-        table = pd.concat([_segmented(name, cases, output / f"{name}_real") for name in names])
+        table = pd.concat([_segmented(name, cases, output / f"{name}_real") for name in bundles.split(",")])
         table.to_csv(output / "real.csv", index=False)
         _describe(table, lines)
 

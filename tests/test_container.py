@@ -6,10 +6,10 @@ import shlex
 import shutil
 import subprocess
 
-import fire
 import pytest
 from conftest import REPOSITORY
 
+from autosam.options import command_line
 from serving.__main__ import serve
 
 DOCKERFILE = REPOSITORY / "Dockerfile"
@@ -60,9 +60,9 @@ def test_the_documented_container_starts_with_its_token_only(tmp_path, monkeypat
     assert entry[:3] == ["python", "-m", "serving"]
     monkeypatch.delenv("SERVING_TOKEN", raising=False)
     with pytest.raises(SystemExit, match="set a token in SERVING_TOKEN"):
-        fire.Fire(serve, [*entry[3:], *given])
+        command_line(None, serve)([*entry[3:], *given], standalone_mode=False)
     assert not started
     name, _ = line[line.index("-e") + 1].split("=")
     monkeypatch.setenv(name, "0" * 32)  # as many digits as of openssl rand -hex 16
-    fire.Fire(serve, [*entry[3:], *given])
+    command_line(None, serve)([*entry[3:], *given], standalone_mode=False)
     assert "0.0.0.0" in started[0]

@@ -20,14 +20,17 @@ import fire
 import monai.bundle
 import numpy as np
 import pytest
+import typer
 from conftest import REPOSITORY, succeeds
 from PIL import Image
 from test_architecture import COMPONENTS, SUB_PACKAGES, imported_sub_packages
 from torch.distributed.run import get_args_parser
 
-from adapt.__main__ import parse_arguments as adapt_arguments
+from adapt.__main__ import bundles, new
 from adapt.new import new_bundle
 from adapt.template import SHIPPED_ENCODER, networks
+from autosam.__main__ import app
+from autosam.options import command_line
 from benchmarks.__main__ import parse_arguments
 from components.phantom.dataset import write_phantom_dataset
 from components.training.command_line import refuse_unknown_knobs
@@ -45,13 +48,14 @@ PAGES = [
     *sorted(REPOSITORY.glob("bundles/*/docs/README.md")),
 ]
 LANGUAGES = {"bash", "json", "python", "text"}
-FIRE_COMMANDS = {
-    ("release",): build,
-    ("serving",): serve,
-    ("study", "run"): run,
-    ("study", "report"): report,
-    ("study", "calibrate"): calibrate,
+OUR_COMMANDS = {
+    "adapt": command_line(None, new, bundles, positional=("name",)),
+    "autosam": app,
+    "release": command_line(None, build),
+    "serving": command_line(None, serve),
+    "study": command_line(None, run, report, calibrate),
 }
+UsageError = typer.BadParameter.__base__
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -135,21 +139,33 @@ class Shell:
             case ["python", "-m", "benchmarks", *arguments]:
                 assert self.folder == REPOSITORY
                 parse_arguments(arguments)
-            case ["python", "-m", "adapt", *arguments]:
+            case ["python", "-m", "adapt" | "release" | "serving" | "study" as package, *arguments]:
                 assert self.folder == REPOSITORY
-                options = adapt_arguments(arguments)
-                if options.command == "new":
-                    self.made[options.name] = self.adapt_new(options.network, options.model_type)
-            case ["python", "-m", "study", name, *arguments]:
-                check_fire_command(("study", name), arguments, self.folder)
-            case ["python", "-m", "release" | "serving" as package, *arguments]:
-                check_fire_command((package,), arguments, self.folder)
+                self.check_ours(package, arguments)
+            case ["autosam", *arguments]:
+                self.check_ours("autosam", arguments)
             case ["python", "-m", "pytest", *arguments]:
                 assert all(argument in ("-m", "slow") or (self.folder / argument).exists() for argument in arguments)
             case ["python", "-m", "venv", _] | ["mlflow", "ui", *_] | ["git" | "tensorboard", *_]:
                 pass
             case _:
                 pytest.fail(f"no check for the command: {shlex.join(words)}")
+
+    def check_ours(self, package, arguments):
+        """Check a command of ours: its options, and that the files and bundles that it names are there."""
+        name, options, knobs = understood(OUR_COMMANDS[package], arguments)
+        assert (REPOSITORY / (options.get("config") or options.get("grid") or ".")).exists()
+        if name == "new":
+            self.made[options["name"]] = self.adapt_new(options["network"], options["model_type"])
+        elif package == "autosam" and options.get("bundle") and name != "serve":
+            bundle = Path(options["bundle"]).name
+            folder = self.made.get(bundle, REPOSITORY / "bundles" / bundle)
+            overlays = {"train": options.get("overlay") or [], "evaluate": ["evaluate"]}.get(name, [])
+            self.monkeypatch.chdir(folder)
+            files = ["inference"] if name in ("segment", "pack") else ["train", *overlays]
+            check_bundle_command(
+                "run", ["--config_file", str([f"configs/{file}.json" for file in files]), *knobs], folder
+            )
 
     def check_blocks(self, page):
         """Check the commands of a page, each block typed in the folder of the first."""
@@ -188,10 +204,14 @@ def bound_by_fire(function, arguments):
     return bound
 
 
-def check_fire_command(name, arguments, folder):
-    assert folder == REPOSITORY
-    options = bound_by_fire(FIRE_COMMANDS[name], arguments)
-    assert "config" not in options or (folder / options["config"]).is_file()
+def understood(command_line_of_ours, arguments):
+    """The command that arguments are for, its options, and what is left as knobs; it exits where some do not fit."""
+    command = typer.main.get_command(command_line_of_ours)
+    context = command.make_context("command", list(arguments))
+    if hasattr(command, "resolve_command"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+    return command.name, context.params, context.args
 
 
 def check_bundle_command(command, arguments, folder):
@@ -248,13 +268,19 @@ def test_the_commands_of_a_bundle_for_own_data_are_accepted_in_it(
         "cd ../.. && pip install -c missing.txt -e .",
         "cd ../.. && python -m adapt new NAME --data DIR --network missing",
         "cd ../.. && python -m adapt new X --data DIR && cd bundles/X && python -m monai.bundle download_large_files",
+        "autosam train unet_acdc --overlay missing",
+        "autosam train unet_acdc --labeled_patients 5",
+        "autosam segment volume.nii.gz --bundle missing",
+        "autosam study study/missing.json",
+        "autosam missing",
         "cd missing",
         "curl https://example.org",
     ],
 )
 def test_a_wrong_command_is_found(line, adapt_new, monkeypatch):
     shell = Shell(REPOSITORY / "bundles/autosam_acdc", adapt_new, monkeypatch)
-    with pytest.raises((AssertionError, ValueError, TypeError, SystemExit, pytest.fail.Exception)):
+    refusals = (AssertionError, ValueError, TypeError, KeyError, OSError, SystemExit, UsageError, pytest.fail.Exception)
+    with pytest.raises(refusals):
         for words in commands_of(line):
             shell.check(words)
 
@@ -263,8 +289,8 @@ def test_a_wrong_command_is_found(line, adapt_new, monkeypatch):
 def test_every_option_that_the_text_names_exists(page, adapt_new, tmp_path):
     spans = re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text()))
     named = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)}
-    functions = [new_bundle, *FIRE_COMMANDS.values()]
-    others = {name for function in functions for name in inspect.signature(function).parameters}
+    ours = [each for app in OUR_COMMANDS.values() for each in app.registered_commands]
+    others = {name for command in ours for name in inspect.signature(command.callback).parameters}
     others |= {"nthreads", "resources"}  # of Dask's workers
     bundles = [*REPOSITORY.glob("bundles/*"), *map(adapt_new, networks())]
     configs = [json.loads(path.read_text()) for bundle in bundles for path in bundle.glob("configs/*.json")]

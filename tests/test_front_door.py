@@ -184,7 +184,7 @@ def test_a_shipped_bundle_is_copied_trained_evaluated_and_segments_by_what_it_le
 def test_own_data_becomes_a_bundle_in_three_commands(autosam_says, tmp_path):
     plain(tmp_path / "data", mode="L")
     *_, following = autosam_says("new", "organ", tmp_path / "data")
-    command = shlex.split(following.removeprefix("next: autosam "))
+    command = shlex.split(following.partition("autosam ")[2])
     lines = autosam_says(*command[:-1], "1", "--steps", "2", "--train#dataset#at_least", "1")
     assert "labelled_cases 1" in lines[0]
     lines = autosam_says("evaluate", "organ")
@@ -225,7 +225,8 @@ def test_what_cannot_be_done_is_one_line_that_says_what_to_do(autosam_says, phan
         ("train", "unet_acdc", "--data", phantoms, "--overlay", "nekc"): "has no configs/nekc.json",
         ("evaluate", "phantom_encoder"): "has no configs/evaluate.json",
         ("new", "a b", phantoms): "expected a name of letters",
-        ("pack", "shape_unet"): "no archive of",
+        ("pack", "shape_unet"): "has no configs/inference.json",
+        ("study", "missing.json"): "missing.json",
     }.items():
         assert said in refusal(autosam_says, *arguments), arguments
     assert not (elsewhere / "unet_acdc").exists()

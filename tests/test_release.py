@@ -248,7 +248,7 @@ def test_picture_is_what_the_shipped_model_makes_of_a_phantom(tmp_path):
 
 def test_archive_without_a_picture_says_how_to_draw_it(tmp_path, monkeypatch):
     monkeypatch.setattr(bundles, "picture_of", lambda bundle: tmp_path / f"{bundle}.jpg")
-    with pytest.raises(FileNotFoundError, match=r"unet_acdc\.jpg .*python -m release --pictures True"):
+    with pytest.raises(FileNotFoundError, match=r"unet_acdc\.jpg .*python -m release --pictures"):
         build(str(tmp_path / "dist"), bundle="unet_acdc")
 
 
