@@ -25,6 +25,7 @@ _ONLY_FOR_BLOCK = re.compile(r"<!-- only for ([\w ]+) -->\n(.*?)<!-- end -->\n",
 _TOP_LEVEL_AFTER_BLANK_LINE = re.compile(r'\n\n    "([\w#.]+)":')
 _PARTS = ("networks.json", "datasets.json", "knobs.json")
 _FILES_ONLY_FOR = {"docs/data_license.txt": "acdc", "large_files.yml": "encoder published"}
+KNOBS_LINK = "The page of [knobs](../../../docs/knobs.md) explains all options."  # in the READMEs of the ACDC bundles
 
 Parts = dict[str, Any]
 
@@ -118,7 +119,8 @@ class Instance:
                 files[name] = text
         if self.is_of_paper:
             self._make_the_papers(files)
-        knobs = readme_table(json.loads(files["configs/train.json"]), "train", self._meanings())
+        table = readme_table(json.loads(files["configs/train.json"]), "train", self._meanings())
+        knobs = KNOBS_LINK if self._has("acdc") else table  # `release` puts the table into archives
         files["docs/README.md"] = files["docs/README.md"].replace("<!-- knobs -->", knobs)
         return files
 

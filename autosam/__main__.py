@@ -114,7 +114,7 @@ def demo(
     output: Annotated[Path, Option("--output", "-o", help="folder of the demo")] = Path("autosam_demo"),
     verbose: Verbose = False,
 ) -> None:
-    """Draw synthetic patients, adapt a head to two of them and score others. It takes about a minute."""
+    """Draw synthetic patients, adapt a head to two of them and score others. It takes a few minutes."""
     from autosam import workflows
 
     workflows.demo(output, verbose=verbose)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 LOG = "autosam.log"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s - %(message)s"
@@ -48,7 +49,7 @@ class BundleRun:
     @property
     def line(self) -> str:
         """The command that does the same."""
-        return shlex.join(["python", "-m", "monai.bundle", *self.arguments])
+        return " ".join(map(_quoted, ["python", "-m", "monai.bundle", *self.arguments]))
 
     def __call__(self, log: Path, *, verbose: bool = False) -> Any:
         """Run it.
@@ -88,6 +89,26 @@ def plain_path(path: Path) -> str:
     return str(path) if _PLAIN.fullmatch(str(path)) else os.path.abspath(path)  # noqa: PTH100
 
 
+def _quoted(text: str) -> str:
+    """Return an argument as it is typed in a shell; a list of configs in double quotes."""
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
+
+
+class _Printed(io.TextIOBase):
+    """What is printed during a run. MONAI's loggers keep this for good, so it is never closed."""
+
+    target: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        return (self.target or sys.stdout).write(text)
+
+    def flush(self) -> None:
+        (self.target or sys.stdout).flush()
+
+
+_PRINTED = _Printed()
+
+
 class _ToTerminal(logging.Handler):
     """Show this package's warnings, above a progress bar."""
 
@@ -125,14 +146,16 @@ def logged_to(file: Path, line: str, *, verbose: bool) -> Iterator[None]:
         for logger in quiet:
             logger.setLevel(logging.WARNING)
         logging.captureWarnings(True)
+        _PRINTED.target = sys.stdout if verbose else stream
         try:
-            with contextlib.redirect_stdout(sys.stdout if verbose else stream):
+            with contextlib.redirect_stdout(cast(TextIO, _PRINTED)):
                 yield
         except Exception:
             logging.getLogger("autosam").exception("failed")
             raise
         finally:
             logging.captureWarnings(False)
+            _PRINTED.target = None
             own.removeHandler(shown)
             for handler in handlers:
                 root.removeHandler(handler)

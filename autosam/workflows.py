@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autosam.folders import INFERENCE, TRAIN, find_bundle, is_shipped, own_copy
+from autosam.folders import DEFAULT, INFERENCE, TRAIN, find_bundle, is_shipped, own_copy
 from autosam.record import inference_settings, read_record, write_record
 from autosam.runner import LOG, BundleRun
-
-DEMO_BUNDLE = "autosam_acdc"
 
 Knobs = Mapping[str, str]  # as they were typed
 
@@ -131,7 +129,7 @@ def demo(output: Path, *, verbose: bool) -> None:
         output: folder of the demo, in which the bundle is copied.
         verbose: whether to show MONAI's lines.
     """
-    folder = own_copy(find_bundle(DEMO_BUNDLE, "demo.json"), output / DEMO_BUNDLE)
+    folder = own_copy(find_bundle(DEFAULT, "demo.json"), output / DEFAULT)
     for workflow, configs in (("training", ["train", "demo"]), ("evaluating", ["train", "evaluate", "demo"])):
         made = _run(BundleRun(workflow, folder, configs), folder / LOG, dry_run=False, verbose=verbose)
     _say_scores(made, folder / "demo/eval", next_command="autosam segment IMAGE, or autosam new NAME FOLDER")

@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 
 import components
 from adapt.new import DATA_FILE
-from adapt.template import SHIPPED_ENCODER, Instance, networks, with_values
+from adapt.template import KNOBS_LINK, SHIPPED_ENCODER, Instance, knob_meanings, networks, readme_table, with_values
 from autosam.folders import SHIPPED as BUNDLES
 from release.archives import FILE_LIMIT
 
@@ -128,6 +128,8 @@ def assemble(bundle: str, folder: Path, *, model_type: str = SHIPPED_ENCODER, mo
         root = folder / f"{source.name}_{model_type}"
         Instance(bundle.removesuffix("_acdc"), cases="acdc", hearts=True, model_type=model_type).write(root)
     _copy_components(root)
+    if not own:
+        _explain_knobs(root)
     if own or model:
         _put_in(root, source, Path(model or source / MODEL))
         if not own:  # the scores are those of the package's model
@@ -202,6 +204,13 @@ def _copy_components(root: Path) -> None:
     for path in (REPOSITORY / "components").rglob("*"):
         if path.suffix in (".py", ".json", ".pt", ".pth"):
             _copy(path, root / path.relative_to(REPOSITORY))
+
+
+def _explain_knobs(root: Path) -> None:
+    """Put the table of knobs into the README of an ACDC bundle, whose link leads out of the archive."""
+    readme = root / "docs/README.md"
+    table = readme_table(json.loads((root / "configs/train.json").read_text()), "train", knob_meanings())
+    readme.write_text(readme.read_text().replace(KNOBS_LINK, table))
 
 
 def picture_of(bundle: str) -> Path:

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_readme_explains_knobs, run_monai_bundle, run_monai_bundle_here, succeeds
+from conftest import REPOSITORY, run_monai_bundle, run_monai_bundle_here, succeeds
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 from monai.metrics import SurfaceDistanceMetric
 from PIL import Image
@@ -105,11 +105,6 @@ def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
         "configs/logging.conf",
     ):
         assert (REPOSITORY / "bundles" / bundle / name).is_file(), name
-
-
-@pytest.mark.parametrize("bundle", BUNDLES)
-def test_readme_explains_every_knob_with_its_default(bundle):
-    assert_readme_explains_knobs(REPOSITORY / "bundles" / bundle, "train")
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

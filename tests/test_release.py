@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, messages_of, run_monai_bundle_here, succeeds
+from conftest import REPOSITORY, assert_readme_explains_knobs, messages_of, run_monai_bundle_here, succeeds
 from monai.bundle import ConfigParser, verify_metadata
 from PIL import Image
 
 import components
 from adapt.new import new_bundle
-from adapt.template import encoders
+from adapt.template import KNOBS_LINK, encoders
 from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
 from release import bundles
@@ -145,6 +145,7 @@ def test_archive_has_the_bundles_files_as_they_are_and_the_shipped_model(bundle,
         if name == "docs":
             del packed["example.jpg"]
             packed["README.md"] = re.sub(rb"!\[.*\n\n\*.*\*\n\n", b"", packed["README.md"])
+            packed["README.md"] = re.sub(rb"\| knob of (.+\n)+", f"{KNOBS_LINK}\n".encode(), packed["README.md"])
         assert packed == kept
     assert {path.name for path in root.iterdir() if path.is_dir()} == {*folders, "components", "models"}
     assert [path.name for path in (root / "models").iterdir()] == ["model.pt"]
@@ -186,6 +187,11 @@ def test_readme_of_an_archive_names_files_that_it_has(bundle, unpacked):
     assert missing_files(card, root) == set()
     assert "download_large_files" not in card.read_text()
     assert not (root / "large_files.yml").exists()  # the zoo's checks would download what no one needs
+
+
+@pytest.mark.parametrize("bundle", PACKED)
+def test_readme_of_an_archive_explains_every_knob_with_its_default(bundle, unpacked):
+    assert_readme_explains_knobs(unpacked / bundle, "train")
 
 
 def test_files_that_a_card_names_in_vain_are_found(unpacked, tmp_path):
@@ -281,6 +287,7 @@ def test_archive_of_the_papers_recipe_says_where_sams_weights_are(model_type, re
     assert not (root / "models").exists()
     assert config(root, "metadata")["eval_metrics"] == {}
     assert missing_files(root / "docs/README.md", root) == set()
+    assert_readme_explains_knobs(root, "train")
 
 
 def test_every_head_has_an_archive_of_the_papers_recipe(recipes):

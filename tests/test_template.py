@@ -17,7 +17,17 @@ from monai.bundle import ConfigParser, ReferenceResolver
 
 from adapt import template
 from adapt.new import acdc_bundles
-from adapt.template import SHIPPED_ENCODER, Instance, as_text, encoders, knobs_page, networks, readme_table, with_values
+from adapt.template import (
+    KNOBS_LINK,
+    SHIPPED_ENCODER,
+    Instance,
+    as_text,
+    encoders,
+    knobs_page,
+    networks,
+    readme_table,
+    with_values,
+)
 from components.networks import heads
 from components.phantom.dataset import write_phantom_dataset
 
@@ -138,7 +148,7 @@ def test_places_are_filled_with_entries_items_values_and_text(small_template):
         "train#handlers": [{"_target_": "a.First"}, {"_target_": "b.Second"}, {"_target_": "c.Last"}],
         "about {{name}}": ["of", "lines"],
     }
-    assert files["docs/README.md"].startswith("a inside\nb\n| knob")
+    assert files["docs/README.md"] == f"a inside\nb\n{KNOBS_LINK}\n"
 
 
 def test_a_place_of_no_part_is_named(small_template):
@@ -440,7 +450,7 @@ def repository(tmp_path_factory) -> Path:
     """A copy of the repository, with spoiled files, to which the head of CONTRIBUTING.md has been added as it says."""
     root = tmp_path_factory.mktemp("repository")
     ignored = shutil.ignore_patterns("models", "eval", "demo", "export", "embeddings", "__pycache__")
-    for name in ("bundles", "components", "adapt", "release"):
+    for name in ("bundles", "components", "adapt", "autosam", "release"):
         shutil.copytree(REPOSITORY / name, root / name, ignore=ignored)
     (root / "docs").mkdir()
     for name in ("constraints.txt", "LICENSE", "docs/knobs.md"):
@@ -506,4 +516,4 @@ def test_every_added_head_has_a_readme_of_its_own(repository):
     )
     assert readme.startswith(f"# {name}\n")
     assert "autosam_acdc" not in readme
-    assert "segments\nwith it until" not in readme  # no weights of it come with the package
+    assert "shipped head" not in readme  # no weights of it come with the package
