@@ -1,1 +1,1 @@
-"""Bundles for a user's own data: `python -m adapt new NAME --data FOLDER`."""
+"""Bundles for a user's own data: `autosam new NAME FOLDER`."""

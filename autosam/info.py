@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 import torch
 
 import components
-from autosam.folders import SHIPPED, is_bundle, shipped_bundles
+from autosam.folders import SHIPPED, is_bundle
+from autosam.worth import WORTH
 from components.base.precision import has_native_bf16
 from components.sam.checkpoint import CHECKPOINT_FILES
 from components.sam.defaults import PHANTOM_UNET
@@ -26,11 +26,10 @@ def describe() -> str:
         + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES),
         f"device: {name}; precision: {'bf16' if has_native_bf16(device) else 'fp32'}",
         "",
-        "bundles that come with the package, with their mean Dice on real hearts without labels:",
+        "bundles that come with the package: mean Dice in % on real hearts without labels, relative seconds, use",
     ]
-    width = max(map(len, shipped_bundles()))
-    for bundle in shipped_bundles():
-        lines.append(f"  {bundle:{width}}  {_worth(SHIPPED / bundle)}")
+    width = max(map(len, WORTH))
+    lines += [f"  {name:{width}}  {dice}  {seconds}  {use}" for name, (use, dice, seconds) in WORTH.items()]
     if own := [path for path in sorted(Path().iterdir()) if path.is_dir() and is_bundle(path)]:
         lines += ["", "bundles in this folder:"]
         lines += [
@@ -44,11 +43,6 @@ def describe() -> str:
         for kind, paths in found.items()
     ]
     return "\n".join(lines)
-
-
-def _worth(bundle: Path) -> str:
-    metrics = json.loads((bundle / "configs/metadata.json").read_text())["eval_metrics"]
-    return ", ".join(f"{name} {value}" for name, value in metrics.items()) or "not measured"
 
 
 def _models(bundles: list[Path]) -> list[Path]:

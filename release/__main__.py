@@ -2,7 +2,7 @@
 
 From the repository's root: `python -m release --output_dir dist` for archives that segment as soon as they are
 unpacked; `--model_type vit_b` (`vit_l`, `vit_h`, `vit_t`) for the paper's form, on SAM's own weights. `--bundle FOLDER`
-packages a trained bundle of `python -m adapt new`. `--huggingface DIR` writes folders for the Hugging Face Hub.
+packages a trained bundle of `autosam new`. `--huggingface DIR` writes folders for the Hugging Face Hub.
 `--pictures` draws the pictures of the cards anew.
 """
 

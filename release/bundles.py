@@ -113,13 +113,13 @@ def assemble(bundle: str, folder: Path, *, model_type: str = SHIPPED_ENCODER, mo
     own = own_bundle(bundle)
     source = own or BUNDLES / bundle
     if own and model_type != SHIPPED_ENCODER:
-        raise ValueError(f"{source} has its own encoder: expected no model_type; make another bundle with adapt new")
+        raise ValueError(f"{source} has its own encoder: expected no model_type; make another bundle with autosam new")
     if own:
         _check_metadata(source)
     elif bundle not in PACKED:
         raise ValueError(
-            f"no archive of {bundle!r}: expected one of {', '.join(PACKED)}, or the folder of a bundle that `python -m "
-            "adapt new` has made"
+            f"no archive of {bundle!r}: expected one of {', '.join(PACKED)}, or the folder of a bundle that "
+            "`autosam new` has made"
         )
     if model_type == SHIPPED_ENCODER:
         root = folder / source.name

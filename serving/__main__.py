@@ -1,7 +1,7 @@
 """Serve the bundles to 3D Slicer, OHIF or any client of MONAI Label.
 
 From the repository's root: `python -m serving --studies DIR`, in an environment of its own with the packages of
-`constraints-label.txt`. `--bundle FOLDER` serves a trained bundle that `python -m adapt new` has made.
+`constraints-label.txt`. `--bundle FOLDER` serves a trained bundle that `autosam new` has made.
 Other machines are served only with a login, whose token is in the variable `SERVING_TOKEN`, or with `--insecure`.
 """
 

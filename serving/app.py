@@ -50,7 +50,7 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, 
     Args:
         app_dir: folder of the app, made if missing.
         bundles: names of bundles, which come with weights trained on phantoms, and folders of trained bundles that
-            `python -m adapt new` has made.
+            `autosam new` has made.
 
     Returns:
         `app_dir`, and the names of the bundles in it.
@@ -64,7 +64,7 @@ def assemble_app(app_dir: Path, bundles: Sequence[str] = PACKED) -> tuple[Path, 
     if unknown := set(names) - set(PACKED) - own.keys():
         raise ValueError(
             f"no bundle {', '.join(sorted(unknown))} to serve: expected some of {', '.join(PACKED)}, or folders of "
-            "bundles that `python -m adapt new` has made"
+            "bundles that `autosam new` has made"
         )
     if len(set(names)) < len(names):
         raise ValueError(f"expected bundles of different names, received {', '.join(names)}: rename a folder")

@@ -34,6 +34,8 @@ from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 
+from autosam.worth import WORTH
+
 logger = logging.getLogger(__name__)
 
 MODEL = "model.pt"
@@ -64,14 +66,6 @@ _OF_THE_FOLDER = (  # likewise; those of a DICOMweb server wait for it, and othe
     "save_label",
     "status",
 )
-# What the bundles that come with a model are for, their mean Dice in percent on real hearts without a label, and their
-# seconds on a CPU relative to the fastest.
-WORTH = {
-    "linearhead_acdc": ("the quickest, to begin with and to train while one labels", 86.1, 1.0),
-    "cnnhead_acdc": ("a larger head on the same encoder, to compare with", 85.9, 2.2),
-    "autosam_acdc": ("SAM's mask decoder on the same encoder, the best without a label, by a little", 86.3, 2.5),
-    "unet_acdc": ("the one that gains most from labelled patients", 86.2, 1.1),
-}
 
 
 class InferTask(BundleInferTask):

@@ -1,4 +1,4 @@
-"""The data set of a study: ACDC, or a user's own data, for which `python -m adapt new` has made the bundles."""
+"""The data set of a study: ACDC, or a user's own data, for which `autosam new` has made the bundles."""
 
 from __future__ import annotations
 

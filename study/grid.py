@@ -80,7 +80,7 @@ class Method:
 
     @property
     def data_file(self) -> Path | None:
-        """The file that describes the data of a bundle of `python -m adapt new`; None for a bundle for ACDC."""
+        """The file that describes the data of a bundle of `autosam new`; None for a bundle for ACDC."""
         file = self.config("data")
         return file if file.is_file() else None
 

@@ -224,7 +224,7 @@ def test_what_is_not_trained_or_is_to_have_another_encoder_is_not_packed(tmp_pat
     bundle, _ = new_bundle("cells", plain(tmp_path / "data", side=20), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no model .*cells/models/model\.pt: run training in .*cells first"):
         build(str(tmp_path / "dist"), bundle=str(bundle))
-    with pytest.raises(ValueError, match="expected no model_type; make another bundle with adapt new"):
+    with pytest.raises(ValueError, match="expected no model_type; make another bundle with autosam new"):
         build(str(tmp_path / "dist"), bundle=str(bundle), model_type="vit_b")
     assert not (tmp_path / "dist").exists()
 

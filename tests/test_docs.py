@@ -291,7 +291,7 @@ def test_every_option_that_the_text_names_exists(page, adapt_new, tmp_path):
     named = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)}
     ours = [each for app in OUR_COMMANDS.values() for each in app.registered_commands]
     others = {name for command in ours for name in inspect.signature(command.callback).parameters}
-    others |= {"nthreads", "resources"}  # of Dask's workers
+    others |= {"nthreads", "resources", "help"}  # the first two of Dask's workers
     bundles = [*REPOSITORY.glob("bundles/*"), *map(adapt_new, networks())]
     configs = [json.loads(path.read_text()) for bundle in bundles for path in bundle.glob("configs/*.json")]
     (tmp_path / "all.json").write_text(json.dumps({key.split("#")[0]: None for config in configs for key in config}))

@@ -186,12 +186,12 @@ def test_server_offers_the_bundles_by_what_they_are_worth(server):
     worth = [model["dice_without_labels"] / model["relative_seconds"] for model in info["models"].values()]
     assert worth == sorted(worth, reverse=True)
     assert len({model["description"] for model in info["models"].values()}) == len(PACKED)
-    rows = (REPOSITORY / "README.md").read_text().splitlines()
+    rows = (REPOSITORY / "docs/results.md").read_text().splitlines()
     row_of = {
-        "autosam": "+ ViT head",
-        "cnnhead": "+ CNN head",
-        "linearhead": "+ linear head",
-        "unet": "UNet from phantoms",
+        "autosam": "| ViT head",
+        "cnnhead": "| CNN head",
+        "linearhead": "| linear head |",
+        "unet": "| UNet |",
     }
     for bundle, model in info["models"].items():
         row = next(row for row in rows if row_of[bundle.removesuffix("_acdc")] in row and "±" in row)

@@ -1,6 +1,6 @@
 """A user's own data: the bundle's `configs/data.json`, and statistics of the labelled cases.
 
-`data.json` is a data list in the format of the Medical Segmentation Decathlon, written by `python -m adapt new`. Paths
+`data.json` is a data list in the format of the Medical Segmentation Decathlon, written by `autosam new`. Paths
 in its lists `training`, `validation`, `test` and, optionally, `unlabelled` are relative to `dataset_dir`. It also holds
 the settings that all workflows share.
 """
@@ -56,11 +56,11 @@ def read_data(path: str | os.PathLike[str], dataset_dir: str | None = None) -> d
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"there is no {path}, which describes the data: make a bundle with `python -m adapt new NAME --data FOLDER`"
+            f"there is no {path}, which describes the data: make a bundle with `autosam new NAME FOLDER`"
         )
     data = json.loads(Path(path).read_text())
     if missing := [name for name in FIELDS if name not in data]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: write it again with `python -m adapt new`")
+        raise ValueError(f"{path} lacks {', '.join(missing)}: write it again with `autosam new`")
     folder = data["dataset_dir"] if dataset_dir is None else dataset_dir
     lists = {name: [_in_folder(case, folder) for case in data.get(name, [])] for name in (*SUBSETS, "unlabelled")}
     return {"ignore_label": None} | data | named_cases(lists) | {"dataset_dir": folder}

@@ -173,7 +173,7 @@ def _by_colour(picture: Image.Image, colours: Sequence[str], path: Path) -> Imag
         if palette[index] not in colours:
             raise ValueError(
                 f"{path} has the colour {palette[index]}: expected one of {', '.join(colours)}, the `label_values` of "
-                "data.json; recolour it, or describe the data again with `python -m adapt new`"
+                "data.json; recolour it, or describe the data again with `autosam new`"
             )
         value_of[index] = list(colours).index(palette[index])
     return Image.fromarray(value_of[indices])
