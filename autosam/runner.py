@@ -51,17 +51,18 @@ class BundleRun:
         """The command that does the same."""
         return " ".join(map(_quoted, ["python", "-m", "monai.bundle", *self.arguments]))
 
-    def __call__(self, log: Path, *, verbose: bool = False) -> Any:
+    def __call__(self, log: Path, *, verbose: bool = False, made: list[Any] | None = None) -> Any:
         """Run it.
 
         Args:
             log: file to which MONAI's lines are appended.
             verbose: whether they are shown as well.
+            made: receives what is returned, for a run that fails.
 
         Returns:
             MONAI's parser, which has what the run has made.
         """
-        made: list[Any] = []
+        made = [] if made is None else made
         with logged_to(log, self.line, verbose=verbose):
             import fire
             import monai.bundle

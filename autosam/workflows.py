@@ -44,15 +44,20 @@ def segment(
         workflow, configs = "measuring", [*configs, "function"]
     options = {**known, "dataset_dir": image, "output_dir": output, "overlays": True, **knobs}
     run, start = BundleRun(workflow, folder, configs, options), time.monotonic()
-    if (made := _run(run, output / LOG, dry_run=dry_run, verbose=verbose)) is None:
+    print(f"$ {run.line}", flush=True)
+    if dry_run:
         return
-    evaluator = made.get_parsed_content("evaluator")
-    done, skipped = len(evaluator.segmented), len(evaluator.skipped)
-    left_out = f"; {skipped} skipped, see the log" if skipped else ""
-    print(f"segmented {done} image{'s' * (done != 1)} with {folder.name}{left_out} ({_since(start)})")
-    print(f"labels:  {output}/<case>_pred.*")
-    print(f"look at: {output / 'function.html' if measure else _pictures(output)}")
-    print(f"log:     {output / LOG}")
+    made: list[Any] = []
+    try:
+        run(output / LOG, verbose=verbose, made=made)
+    finally:  # also if some images failed
+        evaluator = made[0].ref_resolver.resolved_content.get("evaluator") if made else None
+        if done := len(evaluator.segmented) if evaluator else 0:
+            skipped = f"; {len(evaluator.skipped)} skipped, see the log" if evaluator.skipped else ""
+            print(f"segmented {done} image{'s' * (done != 1)} with {folder.name}{skipped} ({_since(start)})")
+            print(f"labels:  {output}/<case>_pred.*")
+            print(f"look at: {output / 'function.html' if measure else _pictures(output)}")
+            print(f"log:     {output / LOG}")
 
 
 def train(

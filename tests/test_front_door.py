@@ -244,6 +244,15 @@ def test_a_folder_says_what_was_skipped(autosam_says, volume):
     assert done.startswith("segmented 2 images with unet_acdc; 2 skipped, see the log")
 
 
+def test_what_was_segmented_is_said_though_an_image_failed(autosam_says, volume, elsewhere):
+    (elsewhere / "images").mkdir()
+    shutil.copy(volume, "images/whole.nii.gz")
+    (elsewhere / "images/cut.nii.gz").write_bytes(volume.read_bytes()[:2000])
+    _, done, *_, error = autosam_says("segment", "images", "--bundle", "unet_acdc", "--test_time_views", "1")
+    assert done.startswith("segmented 1 image with unet_acdc")
+    assert error.startswith("error: 1 of 2 volumes failed: images/cut.nii.gz")
+
+
 def test_warnings_of_the_project_are_shown_and_monais_are_not(autosam_says):
     image = np.random.default_rng(0).integers(0, 100, (64, 56, 2)).astype(np.int16)
     image[0, 0] = -9999
