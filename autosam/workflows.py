@@ -51,7 +51,7 @@ def segment(
     try:
         run(output / LOG, verbose=verbose, made=made)
     finally:  # also if some images failed
-        evaluator = made[0].ref_resolver.resolved_content.get("evaluator") if made else None
+        evaluator: Any = made[0].ref_resolver.resolved_content.get("evaluator") if made else None
         if done := len(evaluator.segmented) if evaluator else 0:
             skipped = f"; {len(evaluator.skipped)} skipped, see the log" if evaluator.skipped else ""
             print(f"segmented {done} image{'s' * (done != 1)} with {folder.name}{skipped} ({_since(start)})")
