@@ -59,7 +59,9 @@ def survey(
     seen = {
         name: [
             _look(item, layout, colours)
-            for item in tqdm(layout.lists.get(name, []), desc=f"Reading {name}", disable=None)
+            for item in tqdm(
+                layout.lists.get(name, []), desc=f"Reading {name}", disable=None if layout.lists.get(name) else True
+            )
         ]
         for name in SUBSETS
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -118,8 +119,8 @@ def evaluate(bundle: str, data: str, output: Path | None, knobs: Knobs, *, dry_r
     record = read_record(folder)
     known = record["knobs"]
     options = {} if "dataset_dir" in known and not data else _data(folder, data)
-    if is_shipped(folder):  # nothing is written to where the package is installed
-        options["cache_dir"] = "$None"
+    if is_shipped(folder) and "cache_dir" in json.loads((folder / f"configs/{TRAIN}").read_text()):
+        options["cache_dir"] = "$None"  # nothing is written to where the package is installed
     output = output or (Path(f"{folder.name}_eval") if is_shipped(folder) else folder / "eval")
     configs = ["train", *record["overlays"], "evaluate"]
     run = BundleRun("evaluating", folder, configs, {**known, **options, "output_dir": output, **knobs})

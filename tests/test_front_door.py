@@ -203,6 +203,7 @@ def test_dry_run_prints_a_command_that_monai_takes_and_does_nothing(autosam_says
         ("segment", volume, "--measure", "--bundle", "unet_acdc"),
         ("train", "linearhead_acdc", "--data", phantoms, "--overlay", "neck", "--labelled", 5),
         ("evaluate", "cnnhead_acdc", "--data", phantoms),
+        ("evaluate", "unet_acdc", "--data", phantoms),
     ):
         (line,) = autosam_says(*arguments, "--dry_run")
         words = shlex.split(line.removeprefix("$ "))
