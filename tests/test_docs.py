@@ -323,9 +323,15 @@ def test_every_relative_link_and_picture_is_there(page):
 
 def test_the_front_page_is_short_and_leads_to_every_page():
     text = README.read_text()
-    assert len(text.splitlines()) <= 120
+    assert len(text.splitlines()) <= 100
     pages = {str(page.relative_to(REPOSITORY)) for page in PAGES if page != README}
-    assert pages - {"docs/knobs_intro.md"} <= set(LINK.findall(text))
+    assert pages <= set(LINK.findall(text))
+    commands = [line for block in blocks_of(README, "bash") for line in block.splitlines()]
+    assert [line for line in commands if len(line) > 100 and not line.startswith("python -m venv")] == []
+
+
+def test_all_pages_together_are_read_in_an_hour():
+    assert sum(len(page.read_text().split()) for page in PAGES if page.stem != "lab_notes") <= 14_000
 
 
 def test_the_architecture_page_shows_the_imports_that_there_are():

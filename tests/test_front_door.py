@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -278,6 +279,32 @@ def test_bundles_are_found_by_name_and_by_folder(elsewhere):
 def test_typed_knobs_keep_their_text():
     typed = ["--steps", "300", "--seed=1", "--resume", "--a", "-1"]
     assert typed_knobs(typed) == {"steps": "300", "seed": "1", "resume": "True", "a": "-1"}
+
+
+def test_serving_starts_the_server_of_the_studies(autosam_says, volume, monkeypatch):
+    started: list[list[str]] = []
+    monkeypatch.setattr("serving.__main__.os.execve", lambda _, command, __: started.append(command))
+    monkeypatch.setattr("serving.__main__.assemble_app", lambda app_dir, bundles: (app_dir, bundles))
+    autosam_says("serve", volume.parent, "--bundle", "unet_acdc", "--port", 8001)
+    ((*_, studies, _, host, _, port, _, _, bundles),) = started
+    assert (studies, host, port, bundles) == (str(volume.parent), "127.0.0.1", "8001", "unet_acdc")
+    assert "expected --studies to be the folder" in autosam_says("serve", "missing")[-1]
+
+
+def test_packing_takes_the_model_that_a_copy_has_trained(autosam_says, phantoms):
+    autosam_says("train", "unet_acdc", "--data", phantoms, *SHORT)
+    (archive,) = Path(re.match(r"packed unet_acdc: (\S+)", autosam_says("pack", "unet_acdc")[-2])[1]).parent.glob(
+        "*.zip"
+    )
+    with zipfile.ZipFile(archive) as files:
+        assert files.read("unet_acdc/models/model.pt") == Path("unet_acdc/models/model.pt").read_bytes()
+
+
+def test_a_study_runs_in_one_command(autosam_says, monkeypatch):
+    ran = []
+    monkeypatch.setattr("study.__main__.run", lambda *args, **options: ran.append((args, options)))
+    autosam_says("study", "grid.json", "-o", "out", "--workers", 2)
+    assert ran == [(("grid.json", "out", ""), {"only": "", "workers": 2, "retry": False, "dry_run": False})]
 
 
 def test_info_names_what_is_found(autosam_says):
