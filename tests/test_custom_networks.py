@@ -355,7 +355,10 @@ def test_the_command_line_makes_a_bundle_of_a_network_and_says_what_it_refuses(t
 
     def adapt(*options: str) -> str:
         monkeypatch.setattr(sys, "argv", [*command, *options])
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        if ended.value.code:
+            raise ended.value
         return capsys.readouterr().out
 
     with pytest.raises(SystemExit, match=r"^ValueError: unet has no encoder for vit_b: expected one of autosam"):
