@@ -60,8 +60,8 @@ class Segmenter:
         """Segment one image.
 
         Args:
-            image: a path to a volume, a cine, a DICOM study or a picture; an array `(H,W,D)`, of a cine `(H,W,D,T)`,
-                of a picture `(H,W)` or `(H,W,3)`; or a MetaTensor, also `(1,H,W,D)` as MONAI loads it.
+            image: a path to a volume, a cine, a DICOM study or a picture. Or an array: `(H,W,D)`, of a cine
+                `(H,W,D,T)`, of a picture `(H,W)` or `(H,W,3)`. Or a MetaTensor, also `(1,H,W,D)` as MONAI loads it.
             affine: affine of an array, 4x4, from voxels to mm. A picture needs none.
 
         Returns:

@@ -168,8 +168,9 @@ class VolumeAssd(VolumeMetric):
 class VolumeMetricHandler(IgniteMetricHandler):
     """Base handler: attaches a `VolumeMetric` under `<name>` and its classes' means under `<name>_<class>`.
 
-    With `save_details`, `engine.state.metric_details` receives the scores under `<name>`, the presence of masks under
-    `<name>_in_pred` and `<name>_in_truth`, and the fraction of true voxels under `<name>_share`, each `(N,C-1)`.
+    With `save_details`, `engine.state.metric_details` receives the scores under `<name>`. It receives the presence of
+    masks under `<name>_in_pred` and `<name>_in_truth`, and the share of true voxels under `<name>_share`. All are
+    `(N,C-1)`.
 
     Args:
         output_transform: extracts `(y_pred, y)` from `engine.state.output`, one-hot, see `VolumeMetric`.

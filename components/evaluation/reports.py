@@ -83,8 +83,8 @@ class EvaluationReport:
     """Ignite handler that writes `metrics.csv` and `summary.csv` when the evaluation is completed.
 
     `metrics.csv` has one row per case and class, sorted by case; `summary.csv` holds the rows of `summarise`. Undefined
-    values are written as `nan`. Distances of pictures are in pixels, as their last column `assd_unit` and the log say;
-    the name of the column `assd_mm` stays, since other programs read it. Both metrics must be `VolumeMetricHandler`s
+    values are written as `nan`. Distances of pictures are in pixels, as their last column `assd_unit` says. The name
+    of the column `assd_mm` stays, since other programs read it. Both metrics must be `VolumeMetricHandler`s
     with `save_details`. In a distributed run rank 0 writes the files.
 
     Args:
