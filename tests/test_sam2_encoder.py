@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import succeeds
+from conftest import REPOSITORY, succeeds
 from PIL import Image
 from torch import nn
 

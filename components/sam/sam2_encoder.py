@@ -48,8 +48,8 @@ class Sam2Encoder(nn.Module):
     """An image encoder of SAM 2.1: its trunk Hiera and its feature pyramid, from pixels to embeddings at stride 4.
 
     Source: paper of SAM 2, appendix D.1. Differs: SAM 2 adds coarser features to those at stride 16 only, so that its
-    map at stride 4 has passed the first stage alone. Here each level is added to the next finer one. So the embeddings
-    are the sum of SAM 2's three feature maps, the coarser two repeated to stride 4.
+    map at stride 4 has passed the first stage alone. Here each level is added to the next finer one. The
+    embeddings are the sum of SAM 2's three feature maps. The coarser two are repeated to stride 4.
 
     Args:
         architecture: hyperparameters of the trunk.
