@@ -70,7 +70,7 @@ def main() -> None:
     """Run the command line."""
     try:
         command_line(__doc__, new, bundles, positional=("name",))(prog_name="adapt")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -14,6 +14,7 @@ from adapt.layouts import combine_masks, read_layout
 from adapt.survey import survey
 from adapt.template import SHIPPED_ENCODER, Instance, knobs_page, networks
 from components.data.acdc import CLASS_NAMES
+from components.sam.checkpoint import weights_file
 from components.sam.encoder import SamEncoder
 
 REPOSITORY = Path(__file__).parents[1]
@@ -41,7 +42,8 @@ def new_bundle(
         output_dir: where the bundle's folder is made.
         network: `autosam`, `cnnhead`, `linearhead` or `unet`.
         model_type: the encoder below a head.
-        sam_checkpoint: file of that encoder; None for the published one in the bundle's `models` folder.
+        sam_checkpoint: file of that encoder, or for SAM 2.1 a folder of the Hugging Face Hub with its
+            `model.safetensors`; None for the published one in the bundle's `models` folder.
         classes: names of the classes with commas between them, in the order of the labels' values; None for those of
             the data.
         turned: whether images are mirrored and turned; None to decide by the classes.
@@ -59,6 +61,7 @@ def new_bundle(
     bundle = Path(os.path.abspath(output_dir)) / name  # noqa: PTH100  # symbolic links stay in the path
     if bundle.exists():
         raise FileExistsError(f"{bundle} already exists: remove it, or choose another name")
+    sam_checkpoint = None if sam_checkpoint is None else weights_file(sam_checkpoint)
     if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
         raise FileNotFoundError(f"there is no SAM checkpoint {sam_checkpoint}: give --sam_checkpoint FILE")
     file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100

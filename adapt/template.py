@@ -16,6 +16,7 @@ from typing import Any
 import components
 from components.sam.checkpoint import CHECKPOINT_FILES
 from components.sam.defaults import PHANTOM_UNET as SHIPPED_ENCODER
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES
 
 FOLDER = Path(__file__).parent / "template"
 WIDTH, LIST_ITEM_WIDTH = 120, 250  # columns; a transform or handler in a list is kept on one line
@@ -60,7 +61,7 @@ class Instance:
         texts: further parts for documents and metadata.
 
     Raises:
-        ValueError: if the network or encoder is unknown, or the network has no encoder.
+        ValueError: if the network or encoder is unknown, the network has no encoder, or they do not fit.
     """
 
     def __init__(
@@ -83,6 +84,10 @@ class Instance:
         if kind != "encoder" and self.is_of_paper:
             with_encoder = [name for name, entry in known.items() if entry["kind"] == "encoder"]
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
+        if model_type in SAM2_ARCHITECTURES and "checkpoint" in own.get("head", {}):
+            raise ValueError(
+                f"{network} starts from SAM's mask decoder, which {model_type} lacks: use cnnhead or linearhead"
+            )
         if sam_checkpoint is None and model_type not in (types := (SHIPPED_ENCODER, *published)):
             raise ValueError(
                 f"no published encoder has model_type {model_type!r}: expected one of {', '.join(types)}, or the "

@@ -164,7 +164,8 @@ def take_encoder_along(root: Path, url: str) -> None:
     if not isinstance(json.loads((root / "configs/train.json").read_text()).get(ENCODER_KNOB), str):
         return  # it comes with the package, or large_files.yml says where it is published
     path = weights_of(root)[ENCODER_KNOB]
-    place = f"models/{path.stem}.pth"  # MONAI Label treats any *.pt there as a model
+    suffix = path.suffix if path.suffix == ".safetensors" else ".pth"  # MONAI Label treats any *.pt there as a model
+    place = f"models/{path.stem}{suffix}"
     if path.stat().st_size <= FILE_LIMIT:
         _copy(path, root / place)
     elif url:

@@ -1,23 +1,32 @@
 """What every encoder of the table does alike, and files of several programs that hold one."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
+from adapt.template import Instance
 from components.networks.heads import LinearHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.pretrained import pretrained_file
 from components.sam.checkpoint import CHECKPOINT_PARTS, read_sam_checkpoint
 from components.sam.defaults import default_checkpoint, default_image_size
-from components.sam.encoder import BUILDERS, SamEncoder
+from components.sam.encoder import SamEncoder
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES, sam2_image_encoder
 
-MODEL_TYPES = [name for name in BUILDERS if name not in ("vit_b", "vit_l", "vit_h")]  # these have vit_tiny's code
-STRIDES = {"phantom_unet": 4}  # of the others 16
+MODEL_TYPES = ["vit_tiny", "vit_t", "phantom_unet"]  # vit_b, vit_l and vit_h have vit_tiny's code
+SAM2 = "sam2.1_hiera_tiny"  # the others of SAM 2.1 have its code
+WITHOUT_TRANSFORMERS = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs pip install -c constraints.txt -e '.[encoders]'"
+)
+STRIDES = {"phantom_unet": 4, SAM2: 4}  # of the others 16
 IMAGES = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32).float() % 251
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=MODEL_TYPES)
+@pytest.fixture(params=[*MODEL_TYPES, pytest.param(SAM2, marks=WITHOUT_TRANSFORMERS)])
 def model_type(request) -> str:
     return request.param
 
@@ -47,10 +56,11 @@ def test_default_checkpoint_is_the_published_one_or_comes_with_the_package():
 @pytest.mark.parametrize(("crop_size", "image_size"), [(176, 176), (170, 176), (256, 256), (64, 64), (47, 48)])
 def test_default_image_size_is_the_crop_rounded_up_or_that_of_sams_encoders(crop_size, image_size):
     assert default_image_size("phantom_unet", crop_size) == image_size
+    assert default_image_size(SAM2, crop_size) == 32 * -(-crop_size // 32)
     assert default_image_size("vit_b", crop_size) == default_image_size("vit_t", crop_size) == 1024
 
 
-@pytest.mark.parametrize("image_size", [64, 80])
+@pytest.mark.parametrize("image_size", [64, 160])
 def test_embeddings_have_256_channels_at_the_types_stride(model_type, image_size):
     embeddings = SamEncoder(model_type, image_size=image_size)(IMAGES[:2])
     side = image_size // STRIDES.get(model_type, 16)
@@ -166,3 +176,22 @@ def test_checkpoint_derived_from_vit_b_becomes_that_encoder(small_vit_b, tmp_pat
         assert torch.equal(value, small_vit_b[f"image_encoder.{key}"]), key
     with pytest.raises(ValueError, match="is a vit_b checkpoint, but model_type is vit_t"):
         SamEncoder("vit_t", str(path))
+
+
+def test_missing_transformers_is_said_with_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"SAM 2.1 need transformers 5 or later: pip install .*\[encoders\]"):
+        SamEncoder(SAM2, image_size=64)
+
+
+def test_published_files_are_known():
+    for name in SAM2_ARCHITECTURES:
+        assert default_checkpoint("models", name) == f"models/{name}.pt"
+        entry = Instance("linearhead", cases="custom", hearts=False, model_type=name).parts
+        assert entry["sam_url"].endswith(f"/{name}.pt")
+        assert len(entry["sam_sha256"]) == 64
+
+
+def test_weights_of_sam_are_not_taken_for_sam_2s():
+    keys = ("image_encoder.neck.0.weight", "image_encoder.blocks.0.norm1.weight", "mask_decoder.iou_token.weight")
+    assert sam2_image_encoder(dict.fromkeys(keys, torch.ones(1))) == {}

@@ -35,10 +35,11 @@ def read_state_dict(path: str, *, kind: str, remedy: str, is_key: Callable[[str]
         ValueError: if the file cannot be read, has no state dict or several, or has weights that are not finite.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _content(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is not a readable checkpoint ({_reason(error)}): expected a file saved by torch.save; {remedy}"
+            f"{path} is not a readable checkpoint ({_reason(error)}): expected a file of torch.save or safetensors; "
+            f"{remedy}"
         ) from error
     state = _without_prefix(_state_dict_in(content, path=path, kind=kind, remedy=remedy, is_key=is_key), is_key)
     bad = [key for key, value in state.items() if not _is_finite(value)]
@@ -48,6 +49,23 @@ def read_state_dict(path: str, *, kind: str, remedy: str, is_key: Callable[[str]
             f"({join_keys(bad)}). The training that wrote it diverged, or the file is damaged: {remedy}"
         )
     return state
+
+
+def _content(path: str) -> object:
+    """Read a file of torch.save, or tensors by key from a `.safetensors` file, onto the CPU."""
+    if Path(path).suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"{path} needs safetensors, which comes with transformers: pip install 'autosam-bundles[encoders]'"
+        ) from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def _reason(error: Exception) -> str:

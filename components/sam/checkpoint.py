@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from components.base.weights import join_keys, read_state_dict
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES, sam2_image_encoder
 
 # The file names of Meta, and of MobileSAM, by model type; `adapt/template/networks.json` has addresses and checksums.
 CHECKPOINT_FILES = {
@@ -14,24 +15,33 @@ CHECKPOINT_FILES = {
     "vit_l": "sam_vit_l_0b3195.pth",
     "vit_h": "sam_vit_h_4b8939.pth",
     "vit_t": "mobile_sam.pt",
+    **{name: f"{name}.pt" for name in SAM2_ARCHITECTURES},
 }
 CHECKPOINT_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
+def weights_file(path: str) -> str:
+    """Return the file of a checkpoint: the path itself, or `model.safetensors` in a folder of the Hugging Face Hub."""
+    return str(Path(path) / "model.safetensors") if Path(path).is_dir() else path
+
+
 def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
-    """Read a checkpoint in SAM's own layout.
+    """Read a checkpoint in SAM's own layout, or the image encoder of one of SAM 2.
 
     Args:
         path: a `.pth` file holding a state dict with the keys `image_encoder.*`, `prompt_encoder.*` and
-            `mask_decoder.*`, flat or wrapped as `read_state_dict` unwraps it.
+            `mask_decoder.*`, flat or wrapped as `read_state_dict` unwraps it. For SAM 2, Meta's file, or a
+            `model.safetensors` of `transformers`, or the folder of the Hugging Face Hub that has it.
 
     Returns:
-        the state dicts of the three parts, by part name, prefixes removed, on the CPU.
+        the state dicts of the three parts, by part name, prefixes removed, on the CPU. Of SAM 2 only the image encoder
+        has weights here, since its decoder is another.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a state dict; the message names the unexpected keys.
     """
+    path = weights_file(path)
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"no SAM checkpoint at {Path(path).absolute()}: a bundle's own paths begin at the working directory, so "
@@ -41,6 +51,9 @@ def read_sam_checkpoint(path: str) -> dict[str, dict[str, torch.Tensor]]:
         )
     state = read_state_dict(path, kind="SAM checkpoint", remedy="download it again", is_key=_is_key)
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in CHECKPOINT_PARTS}
+    parts["image_encoder"] = sam2_image_encoder(state)
+    if parts["image_encoder"]:
+        return parts
     unexpected = []
     for key, value in state.items():
         part, _, rest = key.partition(".")

@@ -45,6 +45,11 @@ def build_decoder(*, image_size: int = 1024, on_tokens: bool = False, checkpoint
     )
     if checkpoint is not None:
         parts = read_sam_checkpoint(checkpoint)
+        if "backbone.pos_embed" in parts["image_encoder"]:
+            raise ValueError(
+                f"{checkpoint} is of SAM 2, whose mask decoder is not SAM's: "
+                "use the CNN head or the linear head on this encoder"
+            )
         load_part(decoder, "mask_decoder", parts["mask_decoder"], path=checkpoint)
         load_part(prompts, "prompt_encoder", parts["prompt_encoder"], path=checkpoint)
     return decoder, prompts

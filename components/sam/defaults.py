@@ -6,6 +6,7 @@ from pathlib import Path
 from components.pretrained import pretrained_file
 from components.sam.checkpoint import CHECKPOINT_FILES
 from components.sam.image_encoder import PATCH_SIZE
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES, SIZE_MULTIPLE
 
 PHANTOM_UNET = "phantom_unet"  # the encoder that comes with the package
 SAM_SIZE = 1024
@@ -16,8 +17,8 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
 
     Args:
         models_dir: the bundle's `models` folder.
-        model_type: `vit_b`, `vit_l`, `vit_h` or `vit_t`, whose published file belongs there; or `phantom_unet`, which
-            comes with the package.
+        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` or one of SAM 2.1, whose published file belongs there; or
+            `phantom_unet`, which comes with the package.
 
     Returns:
         the path, whether or not a published file is there.
@@ -45,8 +46,9 @@ def default_image_size(model_type: str, crop_size: int) -> int:
     Returns:
         1024 for SAM's encoders, with tokens of 16x16 pixels. For `phantom_unet`, with tokens of 4x4 pixels, the images'
         own side, rounded up to a multiple of 16. On hippocampi of 40 pixels, enlarging by 1.5 gave the same validation
-        Dice, and by 3 a lower one.
+        Dice, and by 3 a lower one. For SAM 2.1, with tokens of 4x4 pixels too, rounded up to a multiple of 32.
     """
-    if model_type != PHANTOM_UNET:
+    if model_type != PHANTOM_UNET and model_type not in SAM2_ARCHITECTURES:
         return SAM_SIZE
-    return PATCH_SIZE * math.ceil(crop_size / PATCH_SIZE)
+    multiple = SIZE_MULTIPLE if model_type in SAM2_ARCHITECTURES else PATCH_SIZE
+    return multiple * math.ceil(crop_size / multiple)

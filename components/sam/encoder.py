@@ -14,6 +14,7 @@ from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_sam_checkpoint
 from components.sam.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder, with_cast_weights
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES, SIZE_MULTIPLE, Sam2Encoder
 from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
 from components.sam.unet_encoder import UNetEncoder
 
@@ -25,6 +26,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **{name: partial(ImageEncoder, architecture) for name, architecture in ARCHITECTURES.items()},
     "vit_t": TinyViT,
     "phantom_unet": UNetEncoder,
+    **{name: partial(Sam2Encoder, architecture) for name, architecture in SAM2_ARCHITECTURES.items()},
 }
 NECKS = {"phantom_unet": ("up_4", "neck")}  # what makes embeddings of the last block's features, if not `neck` alone
 UNUSED_KEYS = {"vit_t": CLASSIFIER_KEYS}  # of published checkpoints, which no forward pass uses: left out when loading
@@ -46,11 +48,12 @@ class SamEncoder(nn.Module):
     only the last blank image is cached. When scripted, traced or exported, the encoder runs without cache, in fp32.
 
     Args:
-        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny` or `phantom_unet`.
+        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny`, `phantom_unet`, or one of SAM 2.1:
+            `sam2.1_hiera_tiny`, `sam2.1_hiera_small`, `sam2.1_hiera_base_plus`, `sam2.1_hiera_large`.
         checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
-        image_size: side in pixels to which images are resized, a multiple of 16.
+        image_size: side in pixels to which images are resized, a multiple of 16, for SAM 2.1 of 32.
         trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"). `neck` trains the
-            last layers alone: SAM's neck, or the last stage of `phantom_unet`.
+            last layers alone: SAM's neck, SAM 2.1's feature pyramid, or the last stage of `phantom_unet`.
         cache_dir: folder of the embedding cache; None for no cache.
         cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
         cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).
@@ -59,6 +62,7 @@ class SamEncoder(nn.Module):
         ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, another
             `trainable`. For a cache of an encoder that is trained.
         FileNotFoundError: when the checkpoint is not there.
+        ImportError: when SAM 2.1's encoders lack `transformers`.
     """
 
     __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions", "_copies", "_neck"]
@@ -77,8 +81,9 @@ class SamEncoder(nn.Module):
         super().__init__()
         if model_type not in BUILDERS:
             raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(BUILDERS)}")
-        if image_size < PATCH_SIZE or image_size % PATCH_SIZE:
-            raise ValueError(f"image_size must be a positive multiple of {PATCH_SIZE}, received {image_size}")
+        multiple = SIZE_MULTIPLE if model_type in SAM2_ARCHITECTURES else PATCH_SIZE
+        if image_size < multiple or image_size % multiple:
+            raise ValueError(f"image_size must be a positive multiple of {multiple}, received {image_size}")
         if not isinstance(trainable, bool) and trainable != "neck":
             raise ValueError(
                 f"trainable must be True, False or 'neck', received {trainable!r}: write `--trainable_encoder True`, "
@@ -93,6 +98,8 @@ class SamEncoder(nn.Module):
         self.image_size = image_size
         self.trainable = bool(trainable)  # in part or in whole
         self.image_encoder = _build(model_type, checkpoint)
+        if isinstance(self.image_encoder, Sam2Encoder):
+            self.image_encoder.scripted_size = image_size
         self.image_encoder.requires_grad_(trainable is True)
         self._neck = NECKS.get(model_type, ("neck",)) if trainable == "neck" else ()
         for part in self._neck:
@@ -118,7 +125,7 @@ class SamEncoder(nn.Module):
             images: Bx3xHxW in 0..255, any height and width.
 
         Returns:
-            embeddings Bx256xhxw, h and w being image_size/16, for `phantom_unet` image_size/4.
+            embeddings Bx256xhxw, h and w being image_size/16, for `phantom_unet` and SAM 2.1 image_size/4.
         """
         # A single return, because torch.jit.script cannot return from within a `with` block.
         if self.trainable:
@@ -165,7 +172,7 @@ class SamEncoder(nn.Module):
             images: Bx3xHxW in 0..255.
 
         Returns:
-            embeddings Bx256x(image_size/16)x(image_size/16).
+            embeddings, as `forward`.
         """
         weights_dtype = next(self.image_encoder.parameters()).dtype
         if torch.jit.is_tracing() or torch.compiler.is_compiling() or weights_dtype != torch.float32:
@@ -220,7 +227,8 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the fingerprint of an image encoder's weights.
 
     Args:
-        state: its state dict, with SAM's key names and positional embeddings at native size.
+        state: its state dict, with SAM's key names and positional embeddings at native size. For SAM 2.1, with
+            those of `transformers`.
 
     Returns:
         uint8 tensor of 32 elements, the SHA-256 of keys, shapes and fp32 values.
@@ -260,7 +268,10 @@ def _check_model_type(state: Mapping[str, torch.Tensor], encoder: nn.Module, mod
     """Raise ValueError if weights do not fit the encoder of a model type, but that of another."""
     if _shapes(state) == _shapes(encoder.state_dict()):
         return
+    is_sam2 = any(key.startswith("backbone.") for key in state)
     for other, build in BUILDERS.items():
+        if (other in SAM2_ARCHITECTURES) != is_sam2:
+            continue  # building them needs a package of their own
         with torch.device("meta"):
             expected = build().state_dict()
         if _shapes(_without_unused(state, other)) == _shapes(expected):
