@@ -4,16 +4,11 @@ Only `python -m adapt new` is run, on data of the tests, as later commands of a 
 """
 
 import configparser
-import csv
 import functools
 import inspect
 import json
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import fire
@@ -21,7 +16,7 @@ import monai.bundle
 import numpy as np
 import pytest
 import typer
-from conftest import REPOSITORY, succeeds
+from conftest import REPOSITORY
 from PIL import Image
 from test_architecture import COMPONENTS, SUB_PACKAGES, imported_sub_packages
 from torch.distributed.run import get_args_parser
@@ -348,18 +343,3 @@ def test_every_module_that_the_architecture_page_names_is_there():
     named = set(re.findall(r"`(\w+/\w+\.py)`", ARCHITECTURE.read_text()))
     assert len(named) > 20
     assert [name for name in named if not (COMPONENTS / name).is_file() and not (REPOSITORY / name).is_file()] == []
-
-
-@pytest.mark.slow
-def test_the_demo_of_the_front_page_segments_patients_it_has_not_seen(tmp_path):
-    line = next(line for line in README.read_text().splitlines() if "configs/demo.json" in line)
-    demo = line[line.index("cd bundles") :]  # the set-up before it is what .ci/run does
-    source, target = REPOSITORY / "bundles/autosam_acdc", tmp_path / "bundles/autosam_acdc"
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("demo", "eval", "models"))
-    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-    command = ["bash", "-c", demo]
-    succeeds(subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, check=False))
-    with (target / "demo/eval/summary.csv").open() as file:
-        scores = {row["class"]: float(row["dice_mean"]) for row in csv.DictReader(file)}
-    assert scores["mean"] > 0.7, scores
-    assert len(list((target / "demo/eval").glob("*_overlay.png"))) == 6
