@@ -13,12 +13,12 @@ from typing import Any
 from adapt.layouts import combine_masks, read_layout
 from adapt.survey import survey
 from adapt.template import SHIPPED_ENCODER, Instance, knobs_page, networks
+from autosam.folders import DATA_FILE
 from components.data.acdc import CLASS_NAMES
 from components.sam.checkpoint import weights_file
 from components.sam.encoder import SamEncoder
 
 REPOSITORY = Path(__file__).parents[1]
-DATA_FILE = "configs/data.json"  # only in bundles for a user's own data
 DEFAULT_NETWORK = "unet"
 
 

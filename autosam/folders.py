@@ -11,6 +11,8 @@ _PACKAGE = Path(__file__).parent
 SHIPPED = next(folder for folder in (_PACKAGE / "bundles", _PACKAGE.parent / "bundles") if folder.is_dir())
 DEFAULT = "linearhead_acdc"
 INFERENCE, TRAIN = "inference.json", "train.json"
+DATA_FILE = "configs/data.json"  # only in bundles for a user's own data
+MODEL = "models/model.pt"
 
 
 def shipped_bundles() -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import components
-from autosam.folders import SHIPPED, is_bundle
+from autosam.folders import MODEL, SHIPPED, is_bundle
 from autosam.worth import WORTH
 from components.base.precision import has_native_bf16
 from components.sam.checkpoint import CHECKPOINT_FILES
@@ -32,9 +32,7 @@ def describe() -> str:
     lines += [f"  {name:{width}}  {dice}  {seconds}  {use}" for name, (use, dice, seconds) in WORTH.items()]
     if own := [path for path in sorted(Path().iterdir()) if path.is_dir() and is_bundle(path)]:
         lines += ["", "bundles in this folder:"]
-        lines += [
-            f"  {path.name}  {'trained' if (path / 'models/model.pt').is_file() else 'not trained'}" for path in own
-        ]
+        lines += [f"  {path.name}  {'trained' if (path / MODEL).is_file() else 'not trained'}" for path in own]
     found = {kind: [path for path in _models(own) if path.name == file] for kind, file in CHECKPOINT_FILES.items()}
     lines += ["", "encoders:", f"  {PHANTOM_UNET}  comes with the package"]
     lines += [

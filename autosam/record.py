@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 RECORD = "autosam.json"  # in the bundle's folder
-PATH_ENDINGS = ("_dir", "_path", "_root", "_checkpoint")
 _OF_THE_NETWORK = ("model_type", "sam_checkpoint", "trainable_encoder")  # knobs that model.pt does not remember
 
 
@@ -20,12 +19,13 @@ def read_record(bundle: Path) -> dict[str, Any]:
 
 def write_record(bundle: Path, overlays: Sequence[str], options: Mapping[str, Any]) -> None:
     """Note what a bundle is trained with; paths become absolute, since it is evaluated from anywhere."""
+    from components.base.atomic_write import write_atomically  # torch comes along, which `autosam --help` does not need
+    from components.base.knobs import PATH_ENDINGS
+
     knobs = {name: str(value) for name, value in options.items()}
     for name, value in knobs.items():
         if name.endswith(PATH_ENDINGS) and not value.startswith(("$", "@", "%")):
             knobs[name] = str(Path(value).expanduser().absolute())
-    from components.base.atomic_write import write_atomically  # imports torch, which `autosam --help` does not need
-
     with write_atomically(bundle / RECORD) as partial:
         partial.write_text(json.dumps({"overlays": list(overlays), "knobs": knobs}, indent=4) + "\n")
 

@@ -130,8 +130,8 @@ def logged_to(file: Path, line: str, *, verbose: bool) -> Iterator[None]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     root, own = logging.getLogger(), logging.getLogger("components")
-    quiet = [logging.getLogger("ignite.engine.engine")]  # MONAI's StatsHandler says the same
-    levels = [(logger, logger.level) for logger in (root, *quiet)]
+    engines = logging.getLogger("ignite.engine.engine")  # MONAI's StatsHandler says the same
+    levels = [(logger, logger.level) for logger in (root, engines)]
     with file.open("a", encoding="utf-8") as stream:
         stream.write(f"$ {line}\n")
         handlers: list[logging.Handler] = [logging.StreamHandler(stream)]
@@ -144,8 +144,7 @@ def logged_to(file: Path, line: str, *, verbose: bool) -> Iterator[None]:
         if not verbose:
             own.addHandler(shown)
         root.setLevel(logging.INFO)
-        for logger in quiet:
-            logger.setLevel(logging.WARNING)
+        engines.setLevel(logging.WARNING)
         logging.captureWarnings(True)
         _PRINTED.target = sys.stdout if verbose else stream
         try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autosam.folders import DEFAULT, INFERENCE, TRAIN, find_bundle, is_shipped, own_copy
+from autosam.folders import DATA_FILE, DEFAULT, INFERENCE, MODEL, TRAIN, find_bundle, is_shipped, own_copy
 from autosam.record import inference_settings, read_record, write_record
 from autosam.runner import LOG, BundleRun
 
@@ -45,12 +45,9 @@ def segment(
         workflow, configs = "measuring", [*configs, "function"]
     options = {**known, "dataset_dir": image, "output_dir": output, "overlays": True, **knobs}
     run, start = BundleRun(workflow, folder, configs, options), time.monotonic()
-    print(f"$ {run.line}", flush=True)
-    if dry_run:
-        return
     made: list[Any] = []
     try:
-        run(output / LOG, verbose=verbose, made=made)
+        _run(run, output / LOG, dry_run=dry_run, verbose=verbose, made=made)
     finally:  # also if some images failed
         evaluator: Any = made[0].ref_resolver.resolved_content.get("evaluator") if made else None
         if done := len(evaluator.segmented) if evaluator else 0:
@@ -157,21 +154,21 @@ def pack(bundle: str, output: str, model: str | None, encoder_url: str) -> None:
     from release.__main__ import build
 
     folder = find_bundle(bundle, INFERENCE)
-    if (folder / "configs/data.json").is_file():
+    if (folder / DATA_FILE).is_file():
         name = str(folder)
     else:  # its configs are those of the package, also in a copy
         name = folder.name
-        trained = folder / "models/model.pt"
+        trained = folder / MODEL
         model = model or (str(trained) if not is_shipped(folder) and trained.is_file() else None)
     (archive,) = build(output, bundle=name, model=model, encoder_url=encoder_url)
     print(f"packed {folder.name}: {archive} ({archive.stat().st_size / 1e6:.0f} MB)")
     print(f"next:    unpack it, and autosam segment IMAGE --bundle {folder.name}")
 
 
-def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool) -> Any:
+def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool, made: list[Any] | None = None) -> Any:
     """Show a run's command and run it; return MONAI's parser, or None if it is only shown."""
     print(f"$ {run.line}", flush=True)
-    return None if dry_run else run(log, verbose=verbose)
+    return None if dry_run else run(log, verbose=verbose, made=made)
 
 
 def _say_scores(made: Any, output: Path, *, next_command: str) -> None:
@@ -201,7 +198,7 @@ def _data(bundle: Path, data: str) -> dict[str, Any]:
         if not (folder := Path(data).expanduser()).is_dir():
             raise FileNotFoundError(f"there is no folder {folder}: expected --data to be that of the labelled cases")
         return {"dataset_dir": folder}
-    if not (bundle / "configs/data.json").is_file():
+    if not (bundle / DATA_FILE).is_file():
         raise ValueError(f"{bundle.name} needs labelled cases: give --data FOLDER, such as ACDC's")
     return {}
 

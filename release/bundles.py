@@ -14,15 +14,14 @@ import yaml
 from monai.bundle import ConfigParser
 
 import components
-from adapt.new import DATA_FILE
 from adapt.template import KNOBS_LINK, SHIPPED_ENCODER, Instance, knob_meanings, networks, readme_table, with_values
+from autosam.folders import DATA_FILE, MODEL
 from autosam.folders import SHIPPED as BUNDLES
 from release.archives import FILE_LIMIT
 
 REPOSITORY = Path(__file__).parents[1]
 TESTED = REPOSITORY / "constraints.txt"
 PACKED = tuple(f"{network}_acdc" for network in networks())  # they segment without training
-MODEL = "models/model.pt"
 PICTURE = "docs/example.jpg"
 ENCODER_KNOB = "sam_checkpoint"
 _EXAMPLE = f"""\

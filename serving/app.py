@@ -10,11 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapt.new import DATA_FILE
+from autosam.folders import DATA_FILE, MODEL
 from components.networks.trained_with import resolve_settings
 from release.bundles import (
     ENCODER_KNOB,
-    MODEL,
     PACKED,
     assemble,
     own_bundle,

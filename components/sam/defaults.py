@@ -36,6 +36,11 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
     return str(Path(models_dir) / CHECKPOINT_FILES[model_type])
 
 
+def size_multiple(model_type: str) -> int:
+    """Return the number of pixels of which the side of an encoder's images is a multiple."""
+    return SIZE_MULTIPLE if model_type in SAM2_ARCHITECTURES else PATCH_SIZE
+
+
 def default_image_size(model_type: str, crop_size: int) -> int:
     """Return the side to which an encoder resizes images by default.
 
@@ -50,5 +55,5 @@ def default_image_size(model_type: str, crop_size: int) -> int:
     """
     if model_type != PHANTOM_UNET and model_type not in SAM2_ARCHITECTURES:
         return SAM_SIZE
-    multiple = SIZE_MULTIPLE if model_type in SAM2_ARCHITECTURES else PATCH_SIZE
+    multiple = size_multiple(model_type)
     return multiple * math.ceil(crop_size / multiple)

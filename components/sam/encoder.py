@@ -13,8 +13,9 @@ from torch import nn
 from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_sam_checkpoint
-from components.sam.image_encoder import ARCHITECTURES, PATCH_SIZE, ImageEncoder, with_cast_weights
-from components.sam.sam2_encoder import SAM2_ARCHITECTURES, SIZE_MULTIPLE, Sam2Encoder
+from components.sam.defaults import size_multiple
+from components.sam.image_encoder import ARCHITECTURES, ImageEncoder, with_cast_weights
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES, Sam2Encoder
 from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
 from components.sam.unet_encoder import UNetEncoder
 
@@ -81,7 +82,7 @@ class SamEncoder(nn.Module):
         super().__init__()
         if model_type not in BUILDERS:
             raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(BUILDERS)}")
-        multiple = SIZE_MULTIPLE if model_type in SAM2_ARCHITECTURES else PATCH_SIZE
+        multiple = size_multiple(model_type)
         if image_size < multiple or image_size % multiple:
             raise ValueError(f"image_size must be a positive multiple of {multiple}, received {image_size}")
         if not isinstance(trainable, bool) and trainable != "neck":

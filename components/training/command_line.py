@@ -20,8 +20,8 @@ from monai.bundle import update_kwargs as read_args
 
 from components import is_bundle_command
 from components.base.errors import ErrorLine
+from components.base.knobs import PATH_ENDINGS
 
-_PATH_ENDINGS = ("_dir", "_path", "_root", "_checkpoint")  # a knob so named is a path
 _TRUTH_VALUES = {"true": True, "false": False}
 _NOT_ONLY_TRUTH_VALUES = ("trainable_encoder",)  # what takes this knob judges its value
 
@@ -60,16 +60,16 @@ class _Option(NamedTuple):
 def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv: Sequence[str] | None = None) -> None:
     """Check the command line; give paths the text that was typed, and truth values their meaning.
 
-    A knob is a path if its name ends in ``_dir``, ``_path``, ``_root`` or ``_checkpoint``. python-fire reads values as
-    Python (``20230712``, ``1e5``, ``[x]``), and MONAI's parser rewrites ``#`` in every string. So this puts the text
-    itself among the resolved values of the config. It stands first in the list of expressions that a run evaluates,
-    before any of them uses a path. Dictionaries, and values that begin with ``$``, ``@`` or ``%``, keep their config
-    meaning. A path that is mistaken for one is refused, and so is what else cannot be kept.
+    A knob is a path if its name ends in one of `PATH_ENDINGS`. python-fire reads values as Python, such as ``20230712``
+    or ``1e5``. MONAI's parser rewrites ``#`` in every string. So this puts the text itself among the resolved values of
+    the config. It stands first in the list of expressions that a run evaluates, before any of them uses a path.
+    Dictionaries, and values that begin with ``$``, ``@`` or ``%``, keep their config meaning. A path that is mistaken
+    for one is refused, and so is what else cannot be kept.
 
     ``true`` and ``false``, in small or capital letters, become truth values. An option that has one in the configs
     takes nothing else. Without this, ``--resume false`` would be a text that is not empty, which counts as true.
 
-    In another process than ``python -m monai.bundle`` nothing is checked.
+    Nothing is checked in another process than ``python -m monai.bundle``, unless within `judged_as`.
 
     Args:
         names: what an expression of the config can name, which is ``$globals()`` in the config.
@@ -91,7 +91,7 @@ def read_command_line(names: MutableMapping[str, Any], debug: bool = False, argv
                 f"MONAI's runner ignores `--{name} None`: write `--{name} '$None'` for no value, "
                 "or leave it out for the configs' own."
             )
-        is_path = key.endswith(_PATH_ENDINGS)
+        is_path = key.endswith(PATH_ENDINGS)
         kept = _typed_path(name, options, names, configs) if is_path else _truth_value(key, option.value, configs)
         if kept is not None:
             names[ReferenceResolver._vars][key] = kept
@@ -127,7 +127,7 @@ def refuse_unknown_knobs(argv: Sequence[str] | None = None) -> None:
 
     Args:
         argv: the command line, with the program at 0 and the command (``run`` or ``run_workflow``) at 1. If None,
-            ``sys.argv``, and only if this process is ``python -m monai.bundle``.
+            that of `judged_as`, else ``sys.argv`` if this process is ``python -m monai.bundle``.
 
     Raises:
         ValueError: when an option is unknown.
