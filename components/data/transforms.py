@@ -50,8 +50,8 @@ class LoadVolumed(LoadImaged):
     An item may already be an image in memory, a MetaTensor HxWxD as from MONAI Deploy; it is checked like a file.
 
     Grey values beyond `NO_DATA_BEYOND` count as no data and become the darkest of the others. So does a negative
-    minimum, such as -9999, that is farther from the other values than their whole range. A label whose axes differ in
-    order or direction from its image's is brought to the image's grid.
+    minimum such as -9999, if its distance from the others is more than their range. A label whose axes differ in order
+    or direction from its image's is brought to the image's grid.
 
     With `image_only` cleared, as by MONAI Label, the metadata are also in `<key>_meta_dict`, as for any `LoadImaged`.
 
@@ -221,8 +221,8 @@ class SlicesLastd(MapTransform, InvertibleTransform):
 
     The slice axis is the file's third, or another one whose spacing is at least twice that of both others. The two
     axes within a slice run to the patient's left, back or feet, in this order of precedence. Scanners store and screens
-    show slices in this way, ACDC's included. So a volume looks the same to the network whatever the axes of its file,
-    and the inverse restores the file's order.
+    show slices in this way, ACDC's included. So the axes of a file make no difference to the network. The
+    inverse restores the file's order.
 
     Args:
         keys: items 1xHxWxD, MetaTensors with an affine.
@@ -370,7 +370,7 @@ class CentralCropd(CenterSpatialCropd):
 
 
 class LeaveOutIgnoredd(MapTransform):
-    """Make voxels that nobody has annotated background in prediction and truth alike, so that no score counts them.
+    """Set unannotated voxels to background in prediction and truth, so that no score counts them.
 
     Args:
         keys: items 1xHxWxD with class indices, the prediction.

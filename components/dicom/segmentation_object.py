@@ -96,7 +96,7 @@ def segmentation_of(
     """Make the SEG of one frame.
 
     highdicom takes images of one series, or one multi-frame file, but the slices of a stack may be of ten series. So it
-    gets stand-ins with the images' geometry and patient, whose references are then replaced by those to the images.
+    gets stand-ins with the images' geometry and patient. The references to them are then replaced by the images' own.
 
     Args:
         labels: (columns, rows, slices), 0 for the background and n for the n-th class.

@@ -1,4 +1,4 @@
-"""Stacks that a study's images may be: series of one geometry, and alike series of one slice each together."""
+"""The stacks among a study's images: a series of several slices, or alike series of one slice each."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def have_same_axes(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _candidates(group: Sequence[DicomImage]) -> list[Candidate]:
-    """Return the stacks of a geometry: each series of several positions, and alike series of one position together."""
+    """Return the stacks of one geometry: each series of several positions, and the alike series of one position."""
     by_series: dict[tuple, list[DicomImage]] = defaultdict(list)
     for image in group:
         by_series[image.series, image.sequence].append(image)
@@ -113,7 +113,7 @@ def is_plain(stack: Positions) -> bool:
 
 
 def _one_series_each(series: Sequence[list[DicomImage]]) -> Positions:
-    """Return the positions of alike series: at each the latest series that has the usual number of frames.
+    """Return the positions of alike series. Each has the latest series with the usual number of frames.
 
     A series of another number of frames, such as a still image between the slices, counts only in place of a slice that
     is missing. Then the number of frames is refused.
@@ -142,7 +142,7 @@ def _latest_at_each(series: Iterable[list[DicomImage]]) -> Positions:
 def _completed(alike: list[Candidate]) -> list[Candidate]:
     """Complete the first stack by others at other positions, if all slices are then there.
 
-    Only stacks with as many frames and the same name or sequence are taken, and none that is no plain cine.
+    The others must be plain cines with as many frames, and have the same name or sequence.
     """
     if not alike:
         return []

@@ -72,7 +72,7 @@ def study_folders(files: Iterable[Path], root: Path) -> tuple[list[Path], dict[P
         root: the outermost folder that may be a study's.
 
     Returns:
-        the folders. And the reason for each file outside of them that is damaged, or an image without a study; files
+        the folders. And a reason for each file outside of them that is damaged, or an image without a study. Files
         without images, such as a DICOMDIR, are ignored.
 
     Raises:
@@ -125,13 +125,14 @@ def _reason_without_study(file: Path) -> str:
 def read_stack(folder: Path) -> DicomStack:
     """Find the short-axis cine of a study.
 
-    Images of one orientation, size and pixel spacing belong together. A stack is one series of them with at least 4
-    positions, or all alike series of a single position. Series are alike if ImageType, ScanningSequence, SequenceName
-    and the series' name are equal, except for what numbers slices. The stack with most slices is taken, and of equal
-    ones the latest. Series whose names or sequence are those of tagging, late enhancement, perfusion or flow come last.
+    Images of one orientation, size and pixel spacing belong together. A series of at least 4 positions is a stack.
+    Alike series of a single position form a stack together. Series are alike if ImageType, ScanningSequence,
+    SequenceName and name are equal. Numbers of slices in the name do not count. The stack with most slices is taken,
+    and of equal ones the latest. Series whose names or sequence are those of tagging, late enhancement, perfusion or
+    flow come last.
 
-    If several alike series have one position, as after a repeated breath-hold, the latest one with the usual number of
-    frames is used. Series alike in only one of name and sequence complete the stack at other positions. Images of one
+    A repeated breath-hold gives several alike series at one position. The latest one with the usual number of frames is
+    then used. Series alike in only one of name and sequence complete the stack at other positions. Images of one
     position are ordered by trigger time, else by temporal position, else by their number. Phase images are left out.
     Copies of an image count once.
 
