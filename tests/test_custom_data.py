@@ -27,8 +27,9 @@ from adapt.new import new_bundle
 from components.data.cases import list_cases, list_unlabelled
 from components.data.custom_data import DatasetStatistics, read_data
 from components.data.pictures import PictureReader
+from components.data.planes import with_neighbours
 from components.data.slices import SliceDataset
-from components.data.transforms import CentralCropd, LoadVolumed, NeighbourSlicesd
+from components.data.transforms import CentralCropd, LoadVolumed
 from release.__main__ import build
 from serving.app import assemble_app
 
@@ -608,6 +609,19 @@ def test_ct_is_windowed_by_the_labelled_voxels(tmp_path):
     assert 200 <= low < high <= 1000
 
 
+def test_volumes_are_seen_in_three_planes_if_their_voxels_are_nearly_cubes(tmp_path):
+    assert seen(tmp_path).planes == 3
+    [case] = seen(tmp_path).cases
+    for spacing, expected in (((1, 1, 1.9), 3), ((1, 1, 2), 1), ((0.4, 0.5, 0.9), 1)):
+        for role in ("image", "label"):
+            file = nib.load(case[role])
+            nib.save(nib.Nifti1Image(np.asarray(file.dataobj), np.diag([*spacing, 1])), tmp_path / f"{role}_.nii.gz")
+        other = [{role: str(tmp_path / f"{role}_.nii.gz") for role in ("image", "label")}]
+        statistics = seen(tmp_path)
+        statistics.cases = other
+        assert statistics.planes == expected, spacing
+
+
 def test_a_ct_is_known_by_its_values_and_its_window_holds_the_organ_not_the_bone(tmp_path):
     folder = ct_phantom(tmp_path / "data", cases=4)
     bundle, said = new_bundle("ct", folder, tmp_path)
@@ -647,7 +661,7 @@ def test_a_crop_that_cuts_labels_is_reported_with_their_share(tmp_path, caplog):
 
 def test_a_slice_is_seen_between_its_neighbours():
     volume = torch.arange(4.0).expand(1, 2, 2, 4)
-    widened = NeighbourSlicesd("image")({"image": volume})["image"]
+    widened = with_neighbours(volume)
     assert widened.shape == (3, 2, 2, 4)
     assert widened[:, 0, 0].tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 3]]
 

@@ -92,3 +92,32 @@ def test_output_that_is_not_finite_is_refused_with_the_volumes_file():
         ValueError, match=r"/data/x\.nii\.gz has no segmentation: expected finite values.*received 256 NaN"
     ):
         inferer(volume, lambda slices: slices[:, :2] / 0)
+
+
+def test_three_planes_are_averaged_each_turned_back():
+    volume = torch.rand(1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    three = TestTimeAugmentationInferer(**SETTINGS, planes=3)(volume, uneven)
+    expected = torch.zeros_like(three)
+    for index in range(4):
+        expected[..., index] += uneven(volume[..., index]).softmax(dim=1) / 3
+        expected[:, :, :, index] += uneven(volume[:, :, :, index]).softmax(dim=1) / 3
+        expected[:, :, index] += uneven(volume[:, :, index].mT).softmax(dim=1).mT / 3
+    assert torch.allclose(three, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [2, 11])
+def test_planes_deeper_or_shallower_than_the_window_come_back_whole(depth):
+    volume = torch.rand(1, 1, 4, 4, depth, generator=torch.Generator().manual_seed(0))
+    one, three = (TestTimeAugmentationInferer(**SETTINGS, planes=planes)(volume, pixelwise) for planes in (1, 3))
+    assert three.shape == (1, 3, 4, 4, depth)
+    assert torch.allclose(three, one.softmax(dim=1), atol=1e-6)  # pixel by pixel, planes make no difference
+
+
+def test_neighbours_are_those_across_each_plane():
+    def before_and_after(slices):
+        return torch.stack([slices[:, 0], slices[:, 2]], dim=1)
+
+    inferer = TestTimeAugmentationInferer(**SETTINGS, neighbours=True)
+    outputs = inferer(torch.arange(7.0).expand(1, 1, 4, 4, 7), before_and_after)[0, :, 2, 3]
+    assert outputs[0].tolist() == [0, *range(6)]
+    assert outputs[1].tolist() == [*range(1, 7), 6]

@@ -195,3 +195,35 @@ def test_few_labelled_slices_are_repeated_as_other_views_beside_many_unlabelled_
     assert (first - again).abs().max() < 100
     unaugmented = torch.from_numpy(labelled["image"][..., 0]).float()
     assert all((shown - unaugmented).abs().mean() < 20 for shown in (first, again))
+
+
+def test_slices_of_three_planes_show_every_voxel_three_times():
+    image = np.arange(1, 1 + 6 * 5 * 3).reshape(1, 6, 5, 3)
+    dataset = SliceDataset([{"image": image, "label": image % 4}], planes=3, progress=False)
+    assert len(dataset) == 3 + 5 + 6
+    shown = images(dataset)
+    assert {tuple(each.shape) for each in shown} == {(1, 6, 5)}
+    assert torch.equal(shown[3][0, :, 1:4], torch.from_numpy(image[0, :, 0]).float())  # across the width, padded
+    assert torch.equal(shown[3 + 5][0, 1:4], torch.from_numpy(image[0, 0].T).float())  # across the height
+    values, counts = torch.cat([each.flatten() for each in shown]).unique(return_counts=True)
+    assert values[values > 0].tolist() == list(range(1, 91))
+    assert set(counts[values > 0].tolist()) == {3}
+
+
+def test_slices_deeper_than_wide_are_not_cut_in_the_other_planes():
+    image = np.ones((1, 4, 4, 9), np.uint8)
+    dataset = SliceDataset([{"image": image, "label": image}], planes=3, progress=False)
+    assert {tuple(each.shape) for each in images(dataset)} == {(1, 4, 4), (1, 4, 9), (1, 9, 4)}
+
+
+def test_neighbours_lie_across_the_plane_that_is_seen():
+    image = np.arange(4 * 4 * 4).reshape(1, 4, 4, 4)
+    dataset = SliceDataset([{"image": image, "label": image % 4}], planes=3, neighbours=True, progress=False)
+    across_height = dataset[4 + 4 + 1]["image"]
+    assert torch.equal(across_height, torch.from_numpy(image[0, :3].transpose(0, 2, 1).copy()).float())
+    assert dataset[4 + 4 + 1]["label"].shape == (1, 4, 4)
+
+
+def test_other_numbers_of_planes_are_refused():
+    with pytest.raises(ValueError, match="expected 1 or 3 planes.* received 2: give for example --planes 1"):
+        SliceDataset([FIRST], planes=2, progress=False)

@@ -12,7 +12,6 @@ from components.data.preprocessing import scaled_grey_values, square_canvas
 from components.data.transforms import (
     CentralCropd,
     LoadVolumed,
-    NeighbourSlicesd,
     PadInPlaneToSquared,
     RoundIntensityd,
     SlicesLastd,
@@ -153,13 +152,13 @@ def test_values_are_clipped_and_rounded():
     assert rounded["other"] == 1
 
 
-def spelled_out_canvas(keys, *, neighbours: bool) -> Compose:
+def spelled_out_canvas(keys) -> Compose:
     """The steps of `square_canvas(keys, canvas_size=48, crop_size=32, slice_axis=0)`, one by one."""
     modes = ["trilinear", "nearest-exact"][: len(keys)]
     steps = [SlicesLastd(keys, slice_axis=0), PadInPlaneToSquared(keys)]
     steps += [Resized(keys, spatial_size=[48, 48, -1], mode=modes, anti_aliasing=[True, False][: len(keys)])]
     steps += [CentralCropd(keys, [32, 32, -1]), RoundIntensityd("image")]
-    return Compose(steps[:1] + [NeighbourSlicesd("image")] * neighbours + steps[1:])
+    return Compose(steps)
 
 
 @pytest.fixture
@@ -174,16 +173,15 @@ def odd_case(tmp_path) -> dict[str, str]:
     return paths
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("keys", [("image", "label"), ("image",)])
-def test_square_canvas_is_the_list_of_its_steps_and_inverted_like_it(odd_case, keys, neighbours):
+def test_square_canvas_is_the_list_of_its_steps_and_inverted_like_it(odd_case, keys):
     loaded = LoadVolumed(["image", "label"])(odd_case)
-    canvas = square_canvas(keys, canvas_size=48, crop_size=32, slice_axis=0, neighbours=neighbours)
-    steps = spelled_out_canvas(keys, neighbours=neighbours)
+    canvas = square_canvas(keys, canvas_size=48, crop_size=32, slice_axis=0)
+    steps = spelled_out_canvas(keys)
     results = []
     for transform in (Compose([scaled_grey_values("image", [0.5, 99.5]), each]) for each in (canvas, steps)):
         item = transform(loaded)
-        assert item["image"].shape == (3 if neighbours else 1, 32, 32, 4)
+        assert item["image"].shape == (1, 32, 32, 4)
         item["pred"] = item["image"].clone()
         native = Invertd("pred", transform=transform, orig_keys="image", nearest_interp=False)(item)["pred"]
         assert native.shape[1:] == (4, 61, 83)

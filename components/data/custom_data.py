@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.data.utils import affine_to_spacing
 from monai.transforms import Compose
 from scipy import ndimage
 
@@ -36,6 +37,7 @@ FIELDS = (
 STEP = 16  # sides of canvas and crop are multiples of it, since four poolings halve them
 LARGEST_CANVAS = 256  # a larger canvas trains too slowly without a GPU
 SMALLEST_CANVAS = 64
+ANISOTROPIC = 2  # times the shortest side of a voxel: slices in other planes are then not seen
 MARGIN = 1 / 8  # share of the canvas around all labels, since other cases lie elsewhere
 
 
@@ -149,6 +151,11 @@ class DatasetStatistics:
         return ["values", *np.percentile(values, PERCENTILES).round().tolist()]
 
     @property
+    def planes(self) -> int:
+        """In how many planes slices are seen: 3 if the voxels of all volumes are nearly cubes, else 1."""
+        return 3 if all(seen.is_isotropic for seen in self._seen) else 1
+
+    @property
     def largest_component(self) -> bool:
         """Whether every class is one connected component in every case."""
         return all(seen.is_one_component for seen in self._seen)
@@ -163,6 +170,7 @@ class CaseStatistics:
         foreground: image values within its labels; for CT only.
         classes: label values of the case.
         is_one_component: whether every class is one connected component.
+        is_isotropic: whether no side of a voxel is twice another, and slices are several.
     """
 
     def __init__(self, case: Mapping[str, Any], is_ct: bool) -> None:
@@ -173,6 +181,8 @@ class CaseStatistics:
         distance = np.abs(places + 0.5 - self.side / 2).max(initial=0) + 0.5
         self.reach = 2 * distance / self.side
         self.foreground = image[0][label[0] > 0] if is_ct else np.empty(0)
+        spacing = affine_to_spacing(case["image"].affine.numpy(), r=3)
+        self.is_isotropic = label.shape[-1] > 1 and spacing.max() < ANISOTROPIC * spacing.min()
         self.classes = [int(value) for value in np.unique(label) if value > 0]
         whole = np.ones((3, 3, 3))
         self.is_one_component = all(ndimage.label(label[0] == value, whole)[1] == 1 for value in self.classes)

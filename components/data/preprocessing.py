@@ -17,7 +17,6 @@ from monai.utils import ensure_tuple
 
 from components.data.transforms import (
     CentralCropd,
-    NeighbourSlicesd,
     PadInPlaneToSquared,
     RoundIntensityd,
     SlicesLastd,
@@ -59,7 +58,6 @@ def square_canvas(
     canvas_size: int,
     crop_size: int,
     slice_axis: int | None = None,
-    neighbours: bool = False,
 ) -> Compose:
     """Return the transform of volumes to slices on a square canvas, cropped to its central square.
 
@@ -71,7 +69,6 @@ def square_canvas(
         canvas_size: side of the canvas, in pixels.
         crop_size: side of the central square that is kept, in pixels.
         slice_axis: as for `components.data.transforms.SlicesLastd`.
-        neighbours: whether each slice of the image gets the ones before and after it as channels.
 
     Returns:
         a dictionary transform; its items are CxSxSxD, where S is `crop_size`.
@@ -83,7 +80,6 @@ def square_canvas(
     is_image = [key == IMAGE for key in keys]
     steps = [
         SlicesLastd(keys, slice_axis=slice_axis, allow_missing_keys=True),
-        *([NeighbourSlicesd(IMAGE, allow_missing_keys=True)] if neighbours else []),
         PadInPlaneToSquared(keys, allow_missing_keys=True),
         Resized(
             keys,

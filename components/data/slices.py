@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from monai.data import Dataset
 from monai.transforms import Randomizable, apply_transform
 from tqdm import tqdm
+
+from components.data.planes import check_planes, in_plane, with_neighbours
 
 UNLABELLED = 255  # label of every pixel of a slice without a label: no class, so that no loss takes it for background
 IGNORED = 254  # label of a pixel that nobody has annotated, in a slice with a label: no class either
@@ -34,12 +37,15 @@ class SliceDataset(Dataset):
         final_transform: applied last, to each slice or view, at every access.
         at_least: minimum number of items in an epoch. Fewer slices are repeated, each time as the next view.
         keys: items of the dictionary that are sliced.
+        planes: 1 for slices in the volume's own plane, 3 for those in the two perpendicular planes as well. These are
+            padded with 0 to the size of the others, evenly on both sides.
+        neighbours: whether each slice of the image gets the ones before and after it as channels.
         unlabelled: dictionaries of volumes without a `label`, which is UNLABELLED in all pixels of their slices. The
             augmentation pads it with 0. Slices of `data` are repeated until unlabelled ones are at most twice as many.
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is no integer or negative. When there is no volume. When one of `data` lacks an item of
+        ValueError: when `views` is no integer or negative, or `planes` not 1 or 3. When there is no volume. When one of `data` lacks an item of
             `keys`, such as its label.
     """
 
@@ -53,6 +59,8 @@ class SliceDataset(Dataset):
         final_transform: Callable | None = None,
         at_least: int = 0,
         keys: Sequence[str] = ("image", "label"),
+        planes: int = 1,
+        neighbours: bool = False,
         unlabelled: Sequence[Mapping[Hashable, Any]] = (),
         progress: bool = True,
     ) -> None:
@@ -62,6 +70,7 @@ class SliceDataset(Dataset):
                 f"views must be a whole number, 0 for fresh augmentation, received {views!r}: "
                 "give for example --views 16"
             )
+        check_planes(planes)
         if not data and not unlabelled:
             raise ValueError(
                 "expected at least one volume to train on, received none: give for example --labelled_cases 1"
@@ -72,6 +81,8 @@ class SliceDataset(Dataset):
         self.keys = tuple(keys)
         self._epoch = 1
         self._views: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        self.planes = planes
+        self.neighbours = neighbours
         self._slices: list[dict[str, np.ndarray]] = []
         for item in tqdm(data, desc="Loading volumes", disable=None if progress else True):
             volume = _apply(transform, item)
@@ -105,11 +116,16 @@ class SliceDataset(Dataset):
 
     def _cut(self, volume: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
         """Return the slices of a volume."""
-        stacks = {key: _as_uint8(volume[key]) for key in self.keys}
-        depth = next(iter(stacks.values())).shape[-1]
-        return [
-            {key: np.ascontiguousarray(stack[..., index]) for key, stack in stacks.items()} for index in range(depth)
-        ]
+        stacks = {key: torch.from_numpy(_as_uint8(volume[key])) for key in self.keys}
+        side = next(iter(stacks.values())).shape[1:3]
+        slices = []
+        for plane in range(self.planes):
+            turned = {key: in_plane(stack, plane) for key, stack in stacks.items()}
+            if self.neighbours:
+                turned["image"] = with_neighbours(turned["image"])
+            for index in range(next(iter(turned.values())).shape[-1]):
+                slices.append({key: _padded(stack[..., index], side) for key, stack in turned.items()})
+        return slices
 
     def _transform(self, index: int) -> Any:
         index, turn = self._items[index]
@@ -128,6 +144,13 @@ class SliceDataset(Dataset):
         if isinstance(self.slice_transform, Randomizable):
             self.slice_transform.set_random_state(seed=_seed(self._slices[index], view))
         return _apply(self.slice_transform, _as_tensors(self._slices[index]))
+
+
+def _padded(image: torch.Tensor, side: Sequence[int]) -> np.ndarray:
+    """Return a contiguous array of an image CxHxW, padded with 0 to at least the size `side`."""
+    missing = [max(0, wanted - size) for wanted, size in zip(side, image.shape[1:], strict=True)]
+    width = [part for each in reversed(missing) for part in (each // 2, each - each // 2)]
+    return np.ascontiguousarray(F.pad(image, width).numpy())
 
 
 def _as_uint8(array: Any) -> np.ndarray:

@@ -275,33 +275,6 @@ class SlicesLastd(MapTransform, InvertibleTransform):
         return turned_back
 
 
-class NeighbourSlicesd(MapTransform):
-    """Give each slice of a volume the one before and the one after it as channels: from 1xHxWxD to 3xHxWxD.
-
-    The first and the last slice replace their own missing neighbour.
-
-    Args:
-        keys: items 1xHxWxD, slices last.
-        allow_missing_keys: whether an item may be absent.
-    """
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        """Add the neighbours to the items of one dictionary.
-
-        Args:
-            data: tensors by key.
-
-        Returns:
-            the dictionary with tensors of three channels in their place.
-        """
-        widened = dict(data)
-        for key in self.key_iterator(widened):
-            last = widened[key].shape[-1] - 1
-            orders = [[min(max(index + step, 0), last) for index in range(last + 1)] for step in (-1, 0, 1)]
-            widened[key] = torch.cat([widened[key][..., order] for order in orders])
-        return widened
-
-
 class PadInPlaneToSquare(Pad):
     """Pad the shorter of the first two spatial axes to the longer one, evenly on both sides, with zeros."""
 

@@ -11,6 +11,7 @@ from monai.inferers import SliceInferer
 from torch import Tensor
 
 from components.base.volume_metadata import files_of
+from components.data.planes import check_planes, in_plane, with_neighbours
 
 VIEWS = (1, 2, 4, 8)
 _QUARTER_TURNS = (0, 2, 1, 3)
@@ -23,40 +24,52 @@ class TestTimeAugmentationInferer(SliceInferer):
     then its mirror image and the same rotations of that. Two views are the identity and the half turn, four are
     all rotations, eight all symmetries. Each of these sets is a group, so the prediction is equivariant to it.
 
+    With three planes, the volume is also cut into slices in the two perpendicular planes, and the probabilities of the
+    three results are averaged. Source: Perslev et al., "One network to segment them all", MICCAI 2019. Differs: the
+    planes are the volume's own three, and all have the same weight.
+
     Args:
         args: as `SliceInferer`.
-        test_time_views: number of views: 1, 2, 4 or 8. With 1 this is `SliceInferer`, which returns logits.
+        test_time_views: number of views: 1, 2, 4 or 8. With 1 view and 1 plane this is `SliceInferer`, which returns
+            logits.
+        planes: 1 or 3.
+        neighbours: whether each slice gets the ones before and after it as channels.
         kwargs: as `SliceInferer`.
 
     Raises:
-        ValueError: for another number of views.
+        ValueError: for another number of views or planes.
     """
 
-    def __init__(self, *args: Any, test_time_views: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, test_time_views: int = 1, planes: int = 1, neighbours: bool = False, **kwargs: Any
+    ) -> None:
         if test_time_views not in VIEWS:
             raise ValueError(
                 f"expected {', '.join(map(str, VIEWS))} test-time views, received {test_time_views!r}: "
                 "give for example --test_time_views 8"
             )
+        check_planes(planes)
         super().__init__(*args, **kwargs)
         self.test_time_views = test_time_views
+        self.planes = planes
+        self.neighbours = neighbours
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the network on volumes, slice by slice.
 
         Args:
-            inputs: volumes BxNxHxWxD; an error names the files of MetaTensors.
+            inputs: volumes BxNxHxWxD, N being 1 with `neighbours`; an error names the files of MetaTensors.
             network: as for `network_wrapper`.
             args: passed on to the network.
             kwargs: passed on to the network.
 
         Returns:
-            logits BxCxHxWxD, or probabilities if there are several views.
+            logits BxCxHxWxD, or probabilities if there are several views or planes.
 
         Raises:
             ValueError: if the network's output is not finite.
         """
-        outputs: Any = super().__call__(inputs, network, *args, **kwargs)
+        outputs: Any = self._segment(inputs, network, *args, **kwargs)
         unusable = int((~torch.isfinite(outputs)).sum())
         if unusable:
             raise ValueError(
@@ -65,6 +78,19 @@ class TestTimeAugmentationInferer(SliceInferer):
                 "volume, and if that fails too, copy or train the weights again"
             )
         return outputs
+
+    def _segment(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what `__call__` does, without its check."""
+        results = []
+        for plane in range(self.planes):
+            turned = in_plane(inputs, plane)
+            outputs: Any = super().__call__(
+                with_neighbours(turned) if self.neighbours else turned, network, *args, **kwargs
+            )
+            if self.planes > 1 and self.test_time_views == 1:
+                outputs = outputs.softmax(dim=1)
+            results.append(in_plane(outputs, plane))
+        return results[0] if self.planes == 1 else torch.stack(results).mean(dim=0)
 
     def network_wrapper(
         self, network: Callable[..., Any], x: Tensor, condition: Tensor | None = None, *args: Any, **kwargs: Any

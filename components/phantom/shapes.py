@@ -12,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, zoom
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 
 Array = np.ndarray
 
@@ -38,15 +40,20 @@ def random_shapes(size: int, rng: np.random.Generator) -> tuple[Array, Array]:
         rng: source of all random numbers.
 
     Returns:
-        colours 3x`size`x`size` in 0..255, and labels `size`x`size`: 1 on the objects, 0 elsewhere; both uint8. In six
-        of ten pictures all three channels are equal. A few pictures have no object.
+        colours 3x`size`x`size` in 0..255, and labels `size`x`size`: 1 on the objects, 0 elsewhere; both uint8. Six of
+        ten pictures are grey. Half of these have equal channels; the others are a slice between its neighbours. A few
+        pictures have no object.
     """
     is_grey = rng.random() < 0.6
     tones = _draw_tones(rng, is_grey)
     image = _draw_background(size, tones, rng, is_grey)
     label = np.zeros((size, size), np.uint8)
-    _draw_objects(image, label, tones, rng)
-    return _expose(image, tones, rng, is_grey), label
+    draw = _draw_objects if rng.random() < 0.7 else _draw_tubes
+    draw(image, label, tones, rng)
+    has_neighbours = is_grey and rng.random() < 0.5
+    if has_neighbours:
+        image = _between_neighbours(image, rng)
+    return _expose(image, tones, rng, is_grey and not has_neighbours), label
 
 
 def _draw_tones(rng: np.random.Generator, is_grey: bool) -> _Tones:
@@ -109,6 +116,58 @@ def _draw_objects(image: Array, label: Array, tones: _Tones, rng: np.random.Gene
         _paint(image, blob, centre, colour, soft=edge, texture=texture, rim=rim, halo=halo, label=label)
 
 
+def _draw_tubes(image: Array, label: Array, tones: _Tones, rng: np.random.Generator) -> None:
+    """Draw trees of tubes, such as vessels, onto the picture and its label, after a few blobs onto the picture alone."""
+    size, contrast = len(image), tones.objects - tones.background
+    if rng.random() < 0.5:
+        for centre in _scatter(size, int(rng.integers(1, 6)), rng, clustered=False):
+            blob = _blob(rng.uniform(3, 25), np.exp(abs(rng.normal(0, 0.3))), rng.uniform(0, np.pi), 0.1, rng)
+            _paint(image, blob, centre, tones.other + contrast * rng.uniform(-0.3, 0.3), soft=rng.uniform(1, 6))
+    radii = np.zeros((size, size))
+    widest, wavy = np.exp(rng.uniform(np.log(0.8), np.log(7))), rng.uniform(0.02, 0.15)
+    branches = [
+        (rng.uniform(0, size, 2), rng.uniform(0, 2 * np.pi), widest * rng.uniform(0.4, 1))
+        for _ in range(rng.integers(1, 7))
+    ]
+    for _ in range(60):
+        if not branches:
+            break
+        place, angle, radius = branches.pop(0)
+        turn = 0.0
+        for _ in range(int(rng.uniform(0.2, 1.0) * size)):
+            turn = 0.85 * turn + rng.normal(0, wavy / 4)
+            angle += turn
+            place = place + (np.sin(angle), np.cos(angle))
+            radius *= 0.998
+            row, column = np.floor(place).astype(int)
+            if not (0 <= row < size and 0 <= column < size):
+                break
+            radii[row, column] = max(radii[row, column], radius)
+            if radius > 0.6 and rng.random() < 0.025:
+                share = rng.uniform(0.4, 0.9)
+                branches.append((place, angle + rng.choice((-1, 1)) * rng.uniform(0.3, 1.2), radius * share))
+                radius *= max(share, np.sqrt(1 - share**2)) ** 0.5
+    if not radii.any():
+        return
+    distance, nearest = distance_transform_edt(radii == 0, return_indices=True)
+    depth = radii[nearest[0], nearest[1]] - distance
+    strength = np.clip(1 + rng.uniform(0, 0.3) * _field(size, 30, rng), 0.35, 1.3)[..., None]
+    inner = 1 - rng.uniform(0, 0.4) * (rng.random() < 0.4) * np.clip(depth / widest, 0, 1)[..., None] ** 2
+    thin = np.clip(rng.uniform(0.5, 1) + radii[nearest[0], nearest[1]] / 2, 0, 1)[..., None]
+    colour = tones.background + contrast * strength * inner * thin
+    image += np.clip(depth / rng.uniform(0.8, 2) + 0.5, 0, 1)[..., None] * (colour - image)
+    label[depth > 0] = 1
+
+
+def _between_neighbours(image: Array, rng: np.random.Generator) -> Array:
+    """Replace the first and last channel of a grey picture by those of neighbouring slices, where shapes have moved."""
+    size, scale, reach = len(image), rng.uniform(10, 40), rng.uniform(0, 3)
+    shift = reach * np.stack([_field(size, scale, rng), _field(size, scale, rng)])
+    places = np.mgrid[:size, :size]
+    moved = [map_coordinates(image[..., 1], places + side * shift, order=1, mode="nearest") for side in (-1, 1)]
+    return np.stack([moved[0], image[..., 1], moved[1]], axis=2)
+
+
 def _expose(image: Array, tones: _Tones, rng: np.random.Generator, is_grey: bool) -> Array:
     """Blur, light unevenly, add noise, stretch to the full range or less, and bend the range by a gamma."""
     size = len(image)
@@ -133,8 +192,8 @@ def _field(size: int, scale: float, rng: np.random.Generator) -> Array:
     count = int(np.ceil(size / scale)) + 1
     if count >= size:
         return rng.standard_normal((size, size))
-    coarse = rng.standard_normal((count, count))
-    field = zoom(coarse, (size + 0.5) / count, order=1 if scale < 6 else 3, mode="nearest")[:size, :size]
+    coarse = torch.from_numpy(rng.standard_normal((1, 1, count, count)))
+    field = F.interpolate(coarse, size=(size, size), mode="bilinear" if scale < 6 else "bicubic")[0, 0].numpy()
     return field / (field.std() + 1e-6)
 
 
