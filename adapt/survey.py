@@ -18,7 +18,7 @@ from adapt.layouts import Item, Layout
 from components.base.volume_metadata import is_picture
 from components.data.acdc import CLASS_NAMES
 from components.data.cases import SUBSETS
-from components.data.custom_data import canvas_side, class_widths, thinnest_class
+from components.data.custom_data import canvas_side, class_widths, patch_side, thinnest_class
 from components.data.geometry import find_slice_axis, on_grid_of, slices_last
 from components.data.pictures import PictureReader, used_colours
 from components.data.reader import VolumeReader
@@ -175,9 +175,11 @@ def _size_in_training(cases: list[dict[str, Any]], class_names: dict[int, str]) 
     thinnest, width = thinnest_class(widths)
     side = float(np.median([case["side"] for case in cases]))
     canvas = canvas_side(side, width)
+    patch = patch_side(canvas, pictures=cases[0]["is_picture"])
+    seen = f"seen in patches of {patch}x{patch} (`patch_size`)" if patch < canvas else "seen whole"
     return (
         f"{class_names[thinnest]} is thinnest, about {width * side:.0f} of {side:.0f} pixels wide: if the labelled "
-        f"cases are like all, training takes {canvas}x{canvas} pixels (`canvas_size`)"
+        f"cases are like all, the canvas has {canvas}x{canvas} pixels (`canvas_size`), {seen}"
     )
 
 

@@ -93,7 +93,7 @@ def test_thin_lines_enlarge_the_canvas_and_the_network_sees_patches(tmp_path):
     bundle, said = new_bundle("lines", lines(tmp_path / "data", cases=4), tmp_path)
     (sentence,) = (each for each in said if "thinnest" in each)
     assert "foreground is thinnest, about 2 of 512 pixels wide" in sentence
-    assert "training takes 512x512 pixels" in sentence
+    assert "canvas has 512x512 pixels (`canvas_size`), seen in patches of 128x128 (`patch_size`)" in sentence
     config = parsed(bundle, "train")
     assert [config.get_parsed_content(name) for name in ("canvas_size", "crop_size", "patch_size")] == [512, 512, 128]
     assert config.get_parsed_content("validate#inferer").mode == "gaussian"
@@ -202,3 +202,16 @@ def test_pictures_without_labels_and_heads_on_an_encoder_take_patches_too(tmp_pa
     assert not torch.equal(first, slices[0]["image"])
     slices.set_epoch(17)
     assert slices[0]["image"].shape == (3, 128, 128)
+
+
+@pytest.mark.slow
+def test_thin_lines_are_found_better_than_on_a_canvas_of_256_pixels(tmp_path):
+    data = lines(tmp_path / "data")
+    dice = {}
+    for canvas in ("own", 256):
+        bundle, _ = new_bundle(f"lines_{canvas}", data, tmp_path)
+        options = {} if canvas == "own" else {"canvas_size": canvas}
+        run("training", bundle, "train", labelled_cases=4, steps=150, val_interval=100, is_silent=True, **options)
+        run("evaluating", bundle, "train", "evaluate", is_silent=True)
+        dice[canvas] = float(scores(bundle / "eval")[0]["dice_foreground"])
+    assert dice["own"] > max(0.75, dice[256] + 0.1), dice

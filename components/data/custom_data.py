@@ -37,6 +37,7 @@ FIELDS = (
 STEP = 16  # sides of canvas and crop are multiples of it, since four poolings halve them
 LARGEST_CANVAS = 256  # unless structures would be too thin: a larger canvas takes more time
 SMALLEST_CANVAS = 64
+LARGEST_PATCH_OF_PICTURES = 128
 THIN = 4  # width in pixels that the thinnest class has on the canvas, if not in its images already less
 MARGIN = 1 / 8  # share of the canvas around all labels, since other cases lie elsewhere
 
@@ -218,6 +219,16 @@ def thinnest_class(widths: Sequence[Mapping[int, float]]) -> tuple[int, float]:
     }
     thinnest = min(medians, key=medians.__getitem__)
     return thinnest, medians[thinnest]
+
+
+def patch_side(crop_size: int, *, pictures: bool) -> int:
+    """Return the side in pixels of the squares that the network sees at once.
+
+    Args:
+        crop_size: side of the slices in pixels.
+        pictures: whether they are 2D pictures instead of volumes' slices.
+    """
+    return min(crop_size, LARGEST_PATCH_OF_PICTURES if pictures else LARGEST_CANVAS)
 
 
 def canvas_side(side: float, width: float) -> int:
