@@ -178,8 +178,8 @@ def _size_in_training(cases: list[dict[str, Any]], class_names: dict[int, str]) 
     patch = patch_side(canvas, pictures=cases[0]["is_picture"])
     seen = f"seen in patches of {patch}x{patch} (`patch_size`)" if patch < canvas else "seen whole"
     return (
-        f"{class_names[thinnest]} is thinnest, about {width * side:.0f} of {side:.0f} pixels wide: if the labelled "
-        f"cases are like all, the canvas has {canvas}x{canvas} pixels (`canvas_size`), {seen}"
+        f"{class_names[thinnest]} is thinnest, about {width * side:.0f} of {side:.0f} pixels wide: labelled cases like "
+        f"these give a canvas of {canvas}x{canvas} (`canvas_size`), {seen}"
     )
 
 

@@ -93,7 +93,7 @@ def test_thin_lines_enlarge_the_canvas_and_the_network_sees_patches(tmp_path):
     bundle, said = new_bundle("lines", lines(tmp_path / "data", cases=4), tmp_path)
     (sentence,) = (each for each in said if "thinnest" in each)
     assert "foreground is thinnest, about 2 of 512 pixels wide" in sentence
-    assert "canvas has 512x512 pixels (`canvas_size`), seen in patches of 128x128 (`patch_size`)" in sentence
+    assert "labelled cases like these give a canvas of 512x512 (`canvas_size`), seen in patches of 128x128 (`patch_size`)" in sentence
     config = parsed(bundle, "train")
     assert [config.get_parsed_content(name) for name in ("canvas_size", "crop_size", "patch_size")] == [512, 512, 128]
     assert config.get_parsed_content("validate#inferer").mode == "gaussian"
