@@ -54,6 +54,10 @@ def parsed(bundle: Path, *configs: str, **options) -> ConfigParser:
     return parser
 
 
+def augmentations(config: ConfigParser) -> list[str]:
+    return [type(each).__name__ for each in config.get_parsed_content("train#augmentation").transforms]
+
+
 def record_of(model: Path) -> dict:
     return decode_record(torch.load(model, weights_only=True)["trained_with"])
 
@@ -93,10 +97,15 @@ def test_thin_lines_enlarge_the_canvas_and_the_network_sees_patches(tmp_path):
     bundle, said = new_bundle("lines", lines(tmp_path / "data", cases=4), tmp_path)
     (sentence,) = (each for each in said if "thinnest" in each)
     assert "foreground is thinnest, about 2 of 512 pixels wide" in sentence
-    assert "labelled cases like these give a canvas of 512x512 (`canvas_size`), seen in patches of 128x128 (`patch_size`)" in sentence
+    assert (
+        "labelled cases like these give a canvas of 512x512 (`canvas_size`), seen in patches of 128x128 (`patch_size`)"
+        in sentence
+    )
     config = parsed(bundle, "train")
     assert [config.get_parsed_content(name) for name in ("canvas_size", "crop_size", "patch_size")] == [512, 512, 128]
     assert config.get_parsed_content("validate#inferer").mode == "gaussian"
+    assert config.get_parsed_content("learning_rate") == 0.001
+    assert "RandLambdad" not in augmentations(config)
     shown = config.get_parsed_content("train#dataset")[0]
     assert shown["image"].shape == (3, 128, 128)
     assert shown["label"].shape == (1, 128, 128)
@@ -110,9 +119,9 @@ def test_small_images_keep_their_canvas_and_are_seen_whole(tmp_path, make):
     assert patch == crop <= canvas
     inferer = config.get_parsed_content("validate#inferer")
     assert (inferer.mode, inferer.orig_roi_size) == ("constant", (crop, crop))
-    assert all(
-        type(each).__name__ != "RandSpatialCropd" for each in config.get_parsed_content("train#augmentation").transforms
-    )
+    assert "RandSpatialCropd" not in augmentations(config)
+    assert ("RandLambdad" in augmentations(config)) == (make is plain)  # negatives, of pictures
+    assert config.get_parsed_content("learning_rate") == (0.0003 if make is plain else 0.001)
 
 
 def test_thin_structures_of_volumes_enlarge_the_canvas_too(tmp_path):
@@ -211,7 +220,7 @@ def test_thin_lines_are_found_better_than_on_a_canvas_of_256_pixels(tmp_path):
     for canvas in ("own", 256):
         bundle, _ = new_bundle(f"lines_{canvas}", data, tmp_path)
         options = {} if canvas == "own" else {"canvas_size": canvas}
-        run("training", bundle, "train", labelled_cases=4, steps=150, val_interval=100, is_silent=True, **options)
-        run("evaluating", bundle, "train", "evaluate", is_silent=True)
+        run("training", bundle, "train", labelled_cases=4, steps=75, val_interval=100, is_silent=True, **options)
+        run("evaluating", bundle, "train", "evaluate", test_time_views=1, is_silent=True)
         dice[canvas] = float(scores(bundle / "eval")[0]["dice_foreground"])
     assert dice["own"] > max(0.75, dice[256] + 0.1), dice
