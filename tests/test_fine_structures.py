@@ -222,5 +222,5 @@ def test_thin_lines_are_found_better_than_on_a_canvas_of_256_pixels(tmp_path):
         options = {} if canvas == "own" else {"canvas_size": canvas}
         run("training", bundle, "train", labelled_cases=4, steps=75, val_interval=100, is_silent=True, **options)
         run("evaluating", bundle, "train", "evaluate", test_time_views=1, is_silent=True)
-        dice[canvas] = float(scores(bundle / "eval")[0]["dice_foreground"])
+        dice[canvas] = float(scores(bundle / "eval")[0]["dice"])
     assert dice["own"] > max(0.75, dice[256] + 0.1), dice
