@@ -204,6 +204,8 @@ def test_pictures_without_labels_and_heads_on_an_encoder_take_patches_too(tmp_pa
     head, _ = new_bundle("head", data, tmp_path, network="linearhead")
     config = parsed(head, "train", cache_dir=None)
     assert config.get_parsed_content("image_size") == config.get_parsed_content("patch_size") == 128
+    assert "onnx_export" in (readme := (head / "docs/README.md").read_text())
+    assert "[2,3,128,128]" in readme  # what is exported takes the windows of inference
     slices = config.get_parsed_content("train#dataset")
     first, again = (slices[0]["image"], slices[0]["image"])
     assert torch.equal(first, again)
