@@ -15,6 +15,7 @@ from adapt.survey import survey
 from adapt.template import SHIPPED_ENCODER, Instance, knobs_page, networks
 from autosam.folders import DATA_FILE
 from components.data.acdc import CLASS_NAMES
+from components.data.custom_data import LARGEST_CANVAS, patch_side
 from components.sam.checkpoint import weights_file
 from components.sam.encoder import SamEncoder
 
@@ -135,6 +136,7 @@ def _texts(name: str, description: dict[str, Any], said: list[str]) -> dict[str,
         "authors": "the user of autosam new",
         "copyright": "the user's; the template: Apache License 2.0",
         "data_source": "the user's own, see configs/data.json",
+        "largest_patch": patch_side(LARGEST_CANVAS, pictures=description["pictures"]),
         "data_type": "Pillow" if description["pictures"] else "nibabel",
         "image_classes": f"{kind}, {grey} of any range",
         "label_map": ", ".join(f"{index} {each}" for index, each in enumerate(classes)),

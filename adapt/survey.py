@@ -18,6 +18,7 @@ from adapt.layouts import Item, Layout
 from components.base.volume_metadata import is_picture
 from components.data.acdc import CLASS_NAMES
 from components.data.cases import SUBSETS
+from components.data.custom_data import canvas_side, class_widths, patch_side, thinnest_class
 from components.data.geometry import find_slice_axis, on_grid_of, slices_last
 from components.data.pictures import PictureReader, used_colours
 from components.data.reader import VolumeReader
@@ -97,6 +98,7 @@ def survey(
         is_named = classes is not None or layout.class_names is not None
         turned, why = _is_turned(class_names, label_values[1:], seen["training"], is_named=is_named)
         said.append(why)
+    said.append(_size_in_training(cases, dict(zip(label_values[1:], class_names, strict=True))))
     in_files = colours or label_values
     description = {
         "dataset_dir": str(data),
@@ -146,7 +148,7 @@ def _look(item: Item, layout: Layout, colours: list[str] | None) -> dict[str, An
         raise ValueError(
             f"{item['label']} has {len(values)} values from {values[0]:g}: expected a whole number for each class"
         )
-    values, label = np.unique(values.round()), label.round()
+    values, label = np.unique(values.round()), slices_last(label.round())[0].numpy()
     spacing = affine_to_spacing(image.affine.numpy(), r=3).tolist()
     return {
         "image": item["image"],
@@ -154,7 +156,9 @@ def _look(item: Item, layout: Layout, colours: list[str] | None) -> dict[str, An
         "is_picture": is_picture(item["image"]),
         "size": tuple(image.shape[1:]),
         "values": {int(value) for value in values},
-        "centres": _centres(slices_last(label)[0].numpy(), values),
+        "centres": _centres(label, values),
+        "side": max(label.shape[:2]),
+        "widths": class_widths(label),
         "slice_axis": 2 if is_picture(item["image"]) else find_slice_axis(spacing),
         "is_like_ct": np.percentile(image.numpy(), 0.5) < AIR_HU,
     }
@@ -163,6 +167,20 @@ def _look(item: Item, layout: Layout, colours: list[str] | None) -> dict[str, An
 def _centres(label: np.ndarray, values: np.ndarray) -> dict[int, np.ndarray]:
     """Return the mean place of each class within its slices, which follow each other along the last axis."""
     return {int(value): np.argwhere((label == value).any(axis=2)).mean(axis=0) for value in values if value > 0}
+
+
+def _size_in_training(cases: list[dict[str, Any]], class_names: dict[int, str]) -> str:
+    """Return a sentence on the thinnest of the classes, by value, and the size of images that follows."""
+    widths = [{value: case["widths"][value] for value in case["widths"].keys() & class_names} for case in cases]
+    thinnest, width = thinnest_class(widths)
+    side = float(np.median([case["side"] for case in cases]))
+    canvas = canvas_side(side, width)
+    patch = patch_side(canvas, pictures=cases[0]["is_picture"])
+    seen = f"seen in patches of {patch}x{patch} (`patch_size`)" if patch < canvas else "seen whole"
+    return (
+        f"{class_names[thinnest]} is thinnest, about {width * side:.0f} of {side:.0f} pixels wide: labelled cases like "
+        f"these give a canvas of {canvas}x{canvas} (`canvas_size`), {seen}"
+    )
 
 
 def _is_turned(

@@ -101,7 +101,8 @@ class Instance:
         metrics = own.get("eval_metrics", {}) if cases == "acdc" and not self.is_of_paper else {}
         self.parts |= {"eval_metrics": metrics, **{name: f"{value:.3f}" for name, value in metrics.items()}}
         self.tags |= metrics.keys()
-        side = 176 if hearts and not self.is_of_paper else 256
+        largest = 256 if self.is_of_paper else self.parts.get("largest_patch", 256)
+        side = 176 if hearts and not self.is_of_paper else largest
         self.parts |= {"package_version": components.__version__, "side": str(side), "spatial_shape": [side, side]}
         if self.is_of_paper:
             self.parts["encoder_about"] = f"SAM's image encoder ({model_type})"

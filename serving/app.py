@@ -34,6 +34,7 @@ _CHOSEN = (  # knobs chosen from the labelled cases, or on the command line of t
     "image_size",
     "canvas_size",
     "crop_size",
+    "patch_size",
     "slice_axis",
     "normalisation",
     "largest_component",

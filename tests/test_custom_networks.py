@@ -265,7 +265,7 @@ def assert_complete(bundle: Path, metadata_schema: str) -> None:
     verify_metadata(meta_file=str(bundle / "configs/metadata.json"), filepath=metadata_schema, create_dir=False)
     for path in (*bundle.glob("configs/*.json"), bundle / "docs/README.md"):
         assert not re.search(r"\{\{|\"\.\.\.\w|_only_for_|<!--", path.read_text()), path
-    by_data = ("class_names", "label_values", "modality", "normalisation", "patch_size")
+    by_data = ("class_names", "label_values", "modality", "normalisation", "is_fine")
     assert_readme_explains_knobs(bundle, "train", except_for=by_data)
 
 

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "acdc": ["read_acdc"],
         "cases": ["list_cases", "list_unlabelled"],
-        "custom_data": ["DatasetStatistics", "read_data"],
+        "custom_data": ["DatasetStatistics", "patch_side", "read_data"],
         "prediction_writer": ["SavePredictiond"],
         "preprocessing": ["scaled_grey_values", "square_canvas"],
         "slices": ["SliceDataset"],

@@ -8,6 +8,7 @@ the settings that all workflows share.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -35,9 +36,11 @@ FIELDS = (
     *SUBSETS,
 )
 STEP = 16  # sides of canvas and crop are multiples of it, since four poolings halve them
-LARGEST_CANVAS = 256  # a larger canvas trains too slowly without a GPU
+LARGEST_CANVAS = 256  # unless structures would be too thin: a larger canvas takes more time
 SMALLEST_CANVAS = 64
 ANISOTROPIC = 2  # times the shortest side of a voxel: slices in other planes are then not seen
+LARGEST_PATCH_OF_PICTURES = 128
+THIN = 4  # width in pixels that the thinnest class has on the canvas, if not in its images already less
 MARGIN = 1 / 8  # share of the canvas around all labels, since other cases lie elsewhere
 
 
@@ -133,9 +136,12 @@ class DatasetStatistics:
 
     @property
     def canvas_size(self) -> int:
-        """Side in pixels of the square to which slices are resized: the median of theirs, within limits."""
+        """Side in pixels of the square to which slices are resized: the median of theirs, within limits.
+
+        See `canvas_side`.
+        """
         side = float(np.median([seen.side for seen in self._seen]))
-        return int(np.clip(STEP * round(side / STEP), SMALLEST_CANVAS, LARGEST_CANVAS))
+        return canvas_side(side, thinnest_class([seen.widths for seen in self._seen])[1])
 
     def crop_size(self, canvas_size: int) -> int:
         """Return the side in pixels of the canvas's central square that holds all labels with a margin."""
@@ -169,6 +175,7 @@ class CaseStatistics:
         reach: side of the smallest central square that holds its labels, as a share of `side`.
         foreground: image values within its labels; for CT only.
         classes: label values of the case.
+        widths: see `class_widths`.
         is_one_component: whether every class is one connected component.
         is_isotropic: whether no side of a voxel is twice another, and slices are several.
     """
@@ -183,6 +190,65 @@ class CaseStatistics:
         self.foreground = image[0][label[0] > 0] if is_ct else np.empty(0)
         spacing = affine_to_spacing(case["image"].affine.numpy(), r=3)
         self.is_isotropic = label.shape[-1] > 1 and spacing.max() < ANISOTROPIC * spacing.min()
-        self.classes = [int(value) for value in np.unique(label) if value > 0]
+        self.widths = class_widths(label[0])
+        self.classes = list(self.widths)
         whole = np.ones((3, 3, 3))
         self.is_one_component = all(ndimage.label(label[0] == value, whole)[1] == 1 for value in self.classes)
+
+
+def class_widths(label: np.ndarray) -> dict[int, float]:
+    """Return the mean width of each class in the slices of a label map, as a share of the slices' longer side.
+
+    A strip has two pixels at its edges for each of its pixels across. The width is thus twice the ratio of a class's
+    pixels to those at its edges, where a longer strip counts more. That of a disc is its radius.
+
+    Args:
+        label: HxWxD, slices along the last axis.
+
+    Returns:
+        the width of each class that the label map has, by value; 0 is the background.
+    """
+    neighbours = ndimage.generate_binary_structure(3, 1)
+    neighbours[1, 1, ::2] = False  # of the same slice
+    widths = {}
+    for value in np.unique(label[label > 0]):
+        mask = label == value
+        inner = ndimage.binary_erosion(mask, neighbours)
+        widths[int(value)] = float(2 * mask.sum() / (mask.sum() - inner.sum()) / max(label.shape[:2]))
+    return widths
+
+
+def thinnest_class(widths: Sequence[Mapping[int, float]]) -> tuple[int, float]:
+    """Return the class that is thinnest in the median case, and its width there.
+
+    Args:
+        widths: of each case what `class_widths` returns; some case must have a class.
+    """
+    medians = {
+        value: float(np.median([each[value] for each in widths if value in each])) for each in widths for value in each
+    }
+    thinnest = min(medians, key=medians.__getitem__)
+    return thinnest, medians[thinnest]
+
+
+def patch_side(crop_size: int, *, pictures: bool) -> int:
+    """Return the side in pixels of the squares that the network sees at once.
+
+    Args:
+        crop_size: side of the slices in pixels.
+        pictures: whether they are 2D pictures instead of volumes' slices.
+    """
+    return min(crop_size, LARGEST_PATCH_OF_PICTURES if pictures else LARGEST_CANVAS)
+
+
+def canvas_side(side: float, width: float) -> int:
+    """Return the side of the canvas in pixels: that of the slices, at least 64, and at most 256.
+
+    If the thinnest class were less than 4 pixels wide on it, it may be larger, up to where that is so.
+
+    Args:
+        side: that of the padded slices, in pixels.
+        width: that of the thinnest class, as a share of it.
+    """
+    limit = max(LARGEST_CANVAS, STEP * math.ceil(THIN / width / STEP))
+    return int(np.clip(STEP * round(side / STEP), SMALLEST_CANVAS, limit))

@@ -22,7 +22,8 @@ class TestTimeAugmentationInferer(SliceInferer):
 
     The views are the symmetries of a square. The slice itself and its rotations by 180, 90 and 270 degrees come first,
     then its mirror image and the same rotations of that. Two views are the identity and the half turn, four are
-    all rotations, eight all symmetries. Each of these sets is a group, so the prediction is equivariant to it.
+    all rotations, eight all symmetries. Each of these sets is a group, so the prediction is equivariant to it, if the
+    window `roi_size` covers the slice. Smaller windows are seen one by one, and their predictions are averaged.
 
     With three planes, the volume is also cut into slices in the two perpendicular planes, and the probabilities of the
     three results are averaged. Source: Perslev et al., "One network to segment them all", MICCAI 2019. Differs: the
