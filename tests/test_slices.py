@@ -225,5 +225,5 @@ def test_neighbours_lie_across_the_plane_that_is_seen():
 
 
 def test_other_numbers_of_planes_are_refused():
-    with pytest.raises(ValueError, match="expected 1 or 3 planes.* received 2: give for example --planes 1"):
+    with pytest.raises(ValueError, match=r"expected 1 or 3 planes.* received 2: give for example --planes 1"):
         SliceDataset([FIRST], planes=2, progress=False)

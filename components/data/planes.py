@@ -45,5 +45,5 @@ def check_planes(planes: int) -> None:
     """
     if planes not in PLANES:
         raise ValueError(
-            f"expected 1 or 3 planes, those of a volume's slices or all, received {planes!r}: give for example --planes 1"
+            f"expected 1 or 3 planes, the slices' own or all, received {planes!r}: give for example --planes 1"
         )

@@ -45,8 +45,8 @@ class SliceDataset(Dataset):
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is no integer or negative, or `planes` not 1 or 3. When there is no volume. When one of `data` lacks an item of
-            `keys`, such as its label.
+        ValueError: when `views` is no integer or negative, or `planes` not 1 or 3. When there is no volume. When one of
+            `data` lacks an item of `keys`, such as its label.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ Array = np.ndarray
 
 _LEAST_CONTRAST = 0.18  # between the objects and the background, in the channel with the largest difference
 _MOST_OBJECTS = 220
+_MOST_BRANCHES = 60
 _MARGIN = 4  # objects may lie this far outside
 
 
@@ -117,19 +118,35 @@ def _draw_objects(image: Array, label: Array, tones: _Tones, rng: np.random.Gene
 
 
 def _draw_tubes(image: Array, label: Array, tones: _Tones, rng: np.random.Generator) -> None:
-    """Draw trees of tubes, such as vessels, onto the picture and its label, after a few blobs onto the picture alone."""
+    """Draw branching tubes, such as vessels, onto the picture and its label, after a few blobs on the picture alone."""
     size, contrast = len(image), tones.objects - tones.background
     if rng.random() < 0.5:
         for centre in _scatter(size, int(rng.integers(1, 6)), rng, clustered=False):
             blob = _blob(rng.uniform(3, 25), np.exp(abs(rng.normal(0, 0.3))), rng.uniform(0, np.pi), 0.1, rng)
             _paint(image, blob, centre, tones.other + contrast * rng.uniform(-0.3, 0.3), soft=rng.uniform(1, 6))
+    radii, widest = _grow_branches(size, rng)
+    if not radii.any():
+        return
+    distance, (rows, columns) = distance_transform_edt(radii == 0, return_indices=True)
+    radius = radii[rows, columns]  # of the tube that is nearest
+    depth = radius - distance
+    strength = np.clip(1 + rng.uniform(0, 0.3) * _field(size, 30, rng), 0.35, 1.3)
+    reflex = 1 - rng.uniform(0, 0.4) * (rng.random() < 0.4) * np.clip(depth / widest, 0, 1) ** 2
+    faint = np.clip(rng.uniform(0.5, 1) + radius / 2, 0, 1)  # thin tubes have less contrast
+    colour = tones.background + contrast * (strength * reflex * faint)[..., None]
+    image += np.clip(depth / rng.uniform(0.8, 2) + 0.5, 0, 1)[..., None] * (colour - image)
+    label[depth > 0] = 1
+
+
+def _grow_branches(size: int, rng: np.random.Generator) -> tuple[Array, float]:
+    """Draw centre lines of branching tubes: their radius `size`x`size`, 0 elsewhere, and the largest possible one."""
     radii = np.zeros((size, size))
     widest, wavy = np.exp(rng.uniform(np.log(0.8), np.log(7))), rng.uniform(0.02, 0.15)
     branches = [
         (rng.uniform(0, size, 2), rng.uniform(0, 2 * np.pi), widest * rng.uniform(0.4, 1))
         for _ in range(rng.integers(1, 7))
     ]
-    for _ in range(60):
+    for _ in range(_MOST_BRANCHES):
         if not branches:
             break
         place, angle, radius = branches.pop(0)
@@ -137,7 +154,7 @@ def _draw_tubes(image: Array, label: Array, tones: _Tones, rng: np.random.Genera
         for _ in range(int(rng.uniform(0.2, 1.0) * size)):
             turn = 0.85 * turn + rng.normal(0, wavy / 4)
             angle += turn
-            place = place + (np.sin(angle), np.cos(angle))
+            place = place + np.array([np.sin(angle), np.cos(angle)])
             radius *= 0.998
             row, column = np.floor(place).astype(int)
             if not (0 <= row < size and 0 <= column < size):
@@ -147,16 +164,7 @@ def _draw_tubes(image: Array, label: Array, tones: _Tones, rng: np.random.Genera
                 share = rng.uniform(0.4, 0.9)
                 branches.append((place, angle + rng.choice((-1, 1)) * rng.uniform(0.3, 1.2), radius * share))
                 radius *= max(share, np.sqrt(1 - share**2)) ** 0.5
-    if not radii.any():
-        return
-    distance, nearest = distance_transform_edt(radii == 0, return_indices=True)
-    depth = radii[nearest[0], nearest[1]] - distance
-    strength = np.clip(1 + rng.uniform(0, 0.3) * _field(size, 30, rng), 0.35, 1.3)[..., None]
-    inner = 1 - rng.uniform(0, 0.4) * (rng.random() < 0.4) * np.clip(depth / widest, 0, 1)[..., None] ** 2
-    thin = np.clip(rng.uniform(0.5, 1) + radii[nearest[0], nearest[1]] / 2, 0, 1)[..., None]
-    colour = tones.background + contrast * strength * inner * thin
-    image += np.clip(depth / rng.uniform(0.8, 2) + 0.5, 0, 1)[..., None] * (colour - image)
-    label[depth > 0] = 1
+    return radii, widest
 
 
 def _between_neighbours(image: Array, rng: np.random.Generator) -> Array:
