@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import components
-from components.sam.checkpoint import CHECKPOINT_FILES
-from components.sam.defaults import PHANTOM_UNET as SHIPPED_ENCODER
-from components.sam.sam2_encoder import SAM2_ARCHITECTURES
+from components.sam.encoders import ENCODERS, published_encoders
+from components.sam.encoders import PHANTOM_UNET as SHIPPED_ENCODER
 
 FOLDER = Path(__file__).parent / "template"
 WIDTH, LIST_ITEM_WIDTH = 120, 250  # columns; a transform or handler in a list is kept on one line
@@ -38,8 +37,10 @@ def networks() -> dict[str, Parts]:
 
 def encoders() -> dict[str, dict[str, str]]:
     """Return file name, address and SHA-256 of each published encoder, by model type."""
-    facts = _read("networks.json")["encoders"]
-    return {name: {"file": file, **facts[name]} for name, file in CHECKPOINT_FILES.items()}
+    return {
+        name: {"file": str(entry.file), "url": entry.url, "sha256": entry.sha256}
+        for name, entry in published_encoders().items()
+    }
 
 
 def knob_meanings() -> dict[str, list[str]]:
@@ -84,7 +85,8 @@ class Instance:
         if kind != "encoder" and self.is_of_paper:
             with_encoder = [name for name, entry in known.items() if entry["kind"] == "encoder"]
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
-        if model_type in SAM2_ARCHITECTURES and "checkpoint" in own.get("head", {}):
+        has_decoder = model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
+        if self.is_of_paper and "checkpoint" in own.get("head", {}) and not has_decoder:
             raise ValueError(
                 f"{network} starts from SAM's mask decoder, which {model_type} lacks: use cnnhead or linearhead"
             )

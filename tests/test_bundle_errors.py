@@ -134,7 +134,7 @@ def test_volume_of_no_use(phantoms, change, message):
 def test_no_sam_checkpoint(phantoms):
     nowhere = str(phantoms.parent / "sam_vit_b_01ec64.pth")
     message = train(phantoms, model_type="vit_b", sam_checkpoint=nowhere)
-    assert f"no SAM checkpoint at {nowhere}" in message
+    assert f"no encoder checkpoint at {nowhere}" in message
     assert "download_large_files" in message
 
 

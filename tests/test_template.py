@@ -449,8 +449,9 @@ def description_of_hearts() -> dict:
 def repository(tmp_path_factory) -> Path:
     """A copy of the repository, with spoiled files, to which the head of CONTRIBUTING.md has been added as it says."""
     root = tmp_path_factory.mktemp("repository")
-    ignored = shutil.ignore_patterns("models", "eval", "demo", "export", "embeddings", "__pycache__")
+    outputs = ("models", "eval", "demo", "export", "embeddings")
     for name in ("bundles", "components", "adapt", "autosam", "release"):
+        ignored = shutil.ignore_patterns("__pycache__", *(outputs if name == "bundles" else ()))
         shutil.copytree(REPOSITORY / name, root / name, ignore=ignored)
     (root / "docs").mkdir()
     for name in ("constraints.txt", "LICENSE", "docs/knobs.md"):

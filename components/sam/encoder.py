@@ -2,8 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,31 +11,19 @@ from torch import nn
 
 from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
-from components.sam.checkpoint import load_part, read_sam_checkpoint
-from components.sam.defaults import size_multiple
-from components.sam.image_encoder import ARCHITECTURES, ImageEncoder, with_cast_weights
-from components.sam.sam2_encoder import SAM2_ARCHITECTURES, Sam2Encoder
-from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
-from components.sam.unet_encoder import UNetEncoder
+from components.sam.checkpoint import load_part, read_checkpoint
+from components.sam.encoders import encoder_type, encoder_weights
+from components.sam.image_encoder import with_cast_weights
 
 logger = logging.getLogger(__name__)
-
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    **{name: partial(ImageEncoder, architecture) for name, architecture in ARCHITECTURES.items()},
-    "vit_t": TinyViT,
-    "phantom_unet": UNetEncoder,
-    **{name: partial(Sam2Encoder, architecture) for name, architecture in SAM2_ARCHITECTURES.items()},
-}
-NECKS = {"phantom_unet": ("up_4", "neck")}  # what makes embeddings of the last block's features, if not `neck` alone
-UNUSED_KEYS = {"vit_t": CLASSIFIER_KEYS}  # of published checkpoints, which no forward pass uses: left out when loading
 
 
 class SamEncoder(nn.Module):
     """SAM's image encoder from pixels to embeddings, frozen unless `trainable`.
 
     Source: paper section 3.1. Differs: pixels are normalised as SAM does, which the authors' code leaves out.
+
+    Embeddings have `out_channels` channels, and a token for `stride` x `stride` pixels.
 
     A frozen encoder stays in eval mode and runs under `no_grad`. Its `state_dict()` holds only the fingerprint: 32
     bytes that identify the weights, independently of image size and precision. A trainable encoder's `state_dict()`
@@ -49,12 +36,11 @@ class SamEncoder(nn.Module):
     only the last blank image is cached. When scripted, traced or exported, the encoder runs without cache, in fp32.
 
     Args:
-        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny`, `phantom_unet`, or one of SAM 2.1:
-            `sam2.1_hiera_tiny`, `sam2.1_hiera_small`, `sam2.1_hiera_base_plus`, `sam2.1_hiera_large`.
-        checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
-        image_size: side in pixels to which images are resized, a multiple of 16, for SAM 2.1 of 32.
+        model_type: a key of `components.sam.encoders.ENCODERS`, such as `vit_b`.
+        checkpoint: a checkpoint of that type, loaded strictly; None for random weights, the same in every run.
+        image_size: side in pixels to which images are resized, a multiple of the type's `size_multiple`.
         trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"). `neck` trains the
-            last layers alone: SAM's neck, SAM 2.1's feature pyramid, or the last stage of `phantom_unet`.
+            last layers alone, the type's `neck`.
         cache_dir: folder of the embedding cache; None for no cache.
         cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
         cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).
@@ -63,7 +49,7 @@ class SamEncoder(nn.Module):
         ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, another
             `trainable`. For a cache of an encoder that is trained.
         FileNotFoundError: when the checkpoint is not there.
-        ImportError: when SAM 2.1's encoders lack `transformers`.
+        ImportError: when the encoder needs `transformers`, which is not installed.
     """
 
     __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions", "_copies", "_neck"]
@@ -80,9 +66,8 @@ class SamEncoder(nn.Module):
         cache_dtype: str = "float16",
     ) -> None:
         super().__init__()
-        if model_type not in BUILDERS:
-            raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(BUILDERS)}")
-        multiple = size_multiple(model_type)
+        entry = encoder_type(model_type)
+        multiple = entry.size_multiple
         if image_size < multiple or image_size % multiple:
             raise ValueError(f"image_size must be a positive multiple of {multiple}, received {image_size}")
         if not isinstance(trainable, bool) and trainable != "neck":
@@ -98,15 +83,15 @@ class SamEncoder(nn.Module):
         self.model_type = model_type
         self.image_size = image_size
         self.trainable = bool(trainable)  # in part or in whole
-        self.image_encoder = _build(model_type, checkpoint)
-        if isinstance(self.image_encoder, Sam2Encoder):
-            self.image_encoder.scripted_size = image_size
+        self.out_channels = entry.out_channels
+        self.stride = entry.stride
+        self.image_encoder = _build(model_type, checkpoint, image_size)
         self.image_encoder.requires_grad_(trainable is True)
-        self._neck = NECKS.get(model_type, ("neck",)) if trainable == "neck" else ()
+        self._neck = entry.neck if trainable == "neck" else ()
         for part in self._neck:
             self.image_encoder.get_submodule(part).requires_grad_(True)
-        self.pixel_mean = nn.Buffer(torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.pixel_std = nn.Buffer(torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        self.pixel_mean = nn.Buffer(torch.tensor(entry.pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.pixel_std = nn.Buffer(torch.tensor(entry.pixel_std).view(1, 3, 1, 1), persistent=False)
         self.fingerprint = nn.Buffer(torch.zeros(32, dtype=torch.uint8))
         self.cache = None
         if cache_dir is not None:
@@ -126,7 +111,7 @@ class SamEncoder(nn.Module):
             images: Bx3xHxW in 0..255, any height and width.
 
         Returns:
-            embeddings Bx256xhxw, h and w being image_size/16, for `phantom_unet` and SAM 2.1 image_size/4.
+            embeddings BxCxhxw, C being `out_channels`, h and w image_size/`stride`.
         """
         # A single return, because torch.jit.script cannot return from within a `with` block.
         if self.trainable:
@@ -140,7 +125,7 @@ class SamEncoder(nn.Module):
         return embeddings
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Resize images to `image_size` and normalise them by SAM's pixel mean and standard deviation.
+        """Resize images to `image_size` and normalise them by the encoder's pixel mean and standard deviation.
 
         Args:
             images: Bx3xHxW in 0..255.
@@ -242,48 +227,22 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def _build(model_type: str, checkpoint: str | None) -> nn.Module:
+def _build(model_type: str, checkpoint: str | None, image_size: int) -> nn.Module:
     """Build an image encoder with the weights of a checkpoint or, with a warning, random ones of a fixed seed."""
+    entry = encoder_type(model_type)
     with fixed_random_weights():
-        encoder = BUILDERS[model_type]()
+        encoder = entry.build(image_size)
     if checkpoint is None:
         logger.warning(
-            "*** The %s image encoder has RANDOM weights, as no SAM checkpoint was given. ***\n"
+            "*** The %s image encoder has RANDOM weights, as no checkpoint was given.     ***\n"
             "*** It has learned nothing: for real work give --sam_checkpoint a file.      ***",
             model_type,
         )
         return encoder
-    state = _without_unused(read_sam_checkpoint(checkpoint)["image_encoder"], model_type)
-    _check_model_type(state, encoder, model_type, checkpoint)
-    load_part(encoder, "image_encoder", state, path=checkpoint)
+    state = read_checkpoint(checkpoint, page=entry.page)
+    weights = encoder_weights(state, model_type, encoder.state_dict(), path=checkpoint)
+    load_part(encoder, "image_encoder", weights, path=checkpoint)
     return encoder
-
-
-def _without_unused(state: Mapping[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
-    """Return an image encoder's weights without those that its model type does not use."""
-    unused = UNUSED_KEYS.get(model_type, ())
-    return {key: value for key, value in state.items() if key not in unused}
-
-
-def _check_model_type(state: Mapping[str, torch.Tensor], encoder: nn.Module, model_type: str, path: str) -> None:
-    """Raise ValueError if weights do not fit the encoder of a model type, but that of another."""
-    if _shapes(state) == _shapes(encoder.state_dict()):
-        return
-    is_sam2 = any(key.startswith("backbone.") for key in state)
-    for other, build in BUILDERS.items():
-        if (other in SAM2_ARCHITECTURES) != is_sam2:
-            continue  # building them needs a package of their own
-        with torch.device("meta"):
-            expected = build().state_dict()
-        if _shapes(_without_unused(state, other)) == _shapes(expected):
-            raise ValueError(
-                f"{path} is a {other} checkpoint, but model_type is {model_type}: "
-                f"give --model_type {other}, or --sam_checkpoint a {model_type} file"
-            )
-
-
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in state.items()}
 
 
 def _update_fingerprint(encoder: SamEncoder) -> torch.Tensor:
