@@ -85,15 +85,18 @@ class Instance:
         if kind != "encoder" and self.is_of_paper:
             with_encoder = [name for name, entry in known.items() if entry["kind"] == "encoder"]
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
-        has_decoder = model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
-        if self.is_of_paper and "checkpoint" in own.get("head", {}) and not has_decoder:
+        has_decoder = not self.is_of_paper or model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
+        if "checkpoint" in own.get("head", {}) and not has_decoder:
             raise ValueError(
                 f"{network} starts from SAM's mask decoder, which {model_type} lacks: use cnnhead or linearhead"
             )
         if sam_checkpoint is None and model_type not in (types := (SHIPPED_ENCODER, *published)):
+            page = ENCODERS[model_type].page if model_type in ENCODERS else ""
             raise ValueError(
-                f"no published encoder has model_type {model_type!r}: expected one of {', '.join(types)}, or the "
-                "encoder's file; give --sam_checkpoint FILE"
+                f"the file of {model_type} is not downloaded for you: get it from {page}, and give --checkpoint FILE"
+                if page
+                else f"no published encoder has model_type {model_type!r}: expected one of {', '.join(types)}, or the "
+                "encoder's file; give --checkpoint FILE"
             )
         self.tags = {kind, network, cases, shows} | ({"pretrained"} & own.keys())
         layers = [datasets[shows], datasets[cases], of_kind := described["kinds"][kind], of_kind[shows]]
@@ -105,8 +108,13 @@ class Instance:
         self.tags |= metrics.keys()
         side = 176 if hearts and not self.is_of_paper else 256
         self.parts |= {"package_version": components.__version__, "side": str(side), "spatial_shape": [side, side]}
-        if self.is_of_paper:
-            self.parts["encoder_about"] = f"SAM's image encoder ({model_type})"
+        self.parts["encoder_copyright"] = ""
+        if self.is_of_paper and (encoder := ENCODERS.get(model_type)):
+            self.parts |= {
+                "encoder_about": f"{encoder.family}'s image encoder ({model_type})",
+                "encoder_copyright": f"; the encoder's weights: {encoder.licence}",
+                "encoder_licence": f"The encoder's weights: {encoder.licence}. {encoder.terms}".rstrip(),
+            }
         self.tags.add("paper" if self.is_of_paper else "shipped")
         self.model = {"model_type": model_type} | ({"sam_checkpoint": sam_checkpoint} if sam_checkpoint else {})
         if sam_checkpoint is None:

@@ -188,7 +188,7 @@ def test_unknown_networks_and_encoders_are_refused():
         instance("vgg", "acdc")
     with pytest.raises(ValueError, match="unet has no encoder for vit_b: expected one of autosam, cnnhead, linearhead"):
         instance("unet", "acdc", "vit_b")
-    with pytest.raises(ValueError, match=r"no published encoder has model_type 'vit_x'.*give --sam_checkpoint FILE"):
+    with pytest.raises(ValueError, match=r"no published encoder has model_type 'vit_x'.*give --checkpoint FILE"):
         instance("linearhead", "acdc", "vit_x")
 
 

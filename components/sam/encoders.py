@@ -9,8 +9,35 @@ from torch import nn
 
 from components.base.weights import join_keys
 from components.sam.checkpoint import SAM_FORM, is_sam_key, sam_image_encoder
+from components.sam.dino_encoder import (
+    CONVNEXT_MULTIPLE,
+    CONVNEXT_STRIDE,
+    CONVNEXTS,
+    DINO2_PATCH,
+    DINO2_SIZE,
+    DINO3_PATCH,
+    DINO3_SIZE,
+    DINO_FORM,
+    VITS,
+    ConvNextEncoder,
+    Dino2Encoder,
+    Dino3Encoder,
+    convnext_image_encoder,
+    dino2_image_encoder,
+    dino3_image_encoder,
+)
 from components.sam.image_encoder import ARCHITECTURES, EMBEDDING_CHANNELS, PATCH_SIZE, Architecture, ImageEncoder
 from components.sam.sam2_encoder import SAM2_ARCHITECTURES, SIZE_MULTIPLE, Hiera, Sam2Encoder, sam2_image_encoder
+from components.sam.sam3_encoder import (
+    SAM3_FORM,
+    SAM3_MEAN,
+    SAM3_PATCH,
+    SAM3_SIZE,
+    SAM3_STD,
+    Sam3Encoder,
+    Sam3Vit,
+    sam3_image_encoder,
+)
 from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
 from components.sam.unet_encoder import UNetEncoder
 
@@ -99,6 +126,67 @@ def _sam2(name: str, sha256: str) -> EncoderType:
     )
 
 
+def _dino2(size: str, name: str) -> EncoderType:
+    architecture = VITS[size]
+    return EncoderType(
+        family="DINOv2",
+        build=partial(Dino2Encoder, architecture),
+        read=dino2_image_encoder,
+        form=DINO_FORM.format(key="embeddings.position_embeddings"),
+        unused_keys=frozenset({"embeddings.mask_token"}),
+        out_channels=architecture.embed_dim,
+        stride=DINO2_PATCH,
+        size_multiple=DINO2_PATCH,
+        default_size=DINO2_SIZE,
+        neck=(f"layer.{architecture.depth - 1}", "norm"),
+        page=f"https://huggingface.co/facebook/dinov2-{name}",
+    )
+
+
+DINO3_LICENCE = "DINOv3 License"
+DINO3_TERMS = (
+    "The weights of DINOv3 are under Meta's DINOv3 License, which you accept on their page; it goes with every copy."
+)
+
+
+def _dino3(size: str) -> EncoderType:
+    architecture = VITS[size]
+    return EncoderType(
+        family="DINOv3",
+        build=partial(Dino3Encoder, architecture),
+        read=dino3_image_encoder,
+        form=DINO_FORM.format(key="embeddings.register_tokens"),
+        unused_keys=frozenset({"embeddings.mask_token"}),
+        out_channels=architecture.embed_dim,
+        stride=DINO3_PATCH,
+        size_multiple=DINO3_PATCH,
+        default_size=DINO3_SIZE,
+        neck=(f"layer.{architecture.depth - 1}", "norm"),
+        page=f"https://huggingface.co/facebook/dinov3-vit{size}16-pretrain-lvd1689m",
+        licence=DINO3_LICENCE,
+        terms=DINO3_TERMS,
+    )
+
+
+def _convnext(size: str) -> EncoderType:
+    architecture = CONVNEXTS[size]
+    return EncoderType(
+        family="DINOv3",
+        build=partial(ConvNextEncoder, architecture),
+        read=convnext_image_encoder,
+        form=DINO_FORM.format(key="stages.0.downsample_layers.0.weight"),
+        unused_keys=frozenset({"layer_norm.weight", "layer_norm.bias"}),
+        out_channels=sum(architecture.widths),
+        stride=CONVNEXT_STRIDE,
+        size_multiple=CONVNEXT_MULTIPLE,
+        default_size=None,
+        neck=("stages.3",),
+        page=f"https://huggingface.co/facebook/dinov3-convnext-{size}-pretrain-lvd1689m",
+        licence=DINO3_LICENCE,
+        terms=DINO3_TERMS,
+    )
+
+
 # Source of the checksums: micro-sam's registry of Meta's files, and the file that several projects pin for MobileSAM.
 ENCODERS: dict[str, EncoderType] = {
     "vit_b": _sam(
@@ -141,6 +229,28 @@ ENCODERS: dict[str, EncoderType] = {
     ),
     "sam2.1_hiera_large": _sam2(
         "sam2.1_hiera_large", "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"
+    ),
+    "dinov2_vits": _dino2("s", "small"),
+    "dinov2_vitb": _dino2("b", "base"),
+    "dinov2_vitl": _dino2("l", "large"),
+    **{f"dinov3_vit{size}": _dino3(size) for size in VITS},
+    **{f"dinov3_convnext_{size}": _convnext(size) for size in CONVNEXTS},
+    "sam3": EncoderType(
+        family="SAM 3",
+        build=partial(Sam3Encoder, Sam3Vit()),
+        read=sam3_image_encoder,
+        form=SAM3_FORM,
+        stride=SAM3_PATCH,
+        size_multiple=SAM3_PATCH,
+        default_size=SAM3_SIZE,
+        pixel_mean=SAM3_MEAN,
+        pixel_std=SAM3_STD,
+        page="https://huggingface.co/facebook/sam3",
+        licence="SAM License",
+        terms=(
+            "The weights of SAM 3 are under Meta's SAM License, which you accept on their page; it goes with every "
+            "copy and rules out military and similar uses."
+        ),
     ),
 }
 
