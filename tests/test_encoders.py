@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, succeeds
 from PIL import Image
 from torch import nn
 
 from adapt.new import new_bundle
 from adapt.template import Instance
+from autosam.__main__ import main
 from components.networks.heads import CNNHead, LinearHead, ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.sam.defaults import default_checkpoint, default_image_size
@@ -364,7 +361,9 @@ def squares(folder: Path, kind: str) -> Path:
         pytest.param("sam2.1_hiera_tiny", "linearhead", "volumes", 64, marks=pytest.mark.slow),
     ],
 )
-def test_a_new_bundle_trains_evaluates_infers_and_is_packed(model_type, network, kind, image_size, tmp_path):
+def test_a_new_bundle_trains_evaluates_infers_and_is_packed(
+    model_type, network, kind, image_size, tmp_path, capsys, monkeypatch
+):
     from safetensors.torch import save_file
 
     entry = ENCODERS[model_type]
@@ -376,14 +375,12 @@ def test_a_new_bundle_trains_evaluates_infers_and_is_packed(model_type, network,
     image = min((data / "images").iterdir())
 
     def autosam(*arguments: str) -> str:
-        command, environment = (
-            [sys.executable, "-m", "autosam", *arguments],
-            os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        )
-        return succeeds(
-            subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        )
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments])
+        assert not ended.value.code
+        return capsys.readouterr().out
 
+    monkeypatch.chdir(tmp_path)
     said = autosam(
         "new",
         "squares",
