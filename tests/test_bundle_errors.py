@@ -175,7 +175,9 @@ def test_cache_folder_that_is_a_file(phantoms):
 
 
 def test_word_that_is_no_truth_value_is_not_taken_for_true(phantoms):
-    assert "trainable must be True, False or 'neck', received 'false'" in train(phantoms, trainable_encoder="false")
+    assert "trainable must be True, False, 'neck' or 'lora', received 'false'" in train(
+        phantoms, trainable_encoder="false"
+    )
     command = ["monai", "run", "--config_file", str(CONFIGS / "train.json")]
     for option in ("resume", "debug", "include_testing", "largest_component"):
         with pytest.raises(ValueError, match=f"expected True or False, received `--{option} no`"):

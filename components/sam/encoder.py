@@ -1,5 +1,6 @@
 """SAM's image encoder as a module, frozen or trained in part or in whole, with a fingerprint of its weights."""
 
+import copy
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -14,6 +15,13 @@ from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_checkpoint
 from components.sam.encoders import encoder_type, encoder_weights
 from components.sam.image_encoder import with_cast_weights
+from components.sam.low_rank import (
+    add_low_rank_updates,
+    frozen_weights,
+    is_update,
+    merge_low_rank_updates,
+    updated_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +36,9 @@ class SamEncoder(nn.Module):
     A frozen encoder stays in eval mode and runs under `no_grad`. Its `state_dict()` holds only the fingerprint: 32
     bytes that identify the weights, independently of image size and precision. A trainable encoder's `state_dict()`
     holds the weights as well. A state dict with encoder weights must have all of them and the fingerprint of these. A
-    state dict without encoder weights must have the fingerprint of the weights that this encoder has already.
+    state dict without encoder weights must have the fingerprint of the weights that this encoder has already. With
+    `lora`, a `state_dict()` holds the updates and the fingerprint of the frozen weights. Another encoder with these
+    weights takes the updates into its weights when it loads them.
 
     With `cache_dir`, embeddings are read from the cache if this or another run or process has encoded the image before.
     The key is the exact image, the fingerprint of the current weights, `image_size` and precision. New
@@ -40,7 +50,7 @@ class SamEncoder(nn.Module):
         checkpoint: a checkpoint of that type, loaded strictly; None for random weights, the same in every run.
         image_size: side in pixels to which images are resized, a multiple of the type's `size_multiple`.
         trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"). `neck` trains the
-            last layers alone, the type's `neck`.
+            last layers alone, the type's `neck`. `lora` trains low-rank updates of its queries and values.
         cache_dir: folder of the embedding cache; None for no cache.
         cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
         cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).
@@ -52,7 +62,14 @@ class SamEncoder(nn.Module):
         ImportError: when the encoder needs `transformers`, which is not installed.
     """
 
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions", "_copies", "_neck"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = [
+        "cache",
+        "_active_cache",
+        "_versions",
+        "_copies",
+        "_neck",
+        "_before_updates",
+    ]
 
     def __init__(
         self,
@@ -70,10 +87,10 @@ class SamEncoder(nn.Module):
         multiple = entry.size_multiple
         if image_size < multiple or image_size % multiple:
             raise ValueError(f"image_size must be a positive multiple of {multiple}, received {image_size}")
-        if not isinstance(trainable, bool) and trainable != "neck":
+        if not isinstance(trainable, bool) and trainable not in ("neck", "lora"):
             raise ValueError(
-                f"trainable must be True, False or 'neck', received {trainable!r}: write `--trainable_encoder True`, "
-                "False or neck"
+                f"trainable must be True, False, 'neck' or 'lora', received {trainable!r}: "
+                "write `--trainable_encoder True`, False, neck or lora"
             )
         if trainable and cache_dir is not None:
             raise ValueError(
@@ -90,6 +107,10 @@ class SamEncoder(nn.Module):
         self._neck = entry.neck if trainable == "neck" else ()
         for part in self._neck:
             self.image_encoder.get_submodule(part).requires_grad_(True)
+        self._has_updates = trainable == "lora"
+        if self._has_updates:
+            add_low_rank_updates(self.image_encoder, model_type)
+        self._before_updates: dict[str, torch.Tensor] = {}  # weights into which updates of a file have been put
         self.pixel_mean = nn.Buffer(torch.tensor(entry.pixel_mean).view(1, 3, 1, 1), persistent=False)
         self.pixel_std = nn.Buffer(torch.tensor(entry.pixel_std).view(1, 3, 1, 1), persistent=False)
         self.fingerprint = nn.Buffer(torch.zeros(32, dtype=torch.uint8))
@@ -202,11 +223,19 @@ class SamEncoder(nn.Module):
     def train(self, mode: bool = True) -> "SamEncoder":
         """Set the training mode; what is frozen of the image encoder stays in eval mode."""
         super().train(mode)
-        if not self.trainable or self._neck:
+        if not self.trainable or self._neck or self._has_updates:
             self.image_encoder.eval()
         for part in self._neck:
             self.image_encoder.get_submodule(part).train(mode)
         return self
+
+    def __prepare_scriptable__(self) -> "SamEncoder":
+        """Return this encoder for `torch.jit.script`, or a copy whose weights have taken the updates up."""
+        if not self._has_updates:
+            return self
+        merged = copy.deepcopy(self)
+        merge_low_rank_updates(merged.image_encoder)
+        return merged
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -247,14 +276,16 @@ def _build(model_type: str, checkpoint: str | None, image_size: int) -> nn.Modul
 
 def _update_fingerprint(encoder: SamEncoder) -> torch.Tensor:
     """Update and return an encoder's fingerprint; the weights are hashed only if they may have changed."""
-    weights = [*encoder.image_encoder.parameters(), *encoder.image_encoder.buffers()]
+    named = (*encoder.image_encoder.named_parameters(), *encoder.image_encoder.named_buffers())
+    weights = [weight for name, weight in named if not is_update(name)]
     # An in-place change increments a tensor's version, except by a fused optimizer. Weights that were cast to a lower
     # precision keep their fingerprint, which cannot be computed from them any more.
     versions = [(weight.data_ptr(), weight._version) for weight in weights]
     in_fp32 = all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
-    if in_fp32 and (encoder.trainable or versions != encoder._versions):
+    changes = encoder.trainable and not encoder._has_updates
+    if in_fp32 and (changes or versions != encoder._versions):
         with torch.no_grad():
-            encoder.fingerprint.copy_(fingerprint(encoder.image_encoder.state_dict()))
+            encoder.fingerprint.copy_(fingerprint(frozen_weights(encoder.image_encoder.state_dict())))
         encoder._versions = versions
         encoder._copies.clear()
     return encoder.fingerprint
@@ -270,9 +301,10 @@ def _drop_frozen_weights(module: nn.Module, state: dict[str, Any], prefix: str, 
     """Update the fingerprint in a state dict, and remove a frozen encoder's weights from it."""
     assert isinstance(module, SamEncoder)
     _update_fingerprint(module)  # in place, so in the state dict as well
-    if not module.trainable:
+    if not module.trainable or module._has_updates:
         for key in _encoder_weights(state, prefix):
-            del state[f"{prefix}image_encoder.{key}"]
+            if not is_update(key):
+                del state[f"{prefix}image_encoder.{key}"]
 
 
 def _check_fingerprint(
@@ -285,26 +317,48 @@ def _check_fingerprint(
     """
     assert isinstance(module, SamEncoder)
     stored = state.get(f"{prefix}fingerprint")
-    received = _encoder_weights(state, prefix)
-    current = dict(module.image_encoder.state_dict())
+    held = _encoder_weights(state, prefix)
+    updates = {key: value for key, value in held.items() if is_update(key)}
+    received = {key: value for key, value in held.items() if key not in updates}
+    own = dict(module.image_encoder.state_dict())
+    frozen = frozen_weights(own) | module._before_updates
     if received:
-        missing = [f"{prefix}image_encoder.{key}" for key in current if key not in received]
+        if module._has_updates:
+            raise RuntimeError(
+                "the checkpoint holds an encoder of its own, which trainable_encoder lora cannot start from: "
+                "give --trainable_encoder neck or True, or another start"
+            )
+        missing = [f"{prefix}image_encoder.{key}" for key in own if key not in received]
         if missing:
             raise RuntimeError(f"the checkpoint holds the image encoder only in part; missing: {', '.join(missing)}")
         expected, owner = fingerprint(received), "the encoder weights beside it: the checkpoint is damaged"
         state.setdefault(f"{prefix}fingerprint", expected)
     else:
-        expected = _update_fingerprint(module).clone()  # loading writes into the buffer
+        # loading writes into the buffer
+        expected = fingerprint(frozen) if module._before_updates else _update_fingerprint(module).clone()
         owner = (
             f"the {module.model_type} encoder in use: give the --model_type and --sam_checkpoint "
             "that the head was trained with"
         )
-        for key, value in current.items():
-            state[f"{prefix}image_encoder.{key}"] = value
     if stored is not None and not torch.equal(stored.cpu(), expected.cpu()):
         raise RuntimeError(
             f"the checkpoint's encoder fingerprint {_short_hex(stored)} is not {_short_hex(expected)}, that of {owner}"
         )
+    module._before_updates = {}
+    if received:
+        return
+    if updates and not module._has_updates:
+        merged = updated_weights(module.image_encoder, frozen, updates)
+        module._before_updates = {key: frozen[key].clone() for key in merged}  # loading overwrites these
+        own = frozen | merged
+        for key in updates:
+            del state[f"{prefix}image_encoder.{key}"]
+    elif not module._has_updates:
+        own = frozen
+    elif updates:  # all of them: torch reports missing ones
+        own = {key: value for key, value in own.items() if not is_update(key)}
+    for key, value in own.items():
+        state.setdefault(f"{prefix}image_encoder.{key}", value)
 
 
 def _short_hex(value: torch.Tensor) -> str:
