@@ -326,6 +326,20 @@ def test_network_in_onnx_equals_eager(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", SMALL)
+def test_bf16_is_near_fp32_and_embeddings_are_cached(model_type, tmp_path):
+    size = SIZES[model_type][0]
+    encoder = SamEncoder(model_type, image_size=size, cache_dir=str(tmp_path))
+    images = torch.rand(2, 3, size, size) * 255
+    expected = encoder(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings = encoder(images)
+    assert not torch.equal(embeddings, expected)
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    assert torch.equal(encoder(images.flip(0)), expected.flip(0))
+    assert (encoder.cache.hits, encoder.cache.misses) == (2, 4)
+
+
+@pytest.mark.parametrize("model_type", SMALL)
 def test_random_weights_are_the_same_in_every_run_and_said_loudly(model_type, caplog):
     with caplog.at_level(logging.WARNING):
         first, second = (SamEncoder(model_type, image_size=SIZES[model_type][0]) for _ in range(2))
