@@ -14,14 +14,16 @@ from adapt.new import DEFAULT_NETWORK, acdc_bundles, new_bundle
 from adapt.template import SHIPPED_ENCODER, networks
 from autosam.options import command_line
 
+ALIASES = {"encoder": "--model_type", "checkpoint": "--sam_checkpoint"}  # as the knobs of the configs are called
+
 
 def new(
     name: str,
     data: str,
     output_dir: str = "bundles",
     network: str = DEFAULT_NETWORK,
-    model_type: str = SHIPPED_ENCODER,
-    sam_checkpoint: str | None = None,
+    encoder: str = SHIPPED_ENCODER,
+    checkpoint: str | None = None,
     classes: str | None = None,
     turned: str | None = None,
 ) -> None:
@@ -32,8 +34,8 @@ def new(
         data: folder of dataset.json, images and labels, or of ACDC's layout.
         output_dir: where the bundle's folder is made.
         network: unet, or a head: cnnhead, linearhead, autosam.
-        model_type: encoder of a head: vit_b, ...
-        sam_checkpoint: file of the encoder, such as SAM's, MobileSAM's, MedSAM's, micro-sam's.
+        encoder: encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ...; the knob model_type of the configs.
+        checkpoint: its file, or the folder of the Hugging Face Hub; the knob sam_checkpoint of the configs.
         classes: names of the classes, in the order of the labels' values: a,b.
         turned: True or False, whether images may be mirrored and turned; by default the classes decide.
 
@@ -48,8 +50,8 @@ def new(
         data,
         output_dir,
         network=network,
-        model_type=model_type,
-        sam_checkpoint=sam_checkpoint,
+        model_type=encoder,
+        sam_checkpoint=checkpoint,
         classes=classes,
         turned=known[turned],
     )
@@ -69,7 +71,7 @@ def bundles() -> None:
 def main() -> None:
     """Run the command line."""
     try:
-        command_line(__doc__, new, bundles, positional=("name",))(prog_name="adapt")
+        command_line(__doc__, new, bundles, positional=("name",), aliases=ALIASES)(prog_name="adapt")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -17,7 +17,9 @@ from autosam.folders import DATA_FILE
 from components.data.acdc import CLASS_NAMES
 from components.data.custom_data import LARGEST_CANVAS, patch_side
 from components.sam.checkpoint import weights_file
+from components.sam.defaults import default_image_size
 from components.sam.encoder import SamEncoder
+from components.sam.encoders import ENCODERS, SAM_SIZE
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_NETWORK = "unet"
@@ -43,8 +45,8 @@ def new_bundle(
         output_dir: where the bundle's folder is made.
         network: `autosam`, `cnnhead`, `linearhead` or `unet`.
         model_type: the encoder below a head.
-        sam_checkpoint: file of that encoder, or for SAM 2.1 a folder of the Hugging Face Hub with its
-            `model.safetensors`; None for the published one in the bundle's `models` folder.
+        sam_checkpoint: file of that encoder, or a folder of the Hugging Face Hub with its `model.safetensors`;
+            None for the published one in the bundle's `models` folder.
         classes: names of the classes with commas between them, in the order of the labels' values; None for those of
             the data.
         turned: whether images are mirrored and turned; None to decide by the classes.
@@ -64,12 +66,15 @@ def new_bundle(
         raise FileExistsError(f"{bundle} already exists: remove it, or choose another name")
     sam_checkpoint = None if sam_checkpoint is None else weights_file(sam_checkpoint)
     if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
-        raise FileNotFoundError(f"there is no SAM checkpoint {sam_checkpoint}: give --sam_checkpoint FILE")
+        page = ENCODERS[model_type].page if model_type in ENCODERS else ""
+        raise FileNotFoundError(
+            f"there is no encoder checkpoint {sam_checkpoint}: give --checkpoint FILE{page and f', from {page}'}"
+        )
     file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100
     encoder: dict[str, Any] = {"model_type": model_type, "sam_checkpoint": file}
     Instance(network, cases="custom", hearts=False, **encoder)  # checks the arguments before the data are read
     if sam_checkpoint is not None:
-        SamEncoder(model_type, sam_checkpoint)
+        SamEncoder(model_type, sam_checkpoint, default_image_size(model_type, crop_size=SAM_SIZE))
     folder = Path(os.path.abspath(data))  # noqa: PTH100  # symbolic links stay in the path
     names = None if classes is None else [each.strip() for each in classes.split(",")]
     combined = bundle.with_name(f"{name}_data")
@@ -89,6 +94,7 @@ def new_bundle(
         said.append(
             f"{SHIPPED_ENCODER} was trained on hearts only: train its neck along with the head (configs/neck.json)"
         )
+    said += filter(None, [ENCODERS[model_type].terms])
     instance = Instance(network, cases="custom", hearts=hearts, **encoder, texts=_texts(name, description, said))
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=f".{name}_") as partial:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import components
-from components.sam.checkpoint import CHECKPOINT_FILES
-from components.sam.defaults import PHANTOM_UNET as SHIPPED_ENCODER
-from components.sam.sam2_encoder import SAM2_ARCHITECTURES
+from components.sam.encoders import ENCODERS, published_encoders
+from components.sam.encoders import PHANTOM_UNET as SHIPPED_ENCODER
 
 FOLDER = Path(__file__).parent / "template"
 WIDTH, LIST_ITEM_WIDTH = 120, 250  # columns; a transform or handler in a list is kept on one line
@@ -38,8 +37,10 @@ def networks() -> dict[str, Parts]:
 
 def encoders() -> dict[str, dict[str, str]]:
     """Return file name, address and SHA-256 of each published encoder, by model type."""
-    facts = _read("networks.json")["encoders"]
-    return {name: {"file": file, **facts[name]} for name, file in CHECKPOINT_FILES.items()}
+    return {
+        name: {"file": str(entry.file), "url": entry.url, "sha256": entry.sha256}
+        for name, entry in published_encoders().items()
+    }
 
 
 def knob_meanings() -> dict[str, list[str]]:
@@ -84,14 +85,18 @@ class Instance:
         if kind != "encoder" and self.is_of_paper:
             with_encoder = [name for name, entry in known.items() if entry["kind"] == "encoder"]
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
-        if model_type in SAM2_ARCHITECTURES and "checkpoint" in own.get("head", {}):
+        has_decoder = not self.is_of_paper or model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
+        if "checkpoint" in own.get("head", {}) and not has_decoder:
             raise ValueError(
                 f"{network} starts from SAM's mask decoder, which {model_type} lacks: use cnnhead or linearhead"
             )
         if sam_checkpoint is None and model_type not in (types := (SHIPPED_ENCODER, *published)):
+            page = ENCODERS[model_type].page if model_type in ENCODERS else ""
             raise ValueError(
-                f"no published encoder has model_type {model_type!r}: expected one of {', '.join(types)}, or the "
-                "encoder's file; give --sam_checkpoint FILE"
+                f"the file of {model_type} is not downloaded for you: get it from {page}, and give --checkpoint FILE"
+                if page
+                else f"no published encoder has model_type {model_type!r}: expected one of {', '.join(types)}, or the "
+                "encoder's file; give --checkpoint FILE"
             )
         self.tags = {kind, network, cases, shows} | ({"pretrained"} & own.keys())
         layers = [datasets[shows], datasets[cases], of_kind := described["kinds"][kind], of_kind[shows]]
@@ -104,8 +109,13 @@ class Instance:
         largest = 256 if self.is_of_paper else self.parts.get("largest_patch", 256)
         side = 176 if hearts and not self.is_of_paper else largest
         self.parts |= {"package_version": components.__version__, "side": str(side), "spatial_shape": [side, side]}
-        if self.is_of_paper:
-            self.parts["encoder_about"] = f"SAM's image encoder ({model_type})"
+        self.parts["encoder_copyright"] = ""
+        if self.is_of_paper and (encoder := ENCODERS.get(model_type)):
+            self.parts |= {
+                "encoder_about": f"{encoder.family}'s image encoder ({model_type})",
+                "encoder_copyright": f"; the encoder's weights: {encoder.licence}",
+                "encoder_licence": f"The encoder's weights: {encoder.licence}. {encoder.terms}".rstrip(),
+            }
         self.tags.add("paper" if self.is_of_paper else "shipped")
         self.model = {"model_type": model_type} | ({"sam_checkpoint": sam_checkpoint} if sam_checkpoint else {})
         if sam_checkpoint is None:

@@ -67,15 +67,19 @@ def new(
     folder: Annotated[Path, Argument(help="dataset.json, images and labels, or ACDC's layout")],
     output: Annotated[Path, Option("--output", "-o", help="where the bundle's folder is made")] = Path(),
     network: Annotated[str, Option(help="unet, or a head: cnnhead, linearhead, autosam")] = "unet",
-    model_type: Annotated[str, Option(help="encoder of a head: vit_b, ...")] = "phantom_unet",
-    sam_checkpoint: Annotated[str | None, Option(help="file of the encoder, such as SAM's")] = None,
+    encoder: Annotated[
+        str, Option("--encoder", "--model_type", help="encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ...")
+    ] = "phantom_unet",
+    checkpoint: Annotated[
+        str | None, Option("--checkpoint", "--sam_checkpoint", help="its file, or the folder of the Hugging Face Hub")
+    ] = None,
     classes: Annotated[str | None, Option(help="names of the classes, in the order of their values: a,b")] = None,
     turned: Annotated[str | None, Option(help="True or False: whether images may be mirrored and turned")] = None,
 ) -> None:
     """Make a bundle for your own labelled images."""
     from adapt.__main__ import new as make
 
-    make(name, str(folder), str(output), network, model_type, sam_checkpoint, classes, turned)
+    make(name, str(folder), str(output), network, encoder, checkpoint, classes, turned)
 
 
 @command("autosam train unet_acdc --data /data/ACDC --labelled 5", knobs=True)

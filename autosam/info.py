@@ -11,8 +11,7 @@ import components
 from autosam.folders import MODEL, SHIPPED, is_bundle
 from autosam.worth import WORTH
 from components.base.precision import has_native_bf16
-from components.sam.checkpoint import CHECKPOINT_FILES
-from components.sam.defaults import PHANTOM_UNET
+from components.sam.encoders import PHANTOM_UNET, published_encoders
 
 _PACKAGES = ("torch", "monai", "segment-anything", "nibabel")
 
@@ -33,13 +32,11 @@ def describe() -> str:
     if own := [path for path in sorted(Path().iterdir()) if path.is_dir() and is_bundle(path)]:
         lines += ["", "bundles in this folder:"]
         lines += [f"  {path.name}  {'trained' if (path / MODEL).is_file() else 'not trained'}" for path in own]
-    found = {kind: [path for path in _models(own) if path.name == file] for kind, file in CHECKPOINT_FILES.items()}
     lines += ["", "encoders:", f"  {PHANTOM_UNET}  comes with the package"]
-    lines += [
-        f"  {kind:{len(PHANTOM_UNET)}}  "
-        + (str(paths[0]) if paths else f"not found: expected {CHECKPOINT_FILES[kind]} in models of a bundle")
-        for kind, paths in found.items()
-    ]
+    for name, entry in published_encoders().items():
+        paths = [path for path in _models(own) if path.name == entry.file]
+        found = str(paths[0]) if paths else f"not found: expected {entry.file} in models of a bundle"
+        lines.append(f"  {name:{len(PHANTOM_UNET)}}  {found}")
     return "\n".join(lines)
 
 

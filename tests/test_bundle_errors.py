@@ -134,7 +134,7 @@ def test_volume_of_no_use(phantoms, change, message):
 def test_no_sam_checkpoint(phantoms):
     nowhere = str(phantoms.parent / "sam_vit_b_01ec64.pth")
     message = train(phantoms, model_type="vit_b", sam_checkpoint=nowhere)
-    assert f"no SAM checkpoint at {nowhere}" in message
+    assert f"no encoder checkpoint at {nowhere}" in message
     assert "download_large_files" in message
 
 
@@ -175,7 +175,9 @@ def test_cache_folder_that_is_a_file(phantoms):
 
 
 def test_word_that_is_no_truth_value_is_not_taken_for_true(phantoms):
-    assert "trainable must be True, False or 'neck', received 'false'" in train(phantoms, trainable_encoder="false")
+    assert "trainable must be True, False, 'neck' or 'lora', received 'false'" in train(
+        phantoms, trainable_encoder="false"
+    )
     command = ["monai", "run", "--config_file", str(CONFIGS / "train.json")]
     for option in ("resume", "debug", "include_testing", "largest_component"):
         with pytest.raises(ValueError, match=f"expected True or False, received `--{option} no`"):

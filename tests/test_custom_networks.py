@@ -309,12 +309,12 @@ def test_what_takes_another_encoder_is_whole_and_trains_for_120_epochs_or_the_st
         (
             {"network": "cnnhead", "model_type": "vit_x"},
             ValueError,
-            "no published encoder has model_type 'vit_x': expected one of phantom_unet, vit_b.* --sam_checkpoint FILE",
+            "no published encoder has model_type 'vit_x': expected one of phantom_unet, vit_b.* --checkpoint FILE",
         ),
         (
             {"network": "cnnhead", "model_type": "vit_b", "sam_checkpoint": "gone.pth"},
             FileNotFoundError,
-            "there is no SAM checkpoint gone.pth: give --sam_checkpoint FILE",
+            "there is no encoder checkpoint gone.pth: give --checkpoint FILE, from https://github.com",
         ),
     ],
     ids=["unknown network", "no encoder", "unknown encoder", "no file"],

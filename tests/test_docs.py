@@ -21,7 +21,7 @@ from PIL import Image
 from test_architecture import COMPONENTS, SUB_PACKAGES, imported_sub_packages
 from torch.distributed.run import get_args_parser
 
-from adapt.__main__ import bundles, new
+from adapt.__main__ import ALIASES, bundles, new
 from adapt.new import new_bundle
 from adapt.template import SHIPPED_ENCODER, networks
 from autosam.__main__ import app
@@ -45,7 +45,7 @@ PAGES = [
 APART = (REPOSITORY / "docs/lab_notes.md", REPOSITORY / "docs/encoders.md")
 LANGUAGES = {"bash", "json", "python", "text"}
 OUR_COMMANDS = {
-    "adapt": command_line(None, new, bundles, positional=("name",)),
+    "adapt": command_line(None, new, bundles, positional=("name",), aliases=ALIASES),
     "autosam": app,
     "release": command_line(None, build),
     "serving": command_line(None, serve),
@@ -152,7 +152,10 @@ class Shell:
         name, options, knobs = understood(OUR_COMMANDS[package], arguments)
         assert (REPOSITORY / (options.get("config") or options.get("grid") or ".")).exists()
         if name == "new":
-            self.made[options["name"]] = self.adapt_new(options["network"], options["model_type"])
+            is_at_hand = options["checkpoint"] is None  # else the file of another encoder stands for it
+            self.made[options["name"]] = self.adapt_new(
+                options["network"], options["encoder"] if is_at_hand else SHIPPED_ENCODER
+            )
         elif package == "autosam" and options.get("bundle") and name != "serve":
             bundle = Path(options["bundle"]).name
             folder = self.made.get(bundle, REPOSITORY / "bundles" / bundle)

@@ -49,7 +49,7 @@ def changed_encoder(model_type: str, image_size: int = 64) -> SamEncoder:
 def test_default_checkpoint_is_the_published_one_or_comes_with_the_package():
     assert default_checkpoint("a/models", "vit_b") == "a/models/sam_vit_b_01ec64.pth"
     assert default_checkpoint("a/models", "phantom_unet") == pretrained_file("phantom_unet.pth")
-    with pytest.raises(ValueError, match=r"no published SAM checkpoint has model_type 'vit_tiny'.*--sam_checkpoint"):
+    with pytest.raises(ValueError, match=r"no published checkpoint has model_type 'vit_tiny'.*--sam_checkpoint"):
         default_checkpoint("a/models", "vit_tiny")
 
 
@@ -180,7 +180,7 @@ def test_checkpoint_derived_from_vit_b_becomes_that_encoder(small_vit_b, tmp_pat
 
 def test_missing_transformers_is_said_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"SAM 2.1 need transformers 5 or later: pip install .*\[encoders\]"):
+    with pytest.raises(ImportError, match=r"SAM 2.1 need transformers 5.24 or later: pip install .*\[encoders\]"):
         SamEncoder(SAM2, image_size=64)
 
 

@@ -326,7 +326,7 @@ def test_model_needs_its_bundle_its_file_and_its_encoder(tmp_path):
         build(str(tmp_path), bundle="linearhead_acdc", model="nothing.pt")
     with pytest.raises(RuntimeError) as caught:
         build(str(tmp_path), model_type="vit_b", bundle="linearhead_acdc", model=head)
-    assert "no SAM checkpoint at" in messages_of(caught.value)
+    assert "no encoder checkpoint at" in messages_of(caught.value)
     assert not any(tmp_path.iterdir())
 
 

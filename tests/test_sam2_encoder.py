@@ -18,7 +18,8 @@ from torch import nn
 from adapt.new import new_bundle
 from adapt.template import Instance
 from components.networks.heads import ViTHead
-from components.sam.encoder import PIXEL_MEAN, PIXEL_STD, SamEncoder
+from components.sam.encoder import SamEncoder
+from components.sam.encoders import IMAGENET_MEAN, IMAGENET_STD
 from components.sam.sam2_encoder import SAM2_ARCHITECTURES, Sam2Encoder
 
 pytest.importorskip("transformers", reason="needs pip install -c constraints.txt -e '.[encoders]'")
@@ -167,7 +168,7 @@ def test_checkpoint_is_loaded(form, encoder, tmp_path):
     assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
     images = torch.rand(1, 3, 64, 64) * 255
     with torch.no_grad():
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         torch.testing.assert_close(loaded(images), encoder((images - mean) / std))
     other = SamEncoder(TINY, path, image_size=96)
     assert torch.equal(other.state_dict()["fingerprint"], loaded.state_dict()["fingerprint"])
@@ -191,7 +192,7 @@ def test_files_that_do_not_fit_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match=r"model.safetensors is not a readable checkpoint"):
         SamEncoder(TINY, str(tmp_path), image_size=64)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no SAM checkpoint at .*/empty/model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no encoder checkpoint at .*/empty/model.safetensors"):
         SamEncoder(TINY, str(tmp_path / "empty"), image_size=64)
 
 
@@ -204,7 +205,7 @@ def test_image_sizes_other_than_multiples_of_32_are_refused(image_size):
 def test_sams_decoder_is_refused(encoder, tmp_path):
     path = save_metas(encoder.state_dict(), tmp_path)
     with pytest.raises(
-        ValueError, match="is of SAM 2, whose mask decoder is not SAM's: use the CNN head or the linear"
+        ValueError, match=r"is of SAM 2\.1, which lacks SAM's mask decoder: use the CNN head or the linear"
     ):
         ViTHead(4, path)
     with pytest.raises(ValueError, match=f"autosam starts from SAM's mask decoder, which {TINY} lacks: use cnnhead"):

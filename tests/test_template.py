@@ -188,7 +188,7 @@ def test_unknown_networks_and_encoders_are_refused():
         instance("vgg", "acdc")
     with pytest.raises(ValueError, match="unet has no encoder for vit_b: expected one of autosam, cnnhead, linearhead"):
         instance("unet", "acdc", "vit_b")
-    with pytest.raises(ValueError, match=r"no published encoder has model_type 'vit_x'.*give --sam_checkpoint FILE"):
+    with pytest.raises(ValueError, match=r"no published encoder has model_type 'vit_x'.*give --checkpoint FILE"):
         instance("linearhead", "acdc", "vit_x")
 
 
@@ -449,8 +449,9 @@ def description_of_hearts() -> dict:
 def repository(tmp_path_factory) -> Path:
     """A copy of the repository, with spoiled files, to which the head of CONTRIBUTING.md has been added as it says."""
     root = tmp_path_factory.mktemp("repository")
-    ignored = shutil.ignore_patterns("models", "eval", "demo", "export", "embeddings", "__pycache__")
+    outputs = ("models", "eval", "demo", "export", "embeddings")
     for name in ("bundles", "components", "adapt", "autosam", "release"):
+        ignored = shutil.ignore_patterns("__pycache__", *(outputs if name == "bundles" else ()))
         shutil.copytree(REPOSITORY / name, root / name, ignore=ignored)
     (root / "docs").mkdir()
     for name in ("constraints.txt", "LICENSE", "docs/knobs.md"):

@@ -1,4 +1,4 @@
-"""Prompt-free prediction heads, each from SAM's image embeddings Bx256xhxw to raw logits BxCx4hx4w.
+"""Prompt-free prediction heads, each from image embeddings, SAM's Bx256xhxw, to raw logits BxCx4hx4w.
 
 Source: paper section 3.2. Where a head differs from the authors' code, its class says so.
 """
@@ -10,7 +10,7 @@ from torch import nn
 
 from components.sam.decoder import build_decoder
 from components.sam.image_encoder import EMBEDDING_CHANNELS
-from components.sam.layers import TokenUpscale, image_of_tokens
+from components.sam.layers import LayerNorm2d, TokenUpscale, image_of_tokens
 
 TOKEN_NOISE_SEED = 0
 SAM_TOKEN_NOISE = 0.02
@@ -103,16 +103,20 @@ class CNNHead(nn.Sequential):
     Args:
         out_channels: number of classes C, background included.
         depth: number of stages k, at least 2; the first has 64 * 2^k channels, each further one half as many.
+        in_channels: channels of the embeddings; a point-wise convolution and a norm first make 256 of any other number.
 
     Raises:
         ValueError: if `depth` is below 2.
     """
 
-    def __init__(self, out_channels: int, depth: int = 4) -> None:
+    def __init__(self, out_channels: int, depth: int = 4, in_channels: int = EMBEDDING_CHANNELS) -> None:
         if depth < 2:
             raise ValueError(f"depth must be at least 2 (two stages upscale by 2 each), received {depth}")
         width = 64 * 2**depth
-        layers: list[nn.Module] = [*_conv_relu(EMBEDDING_CHANNELS, width, 1), *_conv_relu(width, width, 1)]
+        layers: list[nn.Module] = []
+        if in_channels != EMBEDDING_CHANNELS:
+            layers += [nn.Conv2d(in_channels, EMBEDDING_CHANNELS, kernel_size=1), LayerNorm2d(EMBEDDING_CHANNELS)]
+        layers += [*_conv_relu(EMBEDDING_CHANNELS, width, 1), *_conv_relu(width, width, 1)]
         for stage in range(depth):
             if stage < depth - 2:
                 layers += [*_conv_relu(width, width, 3), *_conv_relu(width, width // 2, 3)]
@@ -132,10 +136,15 @@ class LinearHead(nn.Sequential):
 
     Args:
         out_channels: number of classes C, background included.
+        in_channels: channels of the embeddings; a point-wise layer and a norm first make 256 of any other number.
     """
 
-    def __init__(self, out_channels: int) -> None:
+    def __init__(self, out_channels: int, in_channels: int = EMBEDDING_CHANNELS) -> None:
+        layers: list[nn.Module] = []
+        if in_channels != EMBEDDING_CHANNELS:
+            layers += [nn.Linear(in_channels, EMBEDDING_CHANNELS), nn.LayerNorm(EMBEDDING_CHANNELS, eps=1e-6)]
         super().__init__(
+            *layers,
             TokenUpscale(EMBEDDING_CHANNELS, 64),
             nn.LayerNorm(64, eps=1e-6),
             nn.GELU(),

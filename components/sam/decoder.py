@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from components.sam.checkpoint import load_part, read_sam_checkpoint
+from components.sam.checkpoint import load_part, read_checkpoint, sam_image_encoder, sam_parts
+from components.sam.encoders import family_of
 from components.sam.image_encoder import EMBEDDING_CHANNELS, PATCH_SIZE
 from components.sam.layers import TokenUpscale
 from components.sam.segment_anything_import import import_from_segment_anything
@@ -44,12 +45,14 @@ def build_decoder(*, image_size: int = 1024, on_tokens: bool = False, checkpoint
         EMBEDDING_CHANNELS, (grid, grid), (image_size, image_size), mask_in_chans=16
     )
     if checkpoint is not None:
-        parts = read_sam_checkpoint(checkpoint)
-        if "backbone.pos_embed" in parts["image_encoder"]:
+        state = read_checkpoint(checkpoint)
+        family = family_of(state)
+        if family is not None and family.read is not sam_image_encoder:
             raise ValueError(
-                f"{checkpoint} is of SAM 2, whose mask decoder is not SAM's: "
+                f"{checkpoint} is of {family.family}, which lacks SAM's mask decoder: "
                 "use the CNN head or the linear head on this encoder"
             )
+        parts = sam_parts(state, path=checkpoint)
         load_part(decoder, "mask_decoder", parts["mask_decoder"], path=checkpoint)
         load_part(prompts, "prompt_encoder", parts["prompt_encoder"], path=checkpoint)
     return decoder, prompts

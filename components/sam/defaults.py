@@ -4,12 +4,7 @@ import math
 from pathlib import Path
 
 from components.pretrained import pretrained_file
-from components.sam.checkpoint import CHECKPOINT_FILES
-from components.sam.image_encoder import PATCH_SIZE
-from components.sam.sam2_encoder import SAM2_ARCHITECTURES, SIZE_MULTIPLE
-
-PHANTOM_UNET = "phantom_unet"  # the encoder that comes with the package
-SAM_SIZE = 1024
+from components.sam.encoders import ENCODERS, PHANTOM_UNET, encoder_type, published_encoders
 
 
 def default_checkpoint(models_dir: str, model_type: str) -> str:
@@ -17,28 +12,25 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
 
     Args:
         models_dir: the bundle's `models` folder.
-        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` or one of SAM 2.1, whose published file belongs there; or
-            `phantom_unet`, which comes with the package.
+        model_type: one whose published file belongs there, or `phantom_unet`, which comes with the package.
 
     Returns:
         the path, whether or not a published file is there.
 
     Raises:
-        ValueError: if the model type has no published checkpoint.
+        ValueError: if the model type has no file that anyone can download.
     """
     if model_type == PHANTOM_UNET:
         return pretrained_file(f"{PHANTOM_UNET}.pth")
-    if model_type not in CHECKPOINT_FILES:
+    published = published_encoders()
+    if model_type not in published:
+        page = ENCODERS[model_type].page if model_type in ENCODERS else ""
         raise ValueError(
-            f"no published SAM checkpoint has model_type {model_type!r} (published: {', '.join(CHECKPOINT_FILES)}): "
-            "give --sam_checkpoint a file, or '$None' for an encoder with random weights"
+            f"no published checkpoint has model_type {model_type!r} (published: {', '.join(published)}): "
+            + (f"get its file from {page} and " if page else "")
+            + "give --sam_checkpoint a file, or '$None' for an encoder with random weights"
         )
-    return str(Path(models_dir) / CHECKPOINT_FILES[model_type])
-
-
-def size_multiple(model_type: str) -> int:
-    """Return the number of pixels of which the side of an encoder's images is a multiple."""
-    return SIZE_MULTIPLE if model_type in SAM2_ARCHITECTURES else PATCH_SIZE
+    return str(Path(models_dir) / str(published[model_type].file))
 
 
 def default_image_size(model_type: str, crop_size: int) -> int:
@@ -49,11 +41,12 @@ def default_image_size(model_type: str, crop_size: int) -> int:
         crop_size: side of the images, in pixels.
 
     Returns:
-        1024 for SAM's encoders, with tokens of 16x16 pixels. For `phantom_unet`, with tokens of 4x4 pixels, the images'
-        own side, rounded up to a multiple of 16. On hippocampi of 40 pixels, enlarging by 1.5 gave the same validation
-        Dice, and by 3 a lower one. For SAM 2.1, with tokens of 4x4 pixels too, rounded up to a multiple of 32.
+        the side at which the encoder was trained, such as 1024 for SAM's encoders. For those with tokens of 4x4 pixels,
+        the images' own side, rounded up to the encoder's multiple. With `phantom_unet` on hippocampi of 40 pixels,
+        enlarging by 1.5 gave the same validation Dice, and by 3 a lower one.
+
+    Raises:
+        ValueError: if there is no such encoder.
     """
-    if model_type != PHANTOM_UNET and model_type not in SAM2_ARCHITECTURES:
-        return SAM_SIZE
-    multiple = size_multiple(model_type)
-    return multiple * math.ceil(crop_size / multiple)
+    entry = encoder_type(model_type)
+    return entry.default_size or entry.size_multiple * math.ceil(crop_size / entry.size_multiple)

@@ -1,9 +1,9 @@
 """SAM's image encoder as a module, frozen or trained in part or in whole, with a fingerprint of its weights."""
 
+import copy
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,25 +12,18 @@ from torch import nn
 
 from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
-from components.sam.checkpoint import load_part, read_sam_checkpoint
-from components.sam.defaults import size_multiple
-from components.sam.image_encoder import ARCHITECTURES, ImageEncoder, with_cast_weights
-from components.sam.sam2_encoder import SAM2_ARCHITECTURES, Sam2Encoder
-from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
-from components.sam.unet_encoder import UNetEncoder
+from components.sam.checkpoint import load_part, read_checkpoint
+from components.sam.encoders import encoder_type, encoder_weights
+from components.sam.image_encoder import with_cast_weights
+from components.sam.low_rank import (
+    add_low_rank_updates,
+    frozen_weights,
+    is_update,
+    merge_low_rank_updates,
+    updated_weights,
+)
 
 logger = logging.getLogger(__name__)
-
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    **{name: partial(ImageEncoder, architecture) for name, architecture in ARCHITECTURES.items()},
-    "vit_t": TinyViT,
-    "phantom_unet": UNetEncoder,
-    **{name: partial(Sam2Encoder, architecture) for name, architecture in SAM2_ARCHITECTURES.items()},
-}
-NECKS = {"phantom_unet": ("up_4", "neck")}  # what makes embeddings of the last block's features, if not `neck` alone
-UNUSED_KEYS = {"vit_t": CLASSIFIER_KEYS}  # of published checkpoints, which no forward pass uses: left out when loading
 
 
 class SamEncoder(nn.Module):
@@ -38,10 +31,14 @@ class SamEncoder(nn.Module):
 
     Source: paper section 3.1. Differs: pixels are normalised as SAM does, which the authors' code leaves out.
 
+    Embeddings have `out_channels` channels, and a token for `stride` x `stride` pixels.
+
     A frozen encoder stays in eval mode and runs under `no_grad`. Its `state_dict()` holds only the fingerprint: 32
     bytes that identify the weights, independently of image size and precision. A trainable encoder's `state_dict()`
     holds the weights as well. A state dict with encoder weights must have all of them and the fingerprint of these. A
-    state dict without encoder weights must have the fingerprint of the weights that this encoder has already.
+    state dict without encoder weights must have the fingerprint of the weights that this encoder has already. With
+    `lora`, a `state_dict()` holds the updates and the fingerprint of the frozen weights. Another encoder with these
+    weights takes the updates into its weights when it loads them.
 
     With `cache_dir`, embeddings are read from the cache if this or another run or process has encoded the image before.
     The key is the exact image, the fingerprint of the current weights, `image_size` and precision. New
@@ -49,12 +46,11 @@ class SamEncoder(nn.Module):
     only the last blank image is cached. When scripted, traced or exported, the encoder runs without cache, in fp32.
 
     Args:
-        model_type: `vit_b`, `vit_l`, `vit_h`, `vit_t` (MobileSAM's), `vit_tiny`, `phantom_unet`, or one of SAM 2.1:
-            `sam2.1_hiera_tiny`, `sam2.1_hiera_small`, `sam2.1_hiera_base_plus`, `sam2.1_hiera_large`.
-        checkpoint: a SAM checkpoint of that type, loaded strictly; None for random weights, the same in every run.
-        image_size: side in pixels to which images are resized, a multiple of 16, for SAM 2.1 of 32.
+        model_type: a key of `components.sam.encoders.ENCODERS`, such as `vit_b`.
+        checkpoint: a checkpoint of that type, loaded strictly; None for random weights, the same in every run.
+        image_size: side in pixels to which images are resized, a multiple of the type's `size_multiple`.
         trainable: whether the encoder's weights are trained too (the paper's "AutoSAM (ft all)"). `neck` trains the
-            last layers alone: SAM's neck, SAM 2.1's feature pyramid, or the last stage of `phantom_unet`.
+            last layers alone, the type's `neck`. `lora` trains low-rank updates of its queries and values.
         cache_dir: folder of the embedding cache; None for no cache.
         cache_gb: maximum size of this folder in units of 10^9 bytes; once it is reached, nothing is added.
         cache_dtype: type of cached values, `float16` or `float32` (twice the space, no rounding).
@@ -63,10 +59,17 @@ class SamEncoder(nn.Module):
         ValueError: for an unknown model type, an impossible image size, a checkpoint that does not fit, another
             `trainable`. For a cache of an encoder that is trained.
         FileNotFoundError: when the checkpoint is not there.
-        ImportError: when SAM 2.1's encoders lack `transformers`.
+        ImportError: when the encoder needs `transformers`, which is not installed.
     """
 
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["cache", "_active_cache", "_versions", "_copies", "_neck"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = [
+        "cache",
+        "_active_cache",
+        "_versions",
+        "_copies",
+        "_neck",
+        "_before_updates",
+    ]
 
     def __init__(
         self,
@@ -80,15 +83,14 @@ class SamEncoder(nn.Module):
         cache_dtype: str = "float16",
     ) -> None:
         super().__init__()
-        if model_type not in BUILDERS:
-            raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(BUILDERS)}")
-        multiple = size_multiple(model_type)
+        entry = encoder_type(model_type)
+        multiple = entry.size_multiple
         if image_size < multiple or image_size % multiple:
             raise ValueError(f"image_size must be a positive multiple of {multiple}, received {image_size}")
-        if not isinstance(trainable, bool) and trainable != "neck":
+        if not isinstance(trainable, bool) and trainable not in ("neck", "lora"):
             raise ValueError(
-                f"trainable must be True, False or 'neck', received {trainable!r}: write `--trainable_encoder True`, "
-                "False or neck"
+                f"trainable must be True, False, 'neck' or 'lora', received {trainable!r}: "
+                "write `--trainable_encoder True`, False, neck or lora"
             )
         if trainable and cache_dir is not None:
             raise ValueError(
@@ -98,15 +100,19 @@ class SamEncoder(nn.Module):
         self.model_type = model_type
         self.image_size = image_size
         self.trainable = bool(trainable)  # in part or in whole
-        self.image_encoder = _build(model_type, checkpoint)
-        if isinstance(self.image_encoder, Sam2Encoder):
-            self.image_encoder.scripted_size = image_size
+        self.out_channels = entry.out_channels
+        self.stride = entry.stride
+        self.image_encoder = _build(model_type, checkpoint, image_size)
         self.image_encoder.requires_grad_(trainable is True)
-        self._neck = NECKS.get(model_type, ("neck",)) if trainable == "neck" else ()
+        self._neck = entry.neck if trainable == "neck" else ()
         for part in self._neck:
             self.image_encoder.get_submodule(part).requires_grad_(True)
-        self.pixel_mean = nn.Buffer(torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.pixel_std = nn.Buffer(torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
+        self._has_updates = trainable == "lora"
+        if self._has_updates:
+            add_low_rank_updates(self.image_encoder, model_type)
+        self._before_updates: dict[str, torch.Tensor] = {}  # weights into which updates of a file have been put
+        self.pixel_mean = nn.Buffer(torch.tensor(entry.pixel_mean).view(1, 3, 1, 1), persistent=False)
+        self.pixel_std = nn.Buffer(torch.tensor(entry.pixel_std).view(1, 3, 1, 1), persistent=False)
         self.fingerprint = nn.Buffer(torch.zeros(32, dtype=torch.uint8))
         self.cache = None
         if cache_dir is not None:
@@ -126,7 +132,7 @@ class SamEncoder(nn.Module):
             images: Bx3xHxW in 0..255, any height and width.
 
         Returns:
-            embeddings Bx256xhxw, h and w being image_size/16, for `phantom_unet` and SAM 2.1 image_size/4.
+            embeddings BxCxhxw, C being `out_channels`, h and w image_size/`stride`.
         """
         # A single return, because torch.jit.script cannot return from within a `with` block.
         if self.trainable:
@@ -140,7 +146,7 @@ class SamEncoder(nn.Module):
         return embeddings
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Resize images to `image_size` and normalise them by SAM's pixel mean and standard deviation.
+        """Resize images to `image_size` and normalise them by the encoder's pixel mean and standard deviation.
 
         Args:
             images: Bx3xHxW in 0..255.
@@ -217,11 +223,19 @@ class SamEncoder(nn.Module):
     def train(self, mode: bool = True) -> "SamEncoder":
         """Set the training mode; what is frozen of the image encoder stays in eval mode."""
         super().train(mode)
-        if not self.trainable or self._neck:
+        if not self.trainable or self._neck or self._has_updates:
             self.image_encoder.eval()
         for part in self._neck:
             self.image_encoder.get_submodule(part).train(mode)
         return self
+
+    def __prepare_scriptable__(self) -> "SamEncoder":
+        """Return this encoder for `torch.jit.script`, or a copy whose weights have taken the updates up."""
+        if not self._has_updates:
+            return self
+        merged = copy.deepcopy(self)
+        merge_low_rank_updates(merged.image_encoder)
+        return merged
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -242,60 +256,36 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def _build(model_type: str, checkpoint: str | None) -> nn.Module:
+def _build(model_type: str, checkpoint: str | None, image_size: int) -> nn.Module:
     """Build an image encoder with the weights of a checkpoint or, with a warning, random ones of a fixed seed."""
+    entry = encoder_type(model_type)
     with fixed_random_weights():
-        encoder = BUILDERS[model_type]()
+        encoder = entry.build(image_size)
     if checkpoint is None:
         logger.warning(
-            "*** The %s image encoder has RANDOM weights, as no SAM checkpoint was given. ***\n"
+            "*** The %s image encoder has RANDOM weights, as no checkpoint was given.     ***\n"
             "*** It has learned nothing: for real work give --sam_checkpoint a file.      ***",
             model_type,
         )
         return encoder
-    state = _without_unused(read_sam_checkpoint(checkpoint)["image_encoder"], model_type)
-    _check_model_type(state, encoder, model_type, checkpoint)
-    load_part(encoder, "image_encoder", state, path=checkpoint)
+    state = read_checkpoint(checkpoint, page=entry.page)
+    weights = encoder_weights(state, model_type, encoder.state_dict(), path=checkpoint)
+    load_part(encoder, "image_encoder", weights, path=checkpoint)
     return encoder
-
-
-def _without_unused(state: Mapping[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
-    """Return an image encoder's weights without those that its model type does not use."""
-    unused = UNUSED_KEYS.get(model_type, ())
-    return {key: value for key, value in state.items() if key not in unused}
-
-
-def _check_model_type(state: Mapping[str, torch.Tensor], encoder: nn.Module, model_type: str, path: str) -> None:
-    """Raise ValueError if weights do not fit the encoder of a model type, but that of another."""
-    if _shapes(state) == _shapes(encoder.state_dict()):
-        return
-    is_sam2 = any(key.startswith("backbone.") for key in state)
-    for other, build in BUILDERS.items():
-        if (other in SAM2_ARCHITECTURES) != is_sam2:
-            continue  # building them needs a package of their own
-        with torch.device("meta"):
-            expected = build().state_dict()
-        if _shapes(_without_unused(state, other)) == _shapes(expected):
-            raise ValueError(
-                f"{path} is a {other} checkpoint, but model_type is {model_type}: "
-                f"give --model_type {other}, or --sam_checkpoint a {model_type} file"
-            )
-
-
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in state.items()}
 
 
 def _update_fingerprint(encoder: SamEncoder) -> torch.Tensor:
     """Update and return an encoder's fingerprint; the weights are hashed only if they may have changed."""
-    weights = [*encoder.image_encoder.parameters(), *encoder.image_encoder.buffers()]
+    named = (*encoder.image_encoder.named_parameters(), *encoder.image_encoder.named_buffers())
+    weights = [weight for name, weight in named if not is_update(name)]
     # An in-place change increments a tensor's version, except by a fused optimizer. Weights that were cast to a lower
     # precision keep their fingerprint, which cannot be computed from them any more.
     versions = [(weight.data_ptr(), weight._version) for weight in weights]
     in_fp32 = all(weight.dtype == torch.float32 for weight in weights if weight.is_floating_point())
-    if in_fp32 and (encoder.trainable or versions != encoder._versions):
+    changes = encoder.trainable and not encoder._has_updates
+    if in_fp32 and (changes or versions != encoder._versions):
         with torch.no_grad():
-            encoder.fingerprint.copy_(fingerprint(encoder.image_encoder.state_dict()))
+            encoder.fingerprint.copy_(fingerprint(frozen_weights(encoder.image_encoder.state_dict())))
         encoder._versions = versions
         encoder._copies.clear()
     return encoder.fingerprint
@@ -311,9 +301,10 @@ def _drop_frozen_weights(module: nn.Module, state: dict[str, Any], prefix: str, 
     """Update the fingerprint in a state dict, and remove a frozen encoder's weights from it."""
     assert isinstance(module, SamEncoder)
     _update_fingerprint(module)  # in place, so in the state dict as well
-    if not module.trainable:
+    if not module.trainable or module._has_updates:
         for key in _encoder_weights(state, prefix):
-            del state[f"{prefix}image_encoder.{key}"]
+            if not is_update(key):
+                del state[f"{prefix}image_encoder.{key}"]
 
 
 def _check_fingerprint(
@@ -326,26 +317,48 @@ def _check_fingerprint(
     """
     assert isinstance(module, SamEncoder)
     stored = state.get(f"{prefix}fingerprint")
-    received = _encoder_weights(state, prefix)
-    current = dict(module.image_encoder.state_dict())
+    held = _encoder_weights(state, prefix)
+    updates = {key: value for key, value in held.items() if is_update(key)}
+    received = {key: value for key, value in held.items() if key not in updates}
+    own = dict(module.image_encoder.state_dict())
+    frozen = frozen_weights(own) | module._before_updates
     if received:
-        missing = [f"{prefix}image_encoder.{key}" for key in current if key not in received]
+        if module._has_updates:
+            raise RuntimeError(
+                "the checkpoint holds an encoder of its own, which trainable_encoder lora cannot start from: "
+                "give --trainable_encoder neck or True, or another start"
+            )
+        missing = [f"{prefix}image_encoder.{key}" for key in own if key not in received]
         if missing:
             raise RuntimeError(f"the checkpoint holds the image encoder only in part; missing: {', '.join(missing)}")
         expected, owner = fingerprint(received), "the encoder weights beside it: the checkpoint is damaged"
         state.setdefault(f"{prefix}fingerprint", expected)
     else:
-        expected = _update_fingerprint(module).clone()  # loading writes into the buffer
+        # loading writes into the buffer
+        expected = fingerprint(frozen) if module._before_updates else _update_fingerprint(module).clone()
         owner = (
             f"the {module.model_type} encoder in use: give the --model_type and --sam_checkpoint "
             "that the head was trained with"
         )
-        for key, value in current.items():
-            state[f"{prefix}image_encoder.{key}"] = value
     if stored is not None and not torch.equal(stored.cpu(), expected.cpu()):
         raise RuntimeError(
             f"the checkpoint's encoder fingerprint {_short_hex(stored)} is not {_short_hex(expected)}, that of {owner}"
         )
+    module._before_updates = {}
+    if received:
+        return
+    if updates and not module._has_updates:
+        merged = updated_weights(module.image_encoder, frozen, updates)
+        module._before_updates = {key: frozen[key].clone() for key in merged}  # loading overwrites these
+        own = frozen | merged
+        for key in updates:
+            del state[f"{prefix}image_encoder.{key}"]
+    elif not module._has_updates:
+        own = frozen
+    elif updates:  # all of them: torch reports missing ones
+        own = {key: value for key, value in own.items() if not is_update(key)}
+    for key, value in own.items():
+        state.setdefault(f"{prefix}image_encoder.{key}", value)
 
 
 def _short_hex(value: torch.Tensor) -> str:

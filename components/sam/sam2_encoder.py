@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from components.sam.image_encoder import EMBEDDING_CHANNELS
+from components.sam.transformers_encoder import TransformersEncoder, import_transformers
 
 SIZE_MULTIPLE = 32  # of images, in pixels: three poolings after patches of 4x4
 
@@ -44,7 +44,7 @@ _RENAMED = (  # from Meta's names to those of `transformers`, which stay as they
 )
 
 
-class Sam2Encoder(nn.Module):
+class Sam2Encoder(TransformersEncoder):
     """An image encoder of SAM 2.1: its trunk Hiera and its feature pyramid, from pixels to embeddings at stride 4.
 
     Source: paper of SAM 2, appendix D.1. Differs: SAM 2 adds coarser features to those at stride 16 only, so that its
@@ -53,21 +53,17 @@ class Sam2Encoder(nn.Module):
 
     Args:
         architecture: hyperparameters of the trunk.
+        image_size: side in pixels of the images that a script takes.
 
     Raises:
         ImportError: if `transformers` is not installed.
     """
 
-    def __init__(self, architecture: Hiera) -> None:
-        super().__init__()
-        try:
-            from transformers import Sam2HieraDetConfig, Sam2VisionConfig, Sam2VisionModel
-        except ImportError as error:
-            raise ImportError(
-                "the encoders of SAM 2.1 need transformers 5 or later: pip install 'autosam-bundles[encoders]'"
-            ) from error
+    def __init__(self, architecture: Hiera, image_size: int = SIZE_MULTIPLE) -> None:
+        super().__init__(image_size)
+        transformers = import_transformers("SAM 2.1")
         widths = [architecture.embed_dim * 2**stage for stage in range(4)]
-        trunk = Sam2HieraDetConfig(
+        trunk = transformers.Sam2HieraDetConfig(
             hidden_size=architecture.embed_dim,
             num_attention_heads=architecture.num_heads,
             embed_dim_per_stage=widths,
@@ -77,12 +73,11 @@ class Sam2Encoder(nn.Module):
             window_size_per_stage=list(architecture.windows),
             window_positional_embedding_background_size=[architecture.background_size] * 2,
         )
-        config = Sam2VisionConfig(
+        config = transformers.Sam2VisionConfig(
             backbone_config=trunk, backbone_channel_list=widths[::-1], fpn_hidden_size=EMBEDDING_CHANNELS
         )
-        model = Sam2VisionModel(config)
+        model = transformers.Sam2VisionModel(config)
         self.backbone, self.neck = model.backbone, model.neck
-        self.scripted_size = SIZE_MULTIPLE  # side of the images that a script takes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Encode normalised images.
@@ -99,12 +94,6 @@ class Sam2Encoder(nn.Module):
         for project, features in zip(others, reversed(finer), strict=True):
             embeddings = project(features.permute(0, 3, 1, 2)) + F.interpolate(embeddings, scale_factor=2.0)
         return embeddings
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return a trace for `torch.jit.script`, which cannot read the code of `transformers`."""
-        weight = next(self.parameters())
-        images = torch.zeros(2, 3, self.scripted_size, self.scripted_size, dtype=weight.dtype, device=weight.device)
-        return torch.jit.trace(self, images, check_trace=False)
 
 
 def sam2_image_encoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,4 +113,4 @@ def sam2_image_encoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
             for pattern, replacement in _RENAMED:
                 name = pattern.sub(replacement, name)
             weights[name] = value
-    return weights
+    return weights if "backbone.pos_embed" in weights else {}
