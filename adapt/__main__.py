@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from adapt.new import DEFAULT_NETWORK, acdc_bundles, new_bundle
-from adapt.template import SHIPPED_ENCODER, networks
+from adapt.template import networks
 from autosam.options import command_line
 
 ALIASES = {"encoder": "--model_type", "checkpoint": "--sam_checkpoint"}  # as the knobs of the configs are called
@@ -22,7 +22,7 @@ def new(
     data: str,
     output_dir: str = "bundles",
     network: str = DEFAULT_NETWORK,
-    encoder: str = SHIPPED_ENCODER,
+    encoder: str | None = None,
     checkpoint: str | None = None,
     classes: str | None = None,
     turned: str | None = None,
@@ -34,7 +34,7 @@ def new(
         data: folder of dataset.json, images and labels, or of ACDC's layout.
         output_dir: where the bundle's folder is made.
         network: unet, or a head: cnnhead, linearhead, autosam.
-        encoder: encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ...; the knob model_type of the configs.
+        encoder: encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ...; by default a shipped one.
         checkpoint: its file, or the folder of the Hugging Face Hub; the knob sam_checkpoint of the configs.
         classes: names of the classes, in the order of the labels' values: a,b.
         turned: True or False, whether images may be mirrored and turned; by default the classes decide.

@@ -19,10 +19,11 @@ from components.data.custom_data import LARGEST_CANVAS, patch_side
 from components.sam.checkpoint import weights_file
 from components.sam.defaults import default_image_size
 from components.sam.encoder import SamEncoder
-from components.sam.encoders import ENCODERS, SAM_SIZE
+from components.sam.encoders import ENCODERS, GENERAL_UNET, SAM_SIZE
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_NETWORK = "unet"
+OF_ANY_ENCODER = ("cnnhead", "linearhead")  # networks that need nothing of SAM but embeddings
 
 
 def new_bundle(
@@ -31,7 +32,7 @@ def new_bundle(
     output_dir: str | os.PathLike[str] = "bundles",
     *,
     network: str = DEFAULT_NETWORK,
-    model_type: str = SHIPPED_ENCODER,
+    model_type: str | None = None,
     sam_checkpoint: str | None = None,
     classes: str | None = None,
     turned: bool | None = None,
@@ -44,7 +45,8 @@ def new_bundle(
             `<name>_data` beside the bundle, see `adapt.layouts.combine_masks`.
         output_dir: where the bundle's folder is made.
         network: `autosam`, `cnnhead`, `linearhead` or `unet`.
-        model_type: the encoder below a head.
+        model_type: the encoder below a head; None for what comes with the package, for pictures `general_unet` below
+            `cnnhead` and `linearhead`, else `phantom_unet`.
         sam_checkpoint: file of that encoder, or a folder of the Hugging Face Hub with its `model.safetensors`;
             None for the published one in the bundle's `models` folder.
         classes: names of the classes with commas between them, in the order of the labels' values; None for those of
@@ -70,11 +72,12 @@ def new_bundle(
         raise FileNotFoundError(
             f"there is no encoder checkpoint {sam_checkpoint}: give --checkpoint FILE{page and f', from {page}'}"
         )
+    chosen = model_type or SHIPPED_ENCODER
     file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100
-    encoder: dict[str, Any] = {"model_type": model_type, "sam_checkpoint": file}
+    encoder: dict[str, Any] = {"model_type": chosen, "sam_checkpoint": file}
     Instance(network, cases="custom", hearts=False, **encoder)  # checks the arguments before the data are read
     if sam_checkpoint is not None:
-        SamEncoder(model_type, sam_checkpoint, default_image_size(model_type, crop_size=SAM_SIZE))
+        SamEncoder(chosen, sam_checkpoint, default_image_size(chosen, crop_size=SAM_SIZE))
     folder = Path(os.path.abspath(data))  # noqa: PTH100  # symbolic links stay in the path
     names = None if classes is None else [each.strip() for each in classes.split(",")]
     combined = bundle.with_name(f"{name}_data")
@@ -90,11 +93,16 @@ def new_bundle(
     hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
     if hearts:
         said.append("RV, Myo and LV: training starts from weights learned on heart phantoms, and mixes phantoms in")
-    elif network != DEFAULT_NETWORK and model_type == SHIPPED_ENCODER and sam_checkpoint is None:
+    elif network in OF_ANY_ENCODER and model_type is None and description["pictures"]:
+        encoder["model_type"] = GENERAL_UNET
+        said.append(
+            f"training starts from weights learned on random shapes, and trains the encoder, {GENERAL_UNET}, too"
+        )
+    elif network != DEFAULT_NETWORK and chosen == SHIPPED_ENCODER and sam_checkpoint is None:
         said.append(
             f"{SHIPPED_ENCODER} was trained on hearts only: train its neck along with the head (configs/neck.json)"
         )
-    said += filter(None, [ENCODERS[model_type].terms])
+    said += filter(None, [ENCODERS[chosen].terms])
     instance = Instance(network, cases="custom", hearts=hearts, **encoder, texts=_texts(name, description, said))
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=f".{name}_") as partial:

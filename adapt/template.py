@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import components
-from components.sam.encoders import ENCODERS, published_encoders
+from components.sam.encoders import ENCODERS, GENERAL_UNET, SHIPPED, published_encoders
 from components.sam.encoders import PHANTOM_UNET as SHIPPED_ENCODER
 
 FOLDER = Path(__file__).parent / "template"
@@ -57,7 +57,7 @@ class Instance:
         network: name of a network.
         cases: `acdc` for a folder in ACDC's layout, `custom` for the cases in `data.json`.
         hearts: whether the classes are RV, Myo and LV, for which phantoms and pretrained weights exist.
-        model_type: the encoder; any but the shipped one makes the paper's recipe, `sam.json`, the bundle's default.
+        model_type: the encoder; any that does not ship makes the paper's recipe, `sam.json`, the bundle's default.
         sam_checkpoint: path of the encoder's file; None for the path at which `download_large_files` stores SAM's.
         texts: further parts for documents and metadata.
 
@@ -81,8 +81,9 @@ class Instance:
             raise ValueError(f"unknown network {network!r}: expected one of {', '.join(known)}")
         own, published = known[network], encoders()
         kind, shows = own["kind"], "hearts" if hearts else "any"
-        self.is_of_paper = model_type != SHIPPED_ENCODER or sam_checkpoint is not None
-        if kind != "encoder" and self.is_of_paper:
+        self.is_of_paper = model_type not in SHIPPED or sam_checkpoint is not None
+        is_general = model_type == GENERAL_UNET and not self.is_of_paper
+        if kind != "encoder" and (self.is_of_paper or is_general):
             with_encoder = [name for name, entry in known.items() if entry["kind"] == "encoder"]
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
         has_decoder = not self.is_of_paper or model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
@@ -90,7 +91,7 @@ class Instance:
             raise ValueError(
                 f"{network} starts from SAM's mask decoder, which {model_type} lacks: use cnnhead or linearhead"
             )
-        if sam_checkpoint is None and model_type not in (types := (SHIPPED_ENCODER, *published)):
+        if sam_checkpoint is None and model_type not in (types := (*SHIPPED, *published)):
             page = ENCODERS[model_type].page if model_type in ENCODERS else ""
             raise ValueError(
                 f"the file of {model_type} is not downloaded for you: get it from {page}, and give --checkpoint FILE"
@@ -100,8 +101,11 @@ class Instance:
             )
         self.tags = {kind, network, cases, shows} | ({"pretrained"} & own.keys())
         layers = [datasets[shows], datasets[cases], of_kind := described["kinds"][kind], of_kind[shows]]
-        self.parts: Parts = {}
-        for layer in (*layers, own, own.get(shows, {}), _of_head(own), texts or {}):
+        if is_general:
+            layers.append(described["kinds"]["general"])
+        self.parts: Parts = {"shipped_encoder": SHIPPED_ENCODER if self.is_of_paper else model_type}
+        of_general = own.get("general", {}) if is_general else {}
+        for layer in (*layers, own, own.get(shows, {}), of_general, _of_head(own), texts or {}):
             self.parts |= layer
         metrics = own.get("eval_metrics", {}) if cases == "acdc" and not self.is_of_paper else {}
         self.parts |= {"eval_metrics": metrics, **{name: f"{value:.3f}" for name, value in metrics.items()}}
@@ -116,7 +120,7 @@ class Instance:
                 "encoder_copyright": f"; the encoder's weights: {encoder.licence}",
                 "encoder_licence": f"The encoder's weights: {encoder.licence}. {encoder.terms}".rstrip(),
             }
-        self.tags.add("paper" if self.is_of_paper else "shipped")
+        self.tags.add("paper" if self.is_of_paper else "general" if is_general else "shipped")
         self.model = {"model_type": model_type} | ({"sam_checkpoint": sam_checkpoint} if sam_checkpoint else {})
         if sam_checkpoint is None:
             facts = published[model_type if self.is_of_paper else "vit_b"]

@@ -68,8 +68,9 @@ def new(
     output: Annotated[Path, Option("--output", "-o", help="where the bundle's folder is made")] = Path(),
     network: Annotated[str, Option(help="unet, or a head: cnnhead, linearhead, autosam")] = "unet",
     encoder: Annotated[
-        str, Option("--encoder", "--model_type", help="encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ...")
-    ] = "phantom_unet",
+        str | None,
+        Option("--encoder", "--model_type", help="encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ..."),
+    ] = None,
     checkpoint: Annotated[
         str | None, Option("--checkpoint", "--sam_checkpoint", help="its file, or the folder of the Hugging Face Hub")
     ] = None,

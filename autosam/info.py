@@ -11,7 +11,8 @@ import components
 from autosam.folders import MODEL, SHIPPED, is_bundle
 from autosam.worth import WORTH
 from components.base.precision import has_native_bf16
-from components.sam.encoders import PHANTOM_UNET, published_encoders
+from components.sam.encoders import SHIPPED as SHIPPED_ENCODERS
+from components.sam.encoders import published_encoders
 
 _PACKAGES = ("torch", "monai", "segment-anything", "nibabel")
 
@@ -32,11 +33,12 @@ def describe() -> str:
     if own := [path for path in sorted(Path().iterdir()) if path.is_dir() and is_bundle(path)]:
         lines += ["", "bundles in this folder:"]
         lines += [f"  {path.name}  {'trained' if (path / MODEL).is_file() else 'not trained'}" for path in own]
-    lines += ["", "encoders:", f"  {PHANTOM_UNET}  comes with the package"]
+    width = max(map(len, SHIPPED_ENCODERS))
+    lines += ["", "encoders:", *(f"  {name:{width}}  comes with the package" for name in SHIPPED_ENCODERS)]
     for name, entry in published_encoders().items():
         paths = [path for path in _models(own) if path.name == entry.file]
         found = str(paths[0]) if paths else f"not found: expected {entry.file} in models of a bundle"
-        lines.append(f"  {name:{len(PHANTOM_UNET)}}  {found}")
+        lines.append(f"  {name:{width}}  {found}")
     return "\n".join(lines)
 
 

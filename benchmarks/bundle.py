@@ -10,6 +10,7 @@ from torch import nn
 from adapt.template import networks
 from benchmarks.settings import Settings
 from components.phantom.dataset import write_phantom_dataset
+from components.sam.image_encoder import EMBEDDING_CHANNELS
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -92,6 +93,7 @@ class StoredEmbeddings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.current = torch.empty(0)
+        self.out_channels = EMBEDDING_CHANNELS
 
     def forward(self, _: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of the current batch."""

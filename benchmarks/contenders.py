@@ -201,6 +201,7 @@ class ReferenceEncoder(nn.Module):
         weights = encoder.image_encoder.state_dict()
         self.image_encoder = segment_anything_encoder(encoder.model_type, weights, image_size=encoder.image_size)
         self.preprocess = encoder.preprocess
+        self.out_channels = encoder.out_channels
         self.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

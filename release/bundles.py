@@ -17,6 +17,7 @@ import components
 from adapt.template import KNOBS_LINK, SHIPPED_ENCODER, Instance, knob_meanings, networks, readme_table, with_values
 from autosam.folders import DATA_FILE, MODEL
 from autosam.folders import SHIPPED as BUNDLES
+from components.sam.encoders import SHIPPED as SHIPPED_ENCODERS
 from release.archives import FILE_LIMIT
 
 REPOSITORY = Path(__file__).parents[1]
@@ -192,7 +193,7 @@ def set_values(config: Path, values: dict[str, Any]) -> None:
 
 def _copy_bundle(source: Path, root: Path) -> None:
     """Copy a bundle's files, without files of editors and outputs of runs."""
-    is_shipped = json.loads((source / "configs/train.json").read_text()).get("model_type") == SHIPPED_ENCODER
+    is_shipped = json.loads((source / "configs/train.json").read_text()).get("model_type") in SHIPPED_ENCODERS
     encoder = () if is_shipped else ("large_files.yml",)  # else the zoo would download SAM's file without need
     patterns = ("LICENSE", *encoder, "configs/[!.]*", "docs/[!.]*")
     for path in (path for pattern in patterns for path in source.glob(pattern) if path.is_file()):

@@ -26,7 +26,10 @@ from adapt.__main__ import main
 from adapt.new import new_bundle
 from adapt.template import networks
 from components.base.volume_metadata import case_name
+from components.networks.heads import LinearHead
 from components.networks.onnx_network import OnnxNetwork
+from components.networks.prompt_free_sam import PromptFreeSam
+from components.networks.trained_with import decode_record
 from components.pretrained import pretrained_file
 from components.sam.checkpoint import read_sam_checkpoint
 from components.sam.encoder import SamEncoder
@@ -72,7 +75,7 @@ def labels(folder: Path, image: str | Path) -> np.ndarray:
 def encoder_of(model_type: str, request: pytest.FixtureRequest, folder: Path) -> dict[str, str]:
     """The options for an encoder, with a file of random weights for one that does not come with the package."""
     if model_type == SHIPPED:
-        return {}
+        return {"model_type": SHIPPED}
     if model_type == VIT_B:
         return {"model_type": VIT_B, "sam_checkpoint": request.getfixturevalue("sam_checkpoint")}
     state = SamEncoder(model_type).image_encoder.state_dict()
@@ -110,6 +113,37 @@ def test_a_head_on_ones_own_data_trains_evaluates_and_infers(tmp_path, request, 
     assert record["pictures"] == (kind != "volumes")
 
 
+@pytest.mark.parametrize("network", ["linearhead", "cnnhead"])
+def test_a_head_on_pictures_trains_the_general_encoder_along(tmp_path, network):
+    bundle = bundle_of(tmp_path, network, "greys")
+    start = parsed(bundle, "train").get_parsed_content("start_checkpoint")
+    assert start == (pretrained_file("general_linear_head.pt") if network == "linearhead" else None)
+    run("training", bundle, "train", **QUICK)
+    state = torch.load(bundle / "models/model.pt", weights_only=True)
+    assert len([key for key in state if key.startswith("encoder.image_encoder.")]) > 60
+    (case,) = parsed(bundle, "train", "evaluate", is_silent=True).get_parsed_content("test#data")
+    run("evaluating", bundle, "train", "evaluate", is_silent=True)
+    run("inferring", bundle, "inference", dataset_dir=case["image"], output_dir=str(tmp_path / "out"))
+    assert np.array_equal(labels(tmp_path / "out", case["image"]), labels(bundle / "eval", case["image"]))
+
+
+def test_every_class_of_pictures_starts_as_an_object_of_any_kind():
+    encoder = SamEncoder("general_unet", pretrained_file("general_unet.pth"), 64)
+    file = pretrained_file("general_linear_head.pt")
+    objects, own = (
+        PromptFreeSam(
+            encoder, LinearHead(classes), "fp32", start_checkpoint=file, trained_with={"class_names": names}
+        ).eval()
+        for classes, names in ((2, ["object"]), (4, ["a", "b", "c"]))
+    )
+    images = torch.rand(1, 3, 64, 64) * 255
+    with torch.no_grad():
+        expected, logits = objects(images), own(images)
+    assert torch.allclose(logits[:, :1], expected[:, :1], atol=1e-4)
+    assert torch.allclose(logits[:, 1:], expected[:, 1:].expand(-1, 3, -1, -1), atol=1e-4)
+    assert decode_record(own.get_buffer("trained_with")) == {"class_names": ["a", "b", "c"]}
+
+
 @pytest.mark.parametrize("kind", ["volumes", "greys"])
 def test_embeddings_of_all_views_are_looked_up_once_they_have_been_shown(tmp_path, caplog, kind):
     caplog.set_level("INFO", "components.embeddings.cache")
@@ -122,6 +156,8 @@ def test_embeddings_of_all_views_are_looked_up_once_they_have_been_shown(tmp_pat
             "is_silent": False,
             "batch_size": 2,
             "test_time_views": 1,
+            "planes": 1,
+            "trainable_encoder": False,
             "seed": run_number,
         }
         run("training", bundle, "train", **options, output_dir=str(tmp_path / "eval"))
@@ -136,10 +172,10 @@ def test_what_trains_the_encoder_along_shows_fresh_views_and_keeps_no_embedding(
     assert [given.get_parsed_content(knob) for knob in ("views", "cache_dir")] == [0, None]
     overlay = () if trainable is True else ("neck",)
     options = {} if overlay else {"trainable_encoder": True}
-    run("training", bundle, "train", *overlay, **QUICK, **options)
+    run("training", bundle, "train", *overlay, **QUICK, **options, start_checkpoint="$None")
     assert not (tmp_path / "embeddings").exists()
     trained_encoder = torch.load(bundle / "models/model.pt", weights_only=True)
-    shipped = read_sam_checkpoint(pretrained_file("phantom_unet.pth"))["image_encoder"]
+    shipped = read_sam_checkpoint(pretrained_file("general_unet.pth"))["image_encoder"]
     changed = [
         key for key, value in shipped.items() if not torch.equal(trained_encoder[f"encoder.image_encoder.{key}"], value)
     ]
@@ -309,7 +345,7 @@ def test_what_takes_another_encoder_is_whole_and_trains_for_120_epochs_or_the_st
         (
             {"network": "cnnhead", "model_type": "vit_x"},
             ValueError,
-            "no published encoder has model_type 'vit_x': expected one of phantom_unet, vit_b.* --checkpoint FILE",
+            "no published encoder has model_type 'vit_x': expected one of phantom_unet, general.* --checkpoint FILE",
         ),
         (
             {"network": "cnnhead", "model_type": "vit_b", "sam_checkpoint": "gone.pth"},
@@ -365,7 +401,7 @@ def test_the_command_line_makes_a_bundle_of_a_network_and_says_what_it_refuses(t
         adapt("--model_type", "vit_b")
     said = adapt("--network", "linearhead")
     assert "the network is linearhead; --network also takes autosam, cnnhead, unet" in said
-    assert "phantom_unet was trained on hearts only: train its neck along" in said
+    assert "training starts from weights learned on random shapes, and trains the encoder, general_unet, too" in said
     target = json.loads((tmp_path / "cells/configs/train.json").read_text())["network_def"]["head"]["_target_"]
     assert target == "components.networks.LinearHead"
 

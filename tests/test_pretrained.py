@@ -35,7 +35,13 @@ def test_files_are_those_of_the_record_and_small_enough_to_ship(record):
     for name, digest in record["sha256"].items():
         assert hashlib.sha256(Path(pretrained_file(name)).read_bytes()).hexdigest() == digest, name
     shipped = [path for path in Path(pretrained_file(ENCODER)).parent.iterdir() if path.suffix in (".pt", ".pth")]
-    assert {path.name for path in shipped} == {*record["sha256"], "unet.pt", "shape_unet.pt"}
+    assert {path.name for path in shipped} == {
+        *record["sha256"],
+        "unet.pt",
+        "shape_unet.pt",
+        "general_unet.pth",
+        "general_linear_head.pt",
+    }
     sizes = [path.stat().st_size for path in shipped]
     assert max(sizes) < 25e6 and sum(sizes) < 40e6
 

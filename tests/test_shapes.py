@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, assert_readme_explains_knobs
+from scipy.ndimage import binary_erosion
 
+from components.networks.heads import LinearHead
+from components.networks.prompt_free_sam import PromptFreeSam
 from components.networks.trained_with import decode_record
 from components.networks.unet import GreyUNet
 from components.phantom.shapes import random_shapes
 from components.pretrained import pretrained_file
 from components.pretraining import shape_stream
 from components.pretraining.shape_stream import ShapeStream
+from components.sam.encoder import SamEncoder
 
 BUNDLE = REPOSITORY / "bundles" / "shape_unet"
 TINY = {"width": 4, "patch_size": 32, "batch_size": 2, "steps_per_epoch": 2, "epochs": 2}
@@ -67,11 +71,11 @@ def test_a_killed_training_ends_in_the_weights_of_an_uninterrupted_one(trained, 
     whole = torch.load(trained / "model.pt", weights_only=True)
     drawn = []
 
-    def draw_until_killed(size, rng):
+    def draw_until_killed(size, rng, **kinds):
         drawn.append(size)
         if len(drawn) == 7:  # in the second epoch of two batches of two
             raise KeyboardInterrupt
-        return random_shapes(size, rng)
+        return random_shapes(size, rng, **kinds)
 
     monkeypatch.setattr(shape_stream, "random_shapes", draw_until_killed)
     with pytest.raises(KeyboardInterrupt):
@@ -114,6 +118,36 @@ def test_what_comes_with_the_package_knows_objects_that_it_has_not_seen():
         predicted = network(batch["image"]).argmax(1, keepdim=True)
     overlap = (predicted * batch["label"]).sum()
     assert 2 * overlap / (predicted.sum() + batch["label"].sum()) > 0.8
+
+
+def test_the_general_encoder_knows_objects_and_tubes_that_it_has_not_seen():
+    encoder = SamEncoder("general_unet", pretrained_file("general_unet.pth"), 128)
+    network = PromptFreeSam(encoder, LinearHead(2), start_checkpoint=pretrained_file("general_linear_head.pt")).eval()
+    batch = next(iter(ShapeStream(24, seed=20230613, size=128, tubes=True)))
+    with torch.no_grad():
+        predicted = network(batch["image"]).argmax(1, keepdim=True)
+    overlap = (predicted * batch["label"]).sum()
+    assert 2 * overlap / (predicted.sum() + batch["label"].sum()) > 0.8
+
+
+def test_pictures_with_tubes_hold_thin_objects_and_neighbouring_slices():
+    drawn = [random_shapes(64, np.random.default_rng(seed), tubes=True) for seed in range(60)]
+    thin = [label.sum() for _, label in drawn if label.any() and not binary_erosion(label, iterations=2).any()]
+    assert len(thin) > 5
+    grey = sum((image[0] == image[1]).all() for image, _ in drawn)
+    assert 8 < grey < 30
+
+
+def test_the_encoders_overlay_trains_and_exports_an_encoder_and_its_head(tmp_path):
+    config = [str(BUNDLE / f"configs/{name}.json") for name in ("train", "encoder")]
+    folders = {"bundle_root": str(BUNDLE), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path / "eval")}
+    options = {key: value for key, value in TINY.items() if key != "width"} | folders
+    monai.bundle.run("training", config_file=config, **options)
+    monai.bundle.run("exporting", config_file=config, **options, export_dir=str(tmp_path / "export"))
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {"general_unet.pth", "general_linear_head.pt"}
+    encoder = SamEncoder("general_unet", str(tmp_path / "export/general_unet.pth"), 32)
+    start = str(tmp_path / "export/general_linear_head.pt")
+    assert PromptFreeSam(encoder, LinearHead(3), start_checkpoint=start)(torch.zeros(1, 3, 32, 32)).shape[1] == 3
 
 
 def test_readme_explains_the_knobs():

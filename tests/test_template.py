@@ -431,7 +431,7 @@ def test_a_head_of_one_block_has_bundles_of_every_kind(kind, model_type, tmp_pat
         parser.update({"cache_dir": None, "model_type": "vit_tiny", "sam_checkpoint": None, "crop_size": 64})
         parser.update({"canvas_size": 64, "test_time_views": 1})
         if config == "train":
-            parser.update({"largest_component": False, "normalisation": [0.5, 99.5]})
+            parser.update({"largest_component": False, "normalisation": [0.5, 99.5], "planes": 1})
         network = parser.get_parsed_content("network_def").eval()
         assert type(network.head).__name__ == class_
         with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import key_test, load_starting_weights, read_starting_weights
+from components.networks.any_object import for_classes, is_of_any_object
 from components.networks.trained_with import attach_training_record, check_trained_views
 
 _START_REMEDY = (
@@ -30,7 +31,8 @@ class PromptFreeSam(nn.Module):
         precision: `fp32`; `bf16` (products and convolutions of encoder and head, also in training); or `auto`, bf16
             if the device computes it natively and fp32 otherwise.
         start_checkpoint: a file to start from, such as another run's `model.pt`. It is the `state_dict()` of a network
-            with the same head and encoder, in fp32 or fp16. None keeps the weights of `encoder` and `head`.
+            with the same head and encoder, in fp32 or fp16. In `general_linear_head.pt` of `components.pretrained`,
+            each class starts as an object of any kind. None keeps the weights of `encoder` and `head`.
         trained_with: the training record that the state dict holds, and that every loaded file is compared with; see
             `components.networks.trained_with.attach_training_record`.
 
@@ -59,6 +61,10 @@ class PromptFreeSam(nn.Module):
             state = read_starting_weights(
                 start_checkpoint, kind="start checkpoint", remedy=_START_REMEDY, is_key=key_test(self)
             )
+            if is_of_any_object(state):
+                last_layer = [f"head.{key}" for key in head.state_dict()][-2:]
+                state = for_classes(state, last_layer, len(head.state_dict()[last_layer[1].removeprefix("head.")]))
+                state["trained_with"] = self.get_buffer("trained_with")  # the file knows nothing of these classes
             load_starting_weights(self, state, path=start_checkpoint, remedy=_START_REMEDY)
         check_trained_views(self)
 

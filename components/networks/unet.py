@@ -11,10 +11,9 @@ from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
-from components.networks.trained_with import attach_training_record, check_trained_views, encode_record
+from components.networks.any_object import for_classes, is_of_any_object
+from components.networks.trained_with import attach_training_record, check_trained_views
 
-# The training record of `shape_unet.pt`, which distinguishes it from a UNet of the same classes.
-SHAPE_UNET_RECORD = encode_record({"class_names": ["object"]}).tolist()
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
 
 
@@ -97,27 +96,19 @@ class GreyUNet(nn.Module):
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
         is_whole = own.keys() != contracting
-        is_of_any_object = "trained_with" in own and own["trained_with"].tolist() == SHAPE_UNET_RECORD
-        if is_of_any_object:
-            own = _for_classes(own, self.unet.final_conv.out_channels, self.in_channels)
-        if is_of_any_object or not is_whole:  # weights trained without these classes have no record of them
+        is_general = is_of_any_object(own)
+        if is_general:
+            last = ("unet.final_conv.weight", "unet.final_conv.bias")
+            own = _for_channels(for_classes(own, last, self.unet.final_conv.out_channels), self.in_channels)
+        if is_general or not is_whole:  # weights trained without these classes have no record of them
             own["trained_with"] = self.get_buffer("trained_with")
         load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
 
 
-def _for_classes(state: Mapping[str, torch.Tensor], out_channels: int, in_channels: int) -> dict[str, torch.Tensor]:
-    """Convert the weights of a UNet for background and object, on colours, to other numbers of classes and channels.
-
-    Every class gets the object's weights. A grey value gets the sum of the weights of red, green and blue.
-    """
-    widened = dict(state)
-    for name in ("weight", "bias"):
-        background, thing = state[f"unet.final_conv.{name}"]
-        widened[f"unet.final_conv.{name}"] = torch.stack([background, *[thing] * (out_channels - 1)])
-    if in_channels == 1:
-        first = "unet.conv_0.conv_0.conv.weight"
-        widened[first] = state[first].sum(dim=1, keepdim=True)
-    return widened
+def _for_channels(state: dict[str, torch.Tensor], in_channels: int) -> dict[str, torch.Tensor]:
+    """Convert the weights of a UNet for colours; a grey value gets the sum of those of red, green and blue."""
+    first = "unet.conv_0.conv_0.conv.weight"
+    return state | {first: state[first].sum(dim=1, keepdim=True)} if in_channels == 1 else state
 
 
 def grey_values(images: torch.Tensor, channels: int = 1) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Weights in the package: an encoder, heads and a UNet, trained on phantoms, and a UNet trained on random shapes."""
+"""Weights in the package: encoders, heads and UNets, trained on phantoms of hearts and on random shapes."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ def pretrained_file(name: str) -> str:
 
     Args:
         name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt`, `linear_head.pt`,
-            `unet.pt`, or `shape_unet.pt`, which segments objects of any kind.
+            `unet.pt`; or `general_unet.pth`, `general_linear_head.pt` or `shape_unet.pt`, for objects of any kind.
 
     Returns:
         its path.

@@ -88,17 +88,19 @@ def sam_state(encoder: SamEncoder, head: ViTHead | None) -> dict[str, torch.Tens
     SAM's tokens are the mean of the head's tokens over the classes, and SAM's four hypernetworks are copies of the
     head's. Parts that the head does not use were not trained and are initialised with a constant seed. These are the
     IoU head, the embeddings of points and the downscaling of masks, so the file cannot be used with prompts.
+    Without a ViT head, the file holds the encoder alone.
 
     Args:
         encoder: the trained encoder.
-        head: the trained head; None if none was trained, which initialises the decoder with a constant seed.
+        head: the trained head; None if none was trained.
 
     Returns:
         a flat state dict in SAM's own layout, detached, on the CPU.
     """
-    with fixed_random_weights():
-        decoder, prompts = build_decoder(image_size=encoder.image_size)
+    parts: dict[str, nn.Module] = {"image_encoder": encoder.image_encoder}
     if head is not None:
+        with fixed_random_weights():
+            decoder, prompts = build_decoder(image_size=encoder.image_size)
         decoder.transformer.load_state_dict(head.transformer.state_dict())
         decoder.output_upscaling.load_state_dict(head.output_upscaling.state_dict())
         for mlp in decoder.output_hypernetworks_mlps:
@@ -108,7 +110,7 @@ def sam_state(encoder: SamEncoder, head: ViTHead | None) -> dict[str, torch.Tens
         decoder.mask_tokens.weight.data.copy_(tokens[1:])
         prompts.no_mask_embed.weight.data.copy_(head.no_mask_embed)
         prompts.pe_layer.positional_encoding_gaussian_matrix.copy_(head.frequencies)
-    parts = {"image_encoder": encoder.image_encoder, "prompt_encoder": prompts, "mask_decoder": decoder}
+        parts |= {"prompt_encoder": prompts, "mask_decoder": decoder}
     return {
         f"{name}.{key}": value.detach().cpu()
         for name, part in parts.items()

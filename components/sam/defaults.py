@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from components.pretrained import pretrained_file
-from components.sam.encoders import ENCODERS, PHANTOM_UNET, encoder_type, published_encoders
+from components.sam.encoders import ENCODERS, SHIPPED, encoder_type, published_encoders
 
 
 def default_checkpoint(models_dir: str, model_type: str) -> str:
@@ -12,7 +12,7 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
 
     Args:
         models_dir: the bundle's `models` folder.
-        model_type: one whose published file belongs there, or `phantom_unet`, which comes with the package.
+        model_type: one whose published file belongs there, or one of `SHIPPED`, which come with the package.
 
     Returns:
         the path, whether or not a published file is there.
@@ -20,8 +20,8 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
     Raises:
         ValueError: if the model type has no file that anyone can download.
     """
-    if model_type == PHANTOM_UNET:
-        return pretrained_file(f"{PHANTOM_UNET}.pth")
+    if model_type in SHIPPED:
+        return pretrained_file(f"{model_type}.pth")
     published = published_encoders()
     if model_type not in published:
         page = ENCODERS[model_type].page if model_type in ENCODERS else ""

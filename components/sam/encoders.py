@@ -41,7 +41,9 @@ from components.sam.sam3_encoder import (
 from components.sam.tiny_vit import CLASSIFIER_KEYS, TinyViT
 from components.sam.unet_encoder import UNetEncoder
 
-PHANTOM_UNET = "phantom_unet"  # the encoder that comes with the package
+PHANTOM_UNET = "phantom_unet"  # comes with the package, for hearts
+GENERAL_UNET = "general_unet"  # comes with the package, for pictures of anything
+SHIPPED = (PHANTOM_UNET, GENERAL_UNET)
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of ImageNet's colours in 0..255, for SAM, SAM 2 and DINO alike
 IMAGENET_STD = (58.395, 57.12, 57.375)
 SAM_SIZE = 1024
@@ -217,8 +219,11 @@ ENCODERS: dict[str, EncoderType] = {
         sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
         page="https://github.com/ChaoningZhang/MobileSAM",
     ),
-    PHANTOM_UNET: EncoderType(
-        family="this project", build=lambda _: UNetEncoder(), stride=4, default_size=None, neck=("up_4", "neck")
+    **dict.fromkeys(
+        SHIPPED,
+        EncoderType(
+            family="this project", build=lambda _: UNetEncoder(), stride=4, default_size=None, neck=("up_4", "neck")
+        ),
     ),
     "sam2.1_hiera_tiny": _sam2("sam2.1_hiera_tiny", "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
     "sam2.1_hiera_small": _sam2(
