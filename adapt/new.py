@@ -12,18 +12,17 @@ from typing import Any
 
 from adapt.layouts import combine_masks, read_layout
 from adapt.survey import survey
-from adapt.template import SHIPPED_ENCODER, Instance, knobs_page, networks
+from adapt.template import SHIPPED_ENCODER, Instance, knobs_page, needs_sam_decoder, networks
 from autosam.folders import DATA_FILE
 from components.data.acdc import CLASS_NAMES
 from components.data.custom_data import LARGEST_CANVAS, patch_side
 from components.sam.checkpoint import weights_file
 from components.sam.defaults import default_image_size
 from components.sam.encoder import SamEncoder
-from components.sam.encoders import ENCODERS, GENERAL_UNET, SAM_SIZE
+from components.sam.encoders import ENCODERS, GENERAL_UNET, SAM_SIZE, page_of
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_NETWORK = "unet"
-OF_ANY_ENCODER = ("cnnhead", "linearhead")  # networks that need nothing of SAM but embeddings
 
 
 def new_bundle(
@@ -68,7 +67,7 @@ def new_bundle(
         raise FileExistsError(f"{bundle} already exists: remove it, or choose another name")
     sam_checkpoint = None if sam_checkpoint is None else weights_file(sam_checkpoint)
     if sam_checkpoint is not None and not Path(sam_checkpoint).is_file():
-        page = ENCODERS[model_type].page if model_type in ENCODERS else ""
+        page = page_of(model_type)
         raise FileNotFoundError(
             f"there is no encoder checkpoint {sam_checkpoint}: give --checkpoint FILE{page and f', from {page}'}"
         )
@@ -90,10 +89,11 @@ def new_bundle(
             shutil.rmtree(combined)
         raise
     said += [written] if written else []
+    takes_any_encoder = (entry := networks()[network])["kind"] == "encoder" and not needs_sam_decoder(entry)
     hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
     if hearts:
         said.append("RV, Myo and LV: training starts from weights learned on heart phantoms, and mixes phantoms in")
-    elif network in OF_ANY_ENCODER and model_type is None and description["pictures"]:
+    elif takes_any_encoder and model_type is None and description["pictures"]:
         encoder["model_type"] = GENERAL_UNET
         said.append(
             f"training starts from weights learned on random shapes, and trains the encoder, {GENERAL_UNET}, too"

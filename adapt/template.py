@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import components
-from components.sam.encoders import ENCODERS, GENERAL_UNET, SHIPPED, published_encoders
+from components.sam.encoders import ENCODERS, GENERAL_UNET, SHIPPED, page_of, published_encoders
 from components.sam.encoders import PHANTOM_UNET as SHIPPED_ENCODER
 
 FOLDER = Path(__file__).parent / "template"
@@ -33,6 +33,11 @@ Parts = dict[str, Any]
 def networks() -> dict[str, Parts]:
     """Return the entry of each network in `networks.json`, by name."""
     return _read("networks.json")["networks"]
+
+
+def needs_sam_decoder(network: Mapping[str, Any]) -> bool:
+    """Return whether the head of an entry of `networks` starts from SAM's mask decoder."""
+    return "checkpoint" in network.get("head", {})
 
 
 def encoders() -> dict[str, dict[str, str]]:
@@ -86,13 +91,13 @@ class Instance:
         if kind != "encoder" and (self.is_of_paper or is_general):
             with_encoder = [name for name, entry in known.items() if entry["kind"] == "encoder"]
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
-        has_decoder = not self.is_of_paper or model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
-        if "checkpoint" in own.get("head", {}) and not has_decoder:
+        has_decoder = model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
+        if needs_sam_decoder(own) and not has_decoder:
             raise ValueError(
                 f"{network} starts from SAM's mask decoder, which {model_type} lacks: use cnnhead or linearhead"
             )
         if sam_checkpoint is None and model_type not in (types := (*SHIPPED, *published)):
-            page = ENCODERS[model_type].page if model_type in ENCODERS else ""
+            page = page_of(model_type)
             raise ValueError(
                 f"the file of {model_type} is not downloaded for you: get it from {page}, and give --checkpoint FILE"
                 if page

@@ -254,6 +254,13 @@ def test_without_a_file_it_is_said_where_to_get_one(model_type):
         Instance("linearhead", cases="custom", hearts=False, model_type=model_type)
 
 
+def test_the_general_encoder_that_ships_has_no_decoder_of_sam_and_that_of_hearts_has():
+    with pytest.raises(ValueError, match="starts from SAM's mask decoder, which general_unet lacks: use cnnhead"):
+        Instance("autosam", cases="custom", hearts=False, model_type="general_unet")
+    for file in (None, "x.pth"):
+        Instance("autosam", cases="custom", hearts=False, model_type="phantom_unet", sam_checkpoint=file)
+
+
 @pytest.mark.parametrize("model_type", [DINO2, SAM3])
 def test_sams_decoder_is_refused(model_type, tmp_path):
     with pytest.raises(ValueError, match=f"starts from SAM's mask decoder, which {model_type} lacks: use cnnhead"):

@@ -1,14 +1,16 @@
 """Structures that are thin in large images: a larger canvas, patches in training, sliding windows in inference."""
 
+from functools import partial
 from pathlib import Path
 
-import monai.bundle
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 from PIL import Image, ImageDraw
 from test_custom_data import decathlon, plain, scores, seen, trained, write_volume
+from test_custom_networks import parsed as parsed_config
+from test_custom_networks import run
 
 from adapt.new import new_bundle
 from components.data.custom_data import DatasetStatistics, canvas_side, class_widths, thinnest_class
@@ -42,16 +44,7 @@ def lines(root: Path, cases: int = 8, side: int = 512, thickness: int = 2, curve
     return root
 
 
-def run(workflow: str, bundle: Path, *configs: str, **options) -> None:
-    files = [str(bundle / f"configs/{name}.json") for name in configs]
-    monai.bundle.run(workflow, config_file=files, logging_file=False, bundle_root=str(bundle), **options)
-
-
-def parsed(bundle: Path, *configs: str, **options) -> ConfigParser:
-    parser = ConfigParser()
-    parser.read_config([bundle / f"configs/{name}.json" for name in configs])
-    parser.update({"bundle_root": str(bundle), "labelled_cases": 1, **options})
-    return parser
+parsed = partial(parsed_config, labelled_cases=1)
 
 
 def augmentations(config: ConfigParser) -> list[str]:

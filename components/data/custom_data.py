@@ -21,6 +21,7 @@ from monai.transforms import Compose
 from scipy import ndimage
 
 from components.data.cases import SUBSETS, named_cases
+from components.data.geometry import THICK_SLICES
 from components.data.slices import IGNORED
 from components.data.transforms import PERCENTILES, LoadVolumed, PadInPlaneToSquared, SlicesLastd
 
@@ -38,7 +39,6 @@ FIELDS = (
 STEP = 16  # sides of canvas and crop are multiples of it, since four poolings halve them
 LARGEST_CANVAS = 256  # unless structures would be too thin: a larger canvas takes more time
 SMALLEST_CANVAS = 64
-ANISOTROPIC = 2  # times the shortest side of a voxel: slices in other planes are then not seen
 LARGEST_PATCH_OF_PICTURES = 128
 THIN = 4  # width in pixels that the thinnest class has on the canvas, if not in its images already less
 MARGIN = 1 / 8  # share of the canvas around all labels, since other cases lie elsewhere
@@ -189,7 +189,7 @@ class CaseStatistics:
         self.reach = 2 * distance / self.side
         self.foreground = image[0][label[0] > 0] if is_ct else np.empty(0)
         spacing = affine_to_spacing(case["image"].affine.numpy(), r=3)
-        self.is_isotropic = label.shape[-1] > 1 and spacing.max() < ANISOTROPIC * spacing.min()
+        self.is_isotropic = label.shape[-1] > 1 and spacing.max() < THICK_SLICES * spacing.min()
         self.widths = class_widths(label[0])
         self.classes = list(self.widths)
         whole = np.ones((3, 3, 3))

@@ -49,9 +49,9 @@ class LoadVolumed(LoadImaged):
 
     An item may already be an image in memory, a MetaTensor HxWxD as from MONAI Deploy; it is checked like a file.
 
-    Grey values beyond `NO_DATA_BEYOND` count as no data and become the darkest of the others. So does a negative
-    minimum such as -9999, if its distance from the others is more than their range. A label whose axes differ in order
-    or direction from its image's is brought to the image's grid.
+    Grey values beyond `NO_DATA_BEYOND` count as no data and become the darkest of the others. A negative minimum such
+    as -9999 is no data too, if its distance from the other values is more than their range. A label whose axes differ
+    in order or direction from its image's is brought to the image's grid.
 
     With `image_only` cleared, as by MONAI Label, the metadata are also in `<key>_meta_dict`, as for any `LoadImaged`.
 

@@ -1,4 +1,4 @@
-"""The stacks among a study's images: a series of several slices, or alike series of one slice each."""
+"""Find the stacks among a study's images. A stack is one series of several slices, or similar series of one slice."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def have_same_axes(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _candidates(group: Sequence[DicomImage]) -> list[Candidate]:
-    """Return the stacks of one geometry: each series of several positions, and the alike series of one position."""
+    """Return the stacks of one geometry: each series of several positions, and similar series of one position."""
     by_series: dict[tuple, list[DicomImage]] = defaultdict(list)
     for image in group:
         by_series[image.series, image.sequence].append(image)
@@ -101,7 +101,7 @@ def numbers_in_words(stack: Positions) -> str:
 
 
 def kind_of(image: DicomImage) -> tuple[str, ...]:
-    """Return what alike series have in common: the words of their name without numbering, and their sequence."""
+    """Return what similar series share: the words of their name without numbers, and their sequence."""
     words = re.findall(r"[^\W\d_]+", image.name.lower())
     name = [word for word in words if len(word) > 1 and word not in _NUMBERING and not re.fullmatch("[ivx]+", word)]
     return (" ".join(name), *image.sequence)

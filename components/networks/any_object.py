@@ -6,13 +6,12 @@ import torch
 
 from components.networks.trained_with import encode_record
 
-OBJECT_RECORD = {"class_names": ["object"]}  # the training record that distinguishes such a file
-_ENCODED = encode_record(OBJECT_RECORD).tolist()
+_RECORD = encode_record({"class_names": ["object"]}).tolist()  # it distinguishes such a file
 
 
 def is_of_any_object(state: Mapping[str, torch.Tensor]) -> bool:
     """Return whether a state dict was trained to tell objects of any kind from their background."""
-    return "trained_with" in state and state["trained_with"].tolist() == _ENCODED
+    return "trained_with" in state and state["trained_with"].tolist() == _RECORD
 
 
 def for_classes(

@@ -62,8 +62,8 @@ class PromptFreeSam(nn.Module):
                 start_checkpoint, kind="start checkpoint", remedy=_START_REMEDY, is_key=key_test(self)
             )
             if is_of_any_object(state):
-                last_layer = [f"head.{key}" for key in head.state_dict()][-2:]
-                state = for_classes(state, last_layer, len(head.state_dict()[last_layer[1].removeprefix("head.")]))
+                *_, weight, bias = head.state_dict()  # of the layer that makes the logits
+                state = for_classes(state, (f"head.{weight}", f"head.{bias}"), len(head.get_parameter(bias)))
                 state["trained_with"] = self.get_buffer("trained_with")  # the file knows nothing of these classes
             load_starting_weights(self, state, path=start_checkpoint, remedy=_START_REMEDY)
         check_trained_views(self)

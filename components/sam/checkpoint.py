@@ -33,8 +33,8 @@ def read_checkpoint(path: str, *, page: str = "") -> Mapping[str, torch.Tensor]:
     """Read the whole state dict of an encoder's file.
 
     Args:
-        path: a file of `torch.save` or safetensors, flat or wrapped as `read_state_dict` unwraps it; or a folder of the
-            Hugging Face Hub that has a `model.safetensors`.
+        path: a file of `torch.save` or safetensors, flat or wrapped as `read_state_dict` unwraps it. Or a folder of the
+            Hugging Face Hub with a `model.safetensors`.
         page: address of the page that offers the file, for messages.
 
     Returns:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from components.pretrained import pretrained_file
-from components.sam.encoders import ENCODERS, SHIPPED, encoder_type, published_encoders
+from components.sam.encoders import SHIPPED, encoder_type, page_of, published_encoders
 
 
 def default_checkpoint(models_dir: str, model_type: str) -> str:
@@ -24,7 +24,7 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
         return pretrained_file(f"{model_type}.pth")
     published = published_encoders()
     if model_type not in published:
-        page = ENCODERS[model_type].page if model_type in ENCODERS else ""
+        page = page_of(model_type)
         raise ValueError(
             f"no published checkpoint has model_type {model_type!r} (published: {', '.join(published)}): "
             + (f"get its file from {page} and " if page else "")

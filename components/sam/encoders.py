@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,19 +129,28 @@ def _sam2(name: str, sha256: str) -> EncoderType:
     )
 
 
-def _dino2(size: str, name: str) -> EncoderType:
+def _dino(size: str, *, patch_size: int, known_key: str, **facts: Any) -> EncoderType:
     architecture = VITS[size]
     return EncoderType(
-        family="DINOv2",
-        build=partial(Dino2Encoder, architecture),
-        read=dino2_image_encoder,
-        form=DINO_FORM.format(key="embeddings.position_embeddings"),
+        form=DINO_FORM.format(key=known_key),
         unused_keys=frozenset({"embeddings.mask_token"}),
         out_channels=architecture.embed_dim,
-        stride=DINO2_PATCH,
-        size_multiple=DINO2_PATCH,
-        default_size=DINO2_SIZE,
+        stride=patch_size,
+        size_multiple=patch_size,
         neck=(f"layer.{architecture.depth - 1}", "norm"),
+        **facts,
+    )
+
+
+def _dino2(size: str, name: str) -> EncoderType:
+    return _dino(
+        size,
+        patch_size=DINO2_PATCH,
+        known_key="embeddings.position_embeddings",
+        family="DINOv2",
+        build=partial(Dino2Encoder, VITS[size]),
+        read=dino2_image_encoder,
+        default_size=DINO2_SIZE,
         page=f"https://huggingface.co/facebook/dinov2-{name}",
     )
 
@@ -152,18 +162,14 @@ DINO3_TERMS = (
 
 
 def _dino3(size: str) -> EncoderType:
-    architecture = VITS[size]
-    return EncoderType(
+    return _dino(
+        size,
+        patch_size=DINO3_PATCH,
+        known_key="embeddings.register_tokens",
         family="DINOv3",
-        build=partial(Dino3Encoder, architecture),
+        build=partial(Dino3Encoder, VITS[size]),
         read=dino3_image_encoder,
-        form=DINO_FORM.format(key="embeddings.register_tokens"),
-        unused_keys=frozenset({"embeddings.mask_token"}),
-        out_channels=architecture.embed_dim,
-        stride=DINO3_PATCH,
-        size_multiple=DINO3_PATCH,
         default_size=DINO3_SIZE,
-        neck=(f"layer.{architecture.depth - 1}", "norm"),
         page=f"https://huggingface.co/facebook/dinov3-vit{size}16-pretrain-lvd1689m",
         licence=DINO3_LICENCE,
         terms=DINO3_TERMS,
@@ -186,6 +192,17 @@ def _convnext(size: str) -> EncoderType:
         page=f"https://huggingface.co/facebook/dinov3-convnext-{size}-pretrain-lvd1689m",
         licence=DINO3_LICENCE,
         terms=DINO3_TERMS,
+    )
+
+
+def _unet(*, has_sam_decoder: bool) -> EncoderType:
+    return EncoderType(
+        family="this project",
+        build=lambda _: UNetEncoder(),
+        stride=4,
+        default_size=None,
+        neck=("up_4", "neck"),
+        has_sam_decoder=has_sam_decoder,
     )
 
 
@@ -219,12 +236,8 @@ ENCODERS: dict[str, EncoderType] = {
         sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
         page="https://github.com/ChaoningZhang/MobileSAM",
     ),
-    **dict.fromkeys(
-        SHIPPED,
-        EncoderType(
-            family="this project", build=lambda _: UNetEncoder(), stride=4, default_size=None, neck=("up_4", "neck")
-        ),
-    ),
+    PHANTOM_UNET: _unet(has_sam_decoder=True),
+    GENERAL_UNET: _unet(has_sam_decoder=False),
     "sam2.1_hiera_tiny": _sam2("sam2.1_hiera_tiny", "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"),
     "sam2.1_hiera_small": _sam2(
         "sam2.1_hiera_small", "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"
@@ -269,6 +282,11 @@ def encoder_type(model_type: str) -> EncoderType:
     if model_type not in ENCODERS:
         raise ValueError(f"unknown model_type {model_type!r}: expected one of {', '.join(ENCODERS)}")
     return ENCODERS[model_type]
+
+
+def page_of(model_type: str | None) -> str:
+    """Return the address of the page that offers an encoder's weights, empty if there is none."""
+    return ENCODERS[model_type].page if model_type in ENCODERS else ""
 
 
 def published_encoders() -> dict[str, EncoderType]:

@@ -22,7 +22,7 @@ class LowRankUpdate(nn.Module):
     Args:
         weight: of the projection, OxI.
         is_fused: whether it makes queries, keys and values; the keys then stay as they are.
-        groups: groups of rows, such as heads, each of which has queries, keys and values of its own.
+        groups: number of groups of rows, such as heads. Each group has its own queries, keys and values.
     """
 
     def __init__(self, weight: torch.Tensor, *, is_fused: bool, groups: int = 1) -> None:
