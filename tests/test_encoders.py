@@ -318,7 +318,9 @@ def test_scripted_traced_and_exported_network_equals_eager(model_type, head):
         torch.testing.assert_close(other(images.flip(0)), expected.flip(0), rtol=0, atol=1e-5 * spread)
 
 
-@pytest.mark.parametrize("model_type", SMALL)
+@pytest.mark.parametrize(
+    "model_type", [DINO3, CONVNEXT, *(pytest.param(name, marks=pytest.mark.slow) for name in (DINO2, SAM3))]
+)
 def test_network_in_onnx_equals_eager(model_type, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install -c constraints.txt -e '.[onnx]'")
     encoder = SamEncoder(model_type, image_size=SIZES[model_type][0])

@@ -19,13 +19,16 @@ from components.sam.dino_encoder import Dino3Encoder, Vit
 from components.sam.encoder import SamEncoder
 from components.sam.encoders import ENCODERS
 from components.sam.image_encoder import Architecture, ImageEncoder
+from components.sam.sam2_encoder import Hiera, Sam2Encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WITHOUT_TRANSFORMERS = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs pip install -c constraints.txt -e '.[encoders]'"
 )
-SMALL_SAM, DINO3 = Architecture(48, 3, 3, (1,), 256), "dinov3_vits"
+SMALL_SAM = Architecture(48, 3, 3, (1,), 256)
+SMALL_HIERA = Hiera(24, 1, (1, 1, 2, 1), (3, 3, 3), (8, 4, 14, 7), 7)
+DINO3, SAM2 = "dinov3_vits", "sam2.1_hiera_tiny"
 SIZE = 64
 IMAGES = torch.arange(2 * 3 * 40 * 40).view(2, 3, 40, 40).float() % 251
 
@@ -35,7 +38,7 @@ IMAGES = torch.arange(2 * 3 * 40 * 40).view(2, 3, 40, 40).float() % 251
         "vit_b",
         "vit_t",
         pytest.param(DINO3, marks=WITHOUT_TRANSFORMERS),
-        pytest.param("sam2.1_hiera_tiny", marks=WITHOUT_TRANSFORMERS),
+        pytest.param(SAM2, marks=WITHOUT_TRANSFORMERS),
     ]
 )
 def model_type(request, monkeypatch) -> str:
@@ -43,6 +46,7 @@ def model_type(request, monkeypatch) -> str:
     small = {
         "vit_b": {"build": lambda _: ImageEncoder(SMALL_SAM)},
         DINO3: {"build": partial(Dino3Encoder, Vit(48, 3, 3)), "out_channels": 48, "neck": ("layer.2", "norm")},
+        SAM2: {"build": partial(Sam2Encoder, SMALL_HIERA)},
     }
     for name, changes in small.items():
         monkeypatch.setitem(ENCODERS, name, dataclasses.replace(ENCODERS[name], **changes))

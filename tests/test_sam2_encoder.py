@@ -242,6 +242,7 @@ def pictures(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_new_bundle_trains_evaluates_and_infers(encoder, pictures, tmp_path):
     hub = tmp_path / "hub"
     hub.mkdir()
