@@ -227,3 +227,17 @@ def test_neighbours_lie_across_the_plane_that_is_seen():
 def test_other_numbers_of_planes_are_refused():
     with pytest.raises(ValueError, match=r"expected 1 or 3 planes.* received 2: give for example --planes 1"):
         SliceDataset([FIRST], planes=2, progress=False)
+
+
+def test_slices_without_a_class_are_at_most_their_share():
+    label = np.zeros([1, 6, 5, 9], dtype=int)
+    label[..., :2] = 1
+    stack = {"image": RANDOM.integers(50, 200, size=label.shape), "label": label}
+    dataset = SliceDataset([stack], None, augmentation(), background_share=0.25, progress=False)
+    shown = [bool(item["label"].any()) for item in dataset]
+    assert len(shown) == 7 + 2 * 11 and shown.count(False) == 7 <= 0.25 * len(shown)
+    assert len({item["image"].sum().item() for item in dataset}) == len(shown)  # each time as another view
+    without = SliceDataset([stack | {"label": 0 * label}], background_share=0.25, progress=False)
+    assert len(without) == len(SliceDataset([stack], progress=False)) == 9
+    with pytest.raises(ValueError, match="background_share must be above 0"):
+        SliceDataset([stack], background_share=0, progress=False)

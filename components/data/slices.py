@@ -36,6 +36,8 @@ class SliceDataset(Dataset):
         views: number of augmented views per slice; 0 for a new augmentation in every epoch.
         final_transform: applied last, to each slice or view, at every access.
         at_least: minimum number of items in an epoch. Fewer slices are repeated, each time as the next view.
+        background_share: the largest share of labelled items that show no class. Slices that show one are repeated
+            until it holds, each time as the next view.
         keys: items of the dictionary that are sliced.
         planes: 1 for slices in the volume's own plane, 3 for those in the two perpendicular planes as well. These are
             padded with 0 to the size of the others, evenly on both sides.
@@ -45,8 +47,8 @@ class SliceDataset(Dataset):
         progress: whether to show a progress bar while the volumes are loaded.
 
     Raises:
-        ValueError: when `views` is no integer or negative, or `planes` not 1 or 3. When there is no volume. When one of
-            `data` lacks an item of `keys`, such as its label.
+        ValueError: when `views` is no integer or negative, `planes` not 1 or 3, or `background_share` not above 0 and
+            at most 1. When there is no volume. When one of `data` lacks an item of `keys`, such as its label.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class SliceDataset(Dataset):
         views: int = 0,
         final_transform: Callable | None = None,
         at_least: int = 0,
+        background_share: float = 1.0,
         keys: Sequence[str] = ("image", "label"),
         planes: int = 1,
         neighbours: bool = False,
@@ -71,6 +74,8 @@ class SliceDataset(Dataset):
                 "give for example --views 16"
             )
         check_planes(planes)
+        if not 0 < background_share <= 1:
+            raise ValueError(f"background_share must be above 0 and at most 1, received {background_share!r}")
         if not data and not unlabelled:
             raise ValueError(
                 "expected at least one volume to train on, received none: give for example --labelled_cases 1"
@@ -92,16 +97,20 @@ class SliceDataset(Dataset):
                     "or one without a label among the `unlabelled`"
                 )
             self._slices += [each for each in self._cut(volume) if np.any(each.get("label", 0) != IGNORED)]
-        labelled = len(self._slices)
+        shows_class = [bool(np.isin(each.get("label", 0), [0, IGNORED], invert=True).any()) for each in self._slices]
+        labelled, showing = len(shows_class), sum(shows_class)
         for item in tqdm(unlabelled, desc="Loading unlabelled", disable=None if progress and unlabelled else True):
             volume = _apply(transform, item)
             self._slices += self._cut({**volume, "label": np.full_like(_as_uint8(volume["image"][:1]), UNLABELLED)})
-        # An epoch shows each slice `repeats` times, labelled ones more often where unlabelled ones outnumber them.
+        # An epoch shows each slice `repeats` times, labelled ones more often where unlabelled ones outnumber them, and
+        # those of them that show a class still more often where they are too few.
         without_label = len(self._slices) - labelled
         repeats = max(1, math.ceil(at_least / max(1, len(self._slices))))
         more_often = repeats * max(1, without_label // (_OUTNUMBERED_BY * max(1, labelled)))
-        self._times = [more_often] * labelled + [repeats] * without_label
-        self._items = [(index, turn) for turn in range(more_often) for index, n in enumerate(self._times) if turn < n]
+        wanted = (1 / background_share - 1) * (labelled - showing)
+        most_often = more_often * max(1, math.ceil(wanted / showing) if showing else 1)
+        self._times = [most_often if each else more_often for each in shows_class] + [repeats] * without_label
+        self._items = [(index, turn) for turn in range(most_often) for index, n in enumerate(self._times) if turn < n]
 
     def __len__(self) -> int:
         return len(self._items)
