@@ -10,18 +10,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from adapt.new import DEFAULT_NETWORK, acdc_bundles, new_bundle
-from adapt.template import networks
-from autosam.options import command_line
-
-ALIASES = {"encoder": "--model_type", "checkpoint": "--sam_checkpoint"}  # as the knobs of the configs are called
+from adapt.new import acdc_bundles, new_bundle
+from autosam.options import KNOB_OPTIONS, command_line
 
 
 def new(
     name: str,
     data: str,
     output_dir: str = "bundles",
-    network: str = DEFAULT_NETWORK,
+    network: str | None = None,
     encoder: str | None = None,
     checkpoint: str | None = None,
     classes: str | None = None,
@@ -33,7 +30,7 @@ def new(
         name: name of the bundle.
         data: folder of dataset.json, images and labels, or of ACDC's layout.
         output_dir: where the bundle's folder is made.
-        network: unet, or a head: cnnhead, linearhead, autosam.
+        network: unet, or a head: linearhead, cnnhead, deeplabhead, autosam; by default the data decide.
         encoder: encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ...; by default a shipped one.
         checkpoint: its file, or the folder of the Hugging Face Hub; the knob sam_checkpoint of the configs.
         classes: names of the classes, in the order of the labels' values: a,b.
@@ -55,9 +52,7 @@ def new(
         classes=classes,
         turned=known[turned],
     )
-    others = ", ".join(each for each in networks() if each != network)
     print("\n".join(said))
-    print(f"the network is {network}; --network also takes {others}")
     print(f"{bundle} is made\nnext:    autosam train {shlex.quote(str(Path(output_dir) / name))} --labelled 5")
 
 
@@ -71,7 +66,7 @@ def bundles() -> None:
 def main() -> None:
     """Run the command line."""
     try:
-        command_line(__doc__, new, bundles, positional=("name",), aliases=ALIASES)(prog_name="adapt")
+        command_line(__doc__, new, bundles, positional=("name",), aliases=KNOB_OPTIONS)(prog_name="adapt")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -22,7 +22,7 @@ from components.sam.encoder import SamEncoder
 from components.sam.encoders import ENCODERS, GENERAL_UNET, SAM_SIZE, page_of
 
 REPOSITORY = Path(__file__).parents[1]
-DEFAULT_NETWORK = "unet"
+NETWORK_OF_VOLUMES, NETWORK_OF_PICTURES = "unet", "linearhead"  # unless a user chooses another
 
 
 def new_bundle(
@@ -30,7 +30,7 @@ def new_bundle(
     data: str | os.PathLike[str],
     output_dir: str | os.PathLike[str] = "bundles",
     *,
-    network: str = DEFAULT_NETWORK,
+    network: str | None = None,
     model_type: str | None = None,
     sam_checkpoint: str | None = None,
     classes: str | None = None,
@@ -43,9 +43,10 @@ def new_bundle(
         data: the folder, see `adapt.layouts.read_layout`. Masks of single organs become label maps in a folder
             `<name>_data` beside the bundle, see `adapt.layouts.combine_masks`.
         output_dir: where the bundle's folder is made.
-        network: `autosam`, `cnnhead`, `linearhead` or `unet`.
+        network: name of an entry of `networks.json`; None for `unet` on volumes, and for `linearhead` on pictures or on
+            an encoder that is given.
         model_type: the encoder below a head; None for what comes with the package, for pictures `general_unet` below
-            `cnnhead` and `linearhead`, else `phantom_unet`.
+            heads that take any encoder, else `phantom_unet`.
         sam_checkpoint: file of that encoder, or a folder of the Hugging Face Hub with its `model.safetensors`;
             None for the published one in the bundle's `models` folder.
         classes: names of the classes with commas between them, in the order of the labels' values; None for those of
@@ -74,7 +75,10 @@ def new_bundle(
     chosen = model_type or SHIPPED_ENCODER
     file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100
     encoder: dict[str, Any] = {"model_type": chosen, "sam_checkpoint": file}
-    Instance(network, cases="custom", hearts=False, **encoder)  # checks the arguments before the data are read
+    if network is None and (model_type, sam_checkpoint) != (None, None):
+        network = NETWORK_OF_PICTURES
+    if network is not None:  # check the arguments before the data are read
+        Instance(network, cases="custom", hearts=False, **encoder)
     if sam_checkpoint is not None:
         SamEncoder(chosen, sam_checkpoint, default_image_size(chosen, crop_size=SAM_SIZE))
     folder = Path(os.path.abspath(data))  # noqa: PTH100  # symbolic links stay in the path
@@ -89,6 +93,7 @@ def new_bundle(
             shutil.rmtree(combined)
         raise
     said += [written] if written else []
+    network = network or (NETWORK_OF_PICTURES if description["pictures"] else NETWORK_OF_VOLUMES)
     takes_any_encoder = (entry := networks()[network])["kind"] == "encoder" and not needs_sam_decoder(entry)
     hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
     if hearts:
@@ -98,12 +103,14 @@ def new_bundle(
         said.append(
             f"training starts from weights learned on random shapes, and trains the encoder, {GENERAL_UNET}, too"
         )
-    elif network != DEFAULT_NETWORK and chosen == SHIPPED_ENCODER and sam_checkpoint is None:
+    elif entry["kind"] == "encoder" and chosen == SHIPPED_ENCODER and sam_checkpoint is None:
         said.append(
             f"{SHIPPED_ENCODER} was trained on hearts only: train its neck along with the head (configs/neck.json)"
         )
     said += filter(None, [ENCODERS[chosen].terms])
     instance = Instance(network, cases="custom", hearts=hearts, **encoder, texts=_texts(name, description, said))
+    others = ", ".join(each for each in networks() if each != network)
+    said.append(f"the network is {network}; --network also takes {others}")
     bundle.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bundle.parent, prefix=f".{name}_") as partial:
         whole = Path(partial) / name

@@ -93,8 +93,9 @@ class Instance:
             raise ValueError(f"{network} has no encoder for {model_type}: expected one of {', '.join(with_encoder)}")
         has_decoder = model_type not in ENCODERS or ENCODERS[model_type].has_sam_decoder
         if needs_sam_decoder(own) and not has_decoder:
+            *others, last = (name for name, each in known.items() if "head" in each and not needs_sam_decoder(each))
             raise ValueError(
-                f"{network} starts from SAM's mask decoder, which {model_type} lacks: use cnnhead or linearhead"
+                f"{network} starts from SAM's mask decoder, which {model_type} lacks: use {', '.join(others)} or {last}"
             )
         if sam_checkpoint is None and model_type not in (types := (*SHIPPED, *published)):
             page = page_of(model_type)

@@ -12,7 +12,7 @@ import typer
 from typer import Argument, Context, Option
 
 from autosam.folders import DEFAULT
-from autosam.options import SETTINGS
+from autosam.options import KNOB_OPTIONS, SETTINGS
 from autosam.record import typed_knobs
 
 app = typer.Typer(
@@ -66,13 +66,19 @@ def new(
     name: Annotated[str, Argument(help="name of the bundle")],
     folder: Annotated[Path, Argument(help="dataset.json, images and labels, or ACDC's layout")],
     output: Annotated[Path, Option("--output", "-o", help="where the bundle's folder is made")] = Path(),
-    network: Annotated[str, Option(help="unet, or a head: cnnhead, linearhead, autosam")] = "unet",
+    network: Annotated[
+        str | None,
+        Option(help="unet, or a head: linearhead, cnnhead, deeplabhead, autosam; by default the data decide"),
+    ] = None,
     encoder: Annotated[
         str | None,
-        Option("--encoder", "--model_type", help="encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ..."),
+        Option(
+            "--encoder", KNOB_OPTIONS["encoder"], help="encoder of a head: vit_b, sam2.1_hiera_tiny, dinov3_vits, ..."
+        ),
     ] = None,
     checkpoint: Annotated[
-        str | None, Option("--checkpoint", "--sam_checkpoint", help="its file, or the folder of the Hugging Face Hub")
+        str | None,
+        Option("--checkpoint", KNOB_OPTIONS["checkpoint"], help="its file, or the folder of the Hugging Face Hub"),
     ] = None,
     classes: Annotated[str | None, Option(help="names of the classes, in the order of their values: a,b")] = None,
     turned: Annotated[str | None, Option(help="True or False: whether images may be mirrored and turned")] = None,

@@ -20,6 +20,7 @@ SETTINGS: dict[str, Any] = {  # of all command lines; `--output_dir` and `--outp
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 }
+KNOB_OPTIONS = {"encoder": "--model_type", "checkpoint": "--sam_checkpoint"}  # as these arguments' knobs are called
 
 
 def command_line(

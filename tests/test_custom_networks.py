@@ -276,18 +276,26 @@ def test_an_archive_says_where_an_encoder_of_ones_own_is_that_is_too_large_for_i
     assert segments_as_before(bundle, root, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("colours", 3), ("greys", 1)])
-def test_pictures_start_from_objects_of_any_kind_in_an_archive_too_and_volumes_do_not(tmp_path, kind, channels):
-    bundle = trained(bundle_of(tmp_path, "unet", kind))
-    known = torch.load(pretrained_file("shape_unet.pt"), weights_only=True)["unet.conv_0.conv_1.conv.weight"].float()
-    network = parsed(bundle, "train", labelled_cases=1).get_parsed_content("network_def")
-    assert network.unet.conv_0.conv_0.conv.in_channels == channels
-    assert torch.equal(network.unet.conv_0.conv_1.conv.weight, known)
-    packed = unpacked(bundle, tmp_path) / "components/pretrained/shape_unet.pt"
-    assert packed.read_bytes() == Path(pretrained_file("shape_unet.pt")).read_bytes()
+def test_pictures_start_from_a_linear_head_of_any_object_in_an_archive_too_and_volumes_from_a_fresh_unet(tmp_path):
+    cells, said = new_bundle("cells", KINDS["colours"](tmp_path / "data"), tmp_path)
+    assert said[-1].startswith("the network is linearhead;")
+    network = parsed(trained(cells), "train", labelled_cases=1).get_parsed_content("network_def")
+    known = SamEncoder("general_unet", pretrained_file("general_unet.pth"), network.encoder.image_size)
+    assert torch.equal(network.encoder.fingerprint, known.fingerprint) and network.encoder.trainable is True
+    objects = torch.load(pretrained_file("general_linear_head.pt"), weights_only=True)["head.7.weight"].float()
+    assert torch.equal(network.head[7].weight, objects)
+    packed = unpacked(cells, tmp_path) / "components/pretrained/general_linear_head.pt"
+    assert packed.read_bytes() == Path(pretrained_file("general_linear_head.pt")).read_bytes()
 
-    organ, _ = new_bundle("volumes", KINDS["volumes"](tmp_path / "volumes_data"), tmp_path)
+    organ, said = new_bundle("volumes", KINDS["volumes"](tmp_path / "volumes_data"), tmp_path)
+    assert said[-1].startswith("the network is unet;")
     assert parsed(organ, "train").get_parsed_content("start_checkpoint") is None
+
+
+def test_an_encoder_without_a_network_is_below_a_linear_head(tmp_path):
+    organ, said = new_bundle("organ", KINDS["volumes"](tmp_path / "data"), tmp_path, model_type="vit_b")
+    assert said[-1].startswith("the network is linearhead;")
+    assert parsed(organ, "train").config["model_type"] == "vit_b"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -340,8 +348,12 @@ def test_what_takes_another_encoder_is_whole_and_trains_for_120_epochs_or_the_st
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"network": "resnet"}, ValueError, "unknown network 'resnet': expected one of autosam, cnnhead, linearhead"),
-        ({"model_type": "vit_b"}, ValueError, "unet has no encoder for vit_b: expected one of autosam, cnnhead"),
+        ({"network": "resnet"}, ValueError, "unknown network 'resnet': expected one of autosam, cnnhead, deeplabhead"),
+        (
+            {"network": "unet", "model_type": "vit_b"},
+            ValueError,
+            "unet has no encoder for vit_b: expected one of autosam, cnnhead",
+        ),
         (
             {"network": "cnnhead", "model_type": "vit_x"},
             ValueError,
@@ -398,9 +410,9 @@ def test_the_command_line_makes_a_bundle_of_a_network_and_says_what_it_refuses(t
         return capsys.readouterr().out
 
     with pytest.raises(SystemExit, match=r"^ValueError: unet has no encoder for vit_b: expected one of autosam"):
-        adapt("--model_type", "vit_b")
+        adapt("--network", "unet", "--model_type", "vit_b")
     said = adapt("--network", "linearhead")
-    assert "the network is linearhead; --network also takes autosam, cnnhead, unet" in said
+    assert "the network is linearhead; --network also takes autosam, cnnhead, deeplabhead, unet" in said
     assert "training starts from weights learned on random shapes, and trains the encoder, general_unet, too" in said
     target = json.loads((tmp_path / "cells/configs/train.json").read_text())["network_def"]["head"]["_target_"]
     assert target == "components.networks.LinearHead"
@@ -438,5 +450,5 @@ def test_every_network_works_on_real_data_in_its_bundle_and_packed(tmp_path, acd
     assert np.array_equal(labels(tmp_path / "out", tested["image"]), labels(bundle / "eval", tested["image"]))
     rows = scores(bundle / "eval")
     assert {row["class"] for row in rows} == set(described(bundle)["class_names"])
-    if kind == "hearts" or (network, kind) == ("unet", "nuclei"):  # else 20 steps are too few from random weights
+    if kind == "hearts" or (network, kind) == ("linearhead", "nuclei"):  # else 20 steps are too few from random weights
         assert np.mean([float(row["dice"]) for row in rows]) > (0.5 if kind == "hearts" else 0.3)

@@ -21,10 +21,11 @@ from adapt.template import Instance
 from autosam.__main__ import main
 from components.networks.heads import CNNHead, LinearHead, ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
+from components.sam.checkpoint import read_checkpoint
 from components.sam.defaults import default_checkpoint, default_image_size
 from components.sam.dino_encoder import ConvNext, ConvNextEncoder, Dino2Encoder, Dino3Encoder, Vit
 from components.sam.encoder import SamEncoder
-from components.sam.encoders import ENCODERS, IMAGENET_MEAN, IMAGENET_STD
+from components.sam.encoders import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, page_of
 from components.sam.sam3_encoder import Sam3Encoder, Sam3Vit
 
 transformers = pytest.importorskip("transformers", reason="needs pip install -c constraints.txt -e '.[encoders]'")
@@ -248,14 +249,18 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("model_type", [name for name in NEW if name != SAM3])
 def test_without_a_file_it_is_said_where_to_get_one(model_type):
     address = r"https://huggingface\.co/facebook/dinov"
-    with pytest.raises(ValueError, match=f"get its file from {address}"):
-        default_checkpoint("models", model_type)
+    assert default_checkpoint("models", model_type) == f"models/{model_type}"
+    with pytest.raises(FileNotFoundError, match=f"its page is {address}"):
+        read_checkpoint(default_checkpoint("models", model_type), page=page_of(model_type))
     with pytest.raises(ValueError, match=f"get it from {address}.*, and give --checkpoint FILE"):
         Instance("linearhead", cases="custom", hearts=False, model_type=model_type)
 
 
 def test_the_general_encoder_that_ships_has_no_decoder_of_sam_and_that_of_hearts_has():
-    with pytest.raises(ValueError, match="starts from SAM's mask decoder, which general_unet lacks: use cnnhead"):
+    with pytest.raises(
+        ValueError,
+        match="starts from SAM's mask decoder, which general_unet lacks: use cnnhead, deeplabhead or linearhead",
+    ):
         Instance("autosam", cases="custom", hearts=False, model_type="general_unet")
     for file in (None, "x.pth"):
         Instance("autosam", cases="custom", hearts=False, model_type="phantom_unet", sam_checkpoint=file)
@@ -263,7 +268,10 @@ def test_the_general_encoder_that_ships_has_no_decoder_of_sam_and_that_of_hearts
 
 @pytest.mark.parametrize("model_type", [DINO2, SAM3])
 def test_sams_decoder_is_refused(model_type, tmp_path):
-    with pytest.raises(ValueError, match=f"starts from SAM's mask decoder, which {model_type} lacks: use cnnhead"):
+    with pytest.raises(
+        ValueError,
+        match=f"starts from SAM's mask decoder, which {model_type} lacks: use cnnhead, deeplabhead or linearhead",
+    ):
         Instance("autosam", cases="custom", hearts=False, model_type=model_type, sam_checkpoint="x.pth")
     folder = saved(theirs(model_type, 112), tmp_path)
     with pytest.raises(ValueError, match=f"is of {ENCODERS[model_type].family}, which lacks SAM's mask decoder"):

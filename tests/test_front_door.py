@@ -219,7 +219,7 @@ def test_what_cannot_be_done_is_one_line_that_says_what_to_do(autosam_says, phan
         ("segment", "missing.nii.gz"): "there is no missing.nii.gz",
         ("segment", volume, "--bundle", "linearhed_acdc"): "did you mean linearhead_acdc?",
         ("segment", volume, "--bundle", "no_bundle"): "no_bundle is no bundle",
-        ("segment", volume, "--bundle", "shape_unet"): "has no configs/inference.json",
+        ("segment", volume, "--bundle", "general_encoder"): "has no configs/inference.json",
         ("segment", volume, "--batch_sise", "3"): "Did you mean '--batch_size'?",
         ("segment", volume, volume): "unexpected",
         ("train", "unet_acdc"): "give --data FOLDER",
@@ -227,7 +227,7 @@ def test_what_cannot_be_done_is_one_line_that_says_what_to_do(autosam_says, phan
         ("train", "unet_acdc", "--data", phantoms, "--overlay", "nekc"): "has no configs/nekc.json",
         ("evaluate", "phantom_encoder"): "has no configs/evaluate.json",
         ("new", "a b", phantoms): "expected a name of letters",
-        ("pack", "shape_unet"): "has no configs/inference.json",
+        ("pack", "general_encoder"): "has no configs/inference.json",
         ("study", "missing.json"): "missing.json",
     }.items():
         assert said in refusal(autosam_says, *arguments), arguments

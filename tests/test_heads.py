@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from components.networks.heads import CNNHead, LinearHead, ViTHead
+from components.networks.heads import CNNHead, DeepLabHead, LinearHead, ViTHead
 from components.sam.segment_anything_import import import_from_segment_anything
 
 sam_common = import_from_segment_anything("modeling.common")
@@ -14,6 +14,7 @@ HEADS = {
     "cnn3": lambda: CNNHead(4, depth=3),
     "cnn4": lambda: CNNHead(4),
     "cnn5": lambda: CNNHead(4, depth=5),
+    "deeplab": lambda: DeepLabHead(4),
     "linear": lambda: LinearHead(4),
 }
 # Counts of the heads as specified in paper section 3.2; those of k = 2 and 4 are also the authors' own.
@@ -23,6 +24,7 @@ PARAMETERS = {
     "cnn3": 5_610_500,
     "cnn4": 20_686_340,
     "cnn5": 80_722_436,
+    "deeplab": 672_900,
     "linear": 75_140,
 }
 
@@ -34,7 +36,7 @@ def test_output_is_four_times_the_embeddings_grid_with_one_channel_a_class(name)
     assert sum(p.numel() for p in head.parameters() if p.requires_grad) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", ["vit", "cnn2", "linear"])
+@pytest.mark.parametrize("name", ["vit", "cnn2", "deeplab", "linear"])
 def test_logits_are_raw_and_every_parameter_learns(name):
     torch.manual_seed(0)
     head = HEADS[name]()
@@ -45,7 +47,7 @@ def test_logits_are_raw_and_every_parameter_learns(name):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
 
 
-@pytest.mark.parametrize("name", ["vit", "cnn2", "linear"])
+@pytest.mark.parametrize("name", ["vit", "cnn2", "deeplab", "linear"])
 def test_scripted_head_equals_eager_at_every_batch_and_grid_size(name):
     head = HEADS[name]()
     scripted = torch.jit.script(head)
@@ -129,7 +131,7 @@ def test_linear_head_equals_convolutions_of_the_same_weights():
     torch.testing.assert_close(head(embeddings), convolutions(embeddings))
 
 
-@pytest.mark.parametrize("name", ["vit", "cnn2", "linear"])
+@pytest.mark.parametrize("name", ["vit", "cnn2", "deeplab", "linear"])
 def test_head_in_bf16_is_near_fp32(name):
     torch.manual_seed(0)
     head = HEADS[name]()

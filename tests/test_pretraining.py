@@ -15,7 +15,7 @@ from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 from torch import nn
 
 import components
-from components.networks.heads import CNNHead, LinearHead, ViTHead
+from components.networks.heads import CNNHead, DeepLabHead, LinearHead, ViTHead
 from components.networks.prompt_free_sam import PromptFreeSam
 from components.phantom.slices import phantom_slices
 from components.pretrained import pretrained_file
@@ -32,13 +32,18 @@ TINY = {
     "model_type": "vit_tiny",
     "canvas_size": 64,
     "image_size": 64,
-    "batch_size": 3,
+    "batch_size": 4,
     "steps_per_epoch": 2,
     "epochs": 2,
     "val_interval": 1,
 }
 TINY |= {"val_stacks": 1, "slices_per_stack": 3}
-HEADS = {"vit": lambda: ViTHead(4), "cnn": lambda: CNNHead(4, depth=2), "linear": lambda: LinearHead(4)}
+HEADS = {
+    "vit": lambda: ViTHead(4),
+    "cnn": lambda: CNNHead(4, depth=2),
+    "deeplab": lambda: DeepLabHead(4),
+    "linear": lambda: LinearHead(4),
+}
 
 
 def config(*names: str) -> list[str]:
@@ -111,7 +116,7 @@ def test_gradients_of_one_step_reach_the_encoder_and_every_head():
     network = PromptFreeSam(
         SamEncoder("vit_tiny", image_size=64, trainable=True), JointHead({name: make() for name, make in HEADS.items()})
     )
-    network(torch.rand(3, 3, 64, 64) * 255).square().mean().backward()
+    network(torch.rand(len(HEADS), 3, 64, 64) * 255).square().mean().backward()
     without = [name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert [name for name in without if "rel_pos" not in name] == []
 
@@ -213,7 +218,7 @@ def test_process_killed_at_any_moment_resumes_to_the_same_weights(delay, tmp_pat
 
 def test_training_records_what_it_took(trained):
     note = json.loads((trained / "training.json").read_text())
-    assert (note["epochs"], note["steps"], note["images_seen"]) == (2, 4, 12)
+    assert (note["epochs"], note["steps"], note["images_seen"]) == (2, 4, 16)
     assert note["settings"]["seed"] == 0
     assert note["versions"]["components"] == components.__version__
     assert 0 < note["hours"] < 0.1
@@ -272,7 +277,7 @@ def test_exported_head_is_a_model_on_the_exported_encoder(name, trained, export_
 def test_record_tells_the_files_their_scores_and_the_training(trained, export_dir):
     record = json.loads((export_dir / "record.json").read_text())
     weights = sorted(path.name for path in export_dir.iterdir() if path.name != "record.json")
-    assert weights == sorted(record["sha256"]) == ["cnn_head.pt", "linear_head.pt", "vit_head.pt", "vit_tiny.pth"]
+    assert weights == sorted(record["sha256"]) == [*(f"{name}_head.pt" for name in sorted(HEADS)), "vit_tiny.pth"]
     for name, digest in record["sha256"].items():
         content = (export_dir / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == digest

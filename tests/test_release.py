@@ -32,9 +32,15 @@ from release.archives import write_archive, write_model_info
 from release.bundles import PACKED, check_release_facts, picture_of
 from release.picture import draw_picture
 
-OF_ANY_OBJECT = ("shape_unet.pt", "general_unet.pth", "general_linear_head.pt")
+OF_ANY_OBJECT = ("general_unet.pth", "general_linear_head.pt")
 VERSION = components.__version__
-MODELS = {"autosam": "vit_head.pt", "cnnhead": "cnn_head.pt", "linearhead": "linear_head.pt", "unet": "unet.pt"}
+MODELS = {
+    "autosam": "vit_head.pt",
+    "cnnhead": "cnn_head.pt",
+    "deeplabhead": "deeplab_head.pt",
+    "linearhead": "linear_head.pt",
+    "unet": "unet.pt",
+}
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +298,7 @@ def test_archive_of_the_papers_recipe_says_where_sams_weights_are(model_type, re
 
 
 def test_every_head_has_an_archive_of_the_papers_recipe(recipes):
-    heads = {"autosam_acdc", "cnnhead_acdc", "linearhead_acdc"}
+    heads = {"autosam_acdc", "cnnhead_acdc", "deeplabhead_acdc", "linearhead_acdc"}
     assert {path.name for path in recipes.glob("*.zip")} == {f"{head}_vit_b_v{VERSION}.zip" for head in heads}
 
 

@@ -184,9 +184,13 @@ def test_a_transform_stands_on_one_line_and_long_dictionaries_on_several():
 
 
 def test_unknown_networks_and_encoders_are_refused():
-    with pytest.raises(ValueError, match="unknown network 'vgg': expected one of autosam, cnnhead, linearhead, unet"):
+    with pytest.raises(
+        ValueError, match="unknown network 'vgg': expected one of autosam, cnnhead, deeplabhead, linearhead, unet"
+    ):
         instance("vgg", "acdc")
-    with pytest.raises(ValueError, match="unet has no encoder for vit_b: expected one of autosam, cnnhead, linearhead"):
+    with pytest.raises(
+        ValueError, match="unet has no encoder for vit_b: expected one of autosam, cnnhead, deeplabhead, linearhead"
+    ):
         instance("unet", "acdc", "vit_b")
     with pytest.raises(ValueError, match=r"no published encoder has model_type 'vit_x'.*give --checkpoint FILE"):
         instance("linearhead", "acdc", "vit_x")

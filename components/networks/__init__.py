@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "box_prompted_sam": ["BoxPromptedSam"],
         "contrastive": ["ContrastiveUNet", "TwoViews"],
-        "heads": ["CNNHead", "LinearHead", "ViTHead"],
+        "heads": ["CNNHead", "DeepLabHead", "LinearHead", "ViTHead"],
         "onnx_network": ["OnnxNetwork"],
         "prompt_free_sam": ["PromptFreeSam"],
         "trained_with": ["find_model", "resolve_settings"],

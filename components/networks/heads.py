@@ -6,6 +6,7 @@ Source: paper section 3.2. Where a head differs from the authors' code, its clas
 import math
 
 import torch
+from monai.networks.blocks import Convolution, SimpleASPP
 from torch import nn
 
 from components.sam.decoder import build_decoder
@@ -126,6 +127,28 @@ class CNNHead(nn.Sequential):
             width //= 2
         layers += [nn.Conv2d(width, width, kernel_size=3, padding=1), nn.Conv2d(width, out_channels, kernel_size=1)]
         super().__init__(*layers)
+
+
+class DeepLabHead(nn.Sequential):
+    """DeepLabV3's head: atrous spatial pyramid pooling by MONAI, a convolution, a classifier, and bilinear upscaling.
+
+    Source: Chen et al., arXiv:1706.05587; the paper of AutoSAM names it as future work. Differs: MONAI's pyramid has
+    no global average, and dilations of 1, 2, 4 and 6. Norms are instance norms, since batches are small.
+
+    Args:
+        out_channels: number of classes C, background included.
+        in_channels: channels of the embeddings, any number.
+        width: channels of each of the pyramid's four branches, and of the convolution after it.
+    """
+
+    def __init__(self, out_channels: int, in_channels: int = EMBEDDING_CHANNELS, *, width: int = 64) -> None:
+        norm = ("INSTANCE", {"affine": True})
+        super().__init__(
+            SimpleASPP(2, in_channels, width, norm_type=norm, acti_type="RELU"),
+            Convolution(2, 4 * width, width, norm=norm, act="RELU", bias=False),
+            nn.Conv2d(width, out_channels, kernel_size=1),
+            nn.Upsample(scale_factor=4, mode="bilinear"),
+        )
 
 
 class LinearHead(nn.Sequential):

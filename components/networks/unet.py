@@ -11,7 +11,6 @@ from torch import nn
 
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
-from components.networks.any_object import for_classes, is_of_any_object
 from components.networks.trained_with import attach_training_record, check_trained_views
 
 CONTRACTING_PATH = ("conv_0", "down_1", "down_2", "down_3", "down_4")
@@ -29,8 +28,7 @@ class GreyUNet(nn.Module):
         precision: as for `components.networks.PromptFreeSam`.
         in_channels: 1 for grey values, 3 for colours or for a slice between its neighbours.
         start_checkpoint: another run's `model.pt` to start from; None for random weights. A `model.pt` of
-            `components.networks.ContrastiveUNet` holds the contracting path only. `shape_unet.pt` of
-            `components.pretrained` segments objects of any kind; each class then starts as such an object.
+            `components.networks.ContrastiveUNet` holds the contracting path only.
         trained_with: as for `components.networks.PromptFreeSam`.
 
     Raises:
@@ -96,19 +94,9 @@ class GreyUNet(nn.Module):
         own = {key: value for key, value in state.items() if not key.startswith("projection.")}
         contracting = {f"unet.{key}" for key in self.unet.state_dict() if key.split(".")[0] in CONTRACTING_PATH}
         is_whole = own.keys() != contracting
-        is_general = is_of_any_object(own)
-        if is_general:
-            last = ("unet.final_conv.weight", "unet.final_conv.bias")
-            own = _for_channels(for_classes(own, last, self.unet.final_conv.out_channels), self.in_channels)
-        if is_general or not is_whole:  # weights trained without these classes have no record of them
+        if not is_whole:  # weights trained without these classes have no record of them
             own["trained_with"] = self.get_buffer("trained_with")
         load_starting_weights(self, own, path=path, remedy=remedy, strict=is_whole)
-
-
-def _for_channels(state: dict[str, torch.Tensor], in_channels: int) -> dict[str, torch.Tensor]:
-    """Convert the weights of a UNet for colours; a grey value gets the sum of those of red, green and blue."""
-    first = "unet.conv_0.conv_0.conv.weight"
-    return state | {first: state[first].sum(dim=1, keepdim=True)} if in_channels == 1 else state
 
 
 def grey_values(images: torch.Tensor, channels: int = 1) -> torch.Tensor:

@@ -33,27 +33,25 @@ class _Tones:
     other: Array
 
 
-def random_shapes(size: int, rng: np.random.Generator, *, tubes: bool = False) -> tuple[Array, Array]:
+def random_shapes(size: int, rng: np.random.Generator) -> tuple[Array, Array]:
     """Draw a picture and its label.
 
     Args:
         size: side of the square picture in pixels.
         rng: source of all random numbers.
-        tubes: whether the objects of three in ten pictures are branching tubes. Half of the grey pictures then are a
-            slice between its neighbours.
 
     Returns:
         colours 3x`size`x`size` in 0..255, and labels `size`x`size`: 1 on the objects, 0 elsewhere; both uint8. In six
-        of ten pictures all three channels are equal, unless they are neighbouring slices. A few pictures have no
-        object.
+        of ten pictures all three channels are equal, or half as often neighbouring slices. The objects of three in ten
+        pictures are branching tubes. A few pictures have no object.
     """
     is_grey = rng.random() < 0.6
     tones = _draw_tones(rng, is_grey)
     image = _draw_background(size, tones, rng, is_grey)
     label = np.zeros((size, size), np.uint8)
-    draw = _draw_tubes if tubes and rng.random() >= 0.7 else _draw_objects
+    draw = _draw_tubes if rng.random() >= 0.7 else _draw_objects
     draw(image, label, tones, rng)
-    has_neighbours = tubes and is_grey and rng.random() < 0.5
+    has_neighbours = is_grey and rng.random() < 0.5
     if has_neighbours:
         image = _between_neighbours(image, rng)
     return _expose(image, tones, rng, is_grey and not has_neighbours), label

@@ -8,7 +8,7 @@ def pretrained_file(name: str) -> str:
 
     Args:
         name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt`, `linear_head.pt`,
-            `unet.pt`; or `general_unet.pth`, `general_linear_head.pt` or `shape_unet.pt`, for objects of any kind.
+            `deeplab_head.pt`, `unet.pt`; or `general_unet.pth` or `general_linear_head.pt`, for objects of any kind.
 
     Returns:
         its path.
@@ -21,6 +21,6 @@ def pretrained_file(name: str) -> str:
     if name not in present:
         raise FileNotFoundError(
             f"no pretrained file {name!r} in {folder}: expected one of {', '.join(present) or '(none is there)'}; "
-            "bundles/phantom_encoder, unet_acdc and shape_unet make them"
+            "bundles/phantom_encoder, unet_acdc and general_encoder make them"
         )
     return str(folder / name)

@@ -16,22 +16,18 @@ class ShapeStream(EndlessStream):
         batch_size: pictures in a batch.
         seed: seed of the stream, 0 or more.
         size: side of a picture in pixels.
-        tubes: as for `components.phantom.shapes.random_shapes`.
     """
 
-    def __init__(self, batch_size: int, *, seed: int, size: int = 128, tubes: bool = False) -> None:
+    def __init__(self, batch_size: int, *, seed: int, size: int) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.seed = seed
         self.size = size
-        self.tubes = tubes
 
     def batch(self, index: int) -> dict[str, torch.Tensor]:
         """Draw the batch of a number: `image` Bx3xHxW, colours 0..255, and `label` Bx1xHxW, 0 or 1, float."""
         rng = np.random.default_rng([self.seed, index])
-        images, labels = zip(
-            *(random_shapes(self.size, rng, tubes=self.tubes) for _ in range(self.batch_size)), strict=True
-        )
+        images, labels = zip(*(random_shapes(self.size, rng) for _ in range(self.batch_size)), strict=True)
         return {
             "image": torch.from_numpy(np.stack(images)).float(),
             "label": torch.from_numpy(np.stack(labels)[:, None]).float(),

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from components.pretrained import pretrained_file
-from components.sam.encoders import SHIPPED, encoder_type, page_of, published_encoders
+from components.sam.encoders import SHIPPED, encoder_type
 
 
 def default_checkpoint(models_dir: str, model_type: str) -> str:
@@ -12,25 +12,18 @@ def default_checkpoint(models_dir: str, model_type: str) -> str:
 
     Args:
         models_dir: the bundle's `models` folder.
-        model_type: one whose published file belongs there, or one of `SHIPPED`, which come with the package.
+        model_type: one of `ENCODERS`.
 
     Returns:
-        the path, whether or not a published file is there.
+        the path, whether or not there is a file. Those of `SHIPPED` come with the package. Where Meta publishes a file
+        for anyone, it is that file's name in `models_dir`, else a folder called like the model type.
 
     Raises:
-        ValueError: if the model type has no file that anyone can download.
+        ValueError: if the model type is unknown.
     """
     if model_type in SHIPPED:
         return pretrained_file(f"{model_type}.pth")
-    published = published_encoders()
-    if model_type not in published:
-        page = page_of(model_type)
-        raise ValueError(
-            f"no published checkpoint has model_type {model_type!r} (published: {', '.join(published)}): "
-            + (f"get its file from {page} and " if page else "")
-            + "give --sam_checkpoint a file, or '$None' for an encoder with random weights"
-        )
-    return str(Path(models_dir) / str(published[model_type].file))
+    return str(Path(models_dir) / (encoder_type(model_type).file or model_type))
 
 
 def default_image_size(model_type: str, crop_size: int) -> int:

@@ -122,7 +122,7 @@ class SamEncoder(nn.Module):
         self._copies: dict[torch.dtype, nn.Module] = {}
         _update_fingerprint(self)
         self.register_state_dict_post_hook(_drop_frozen_weights)
-        self.register_load_state_dict_pre_hook(_check_fingerprint)
+        self.register_load_state_dict_pre_hook(_check_and_complete)
         self.train(self.training)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -307,58 +307,79 @@ def _drop_frozen_weights(module: nn.Module, state: dict[str, Any], prefix: str, 
                 del state[f"{prefix}image_encoder.{key}"]
 
 
-def _check_fingerprint(
+def _check_and_complete(
     module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, *_reports: list[str]
 ) -> None:
-    """Reject a state dict of another encoder before anything is loaded; add the current weights if it has none.
+    """Reject a state dict of another encoder before anything is loaded, and add the encoder's weights if it lacks them.
 
     Raises:
         RuntimeError: when the weights are incomplete or the fingerprint does not match them.
     """
     assert isinstance(module, SamEncoder)
-    stored = state.get(f"{prefix}fingerprint")
     held = _encoder_weights(state, prefix)
     updates = {key: value for key, value in held.items() if is_update(key)}
     received = {key: value for key, value in held.items() if key not in updates}
-    own = dict(module.image_encoder.state_dict())
-    frozen = frozen_weights(own) | module._before_updates
     if received:
-        if module._has_updates:
-            raise RuntimeError(
-                "the checkpoint holds an encoder of its own, which trainable_encoder lora cannot start from: "
-                "give --trainable_encoder neck or True, or another start"
-            )
-        missing = [f"{prefix}image_encoder.{key}" for key in own if key not in received]
-        if missing:
-            raise RuntimeError(f"the checkpoint holds the image encoder only in part; missing: {', '.join(missing)}")
+        _check_own_encoder(module, received, prefix)
         expected, owner = fingerprint(received), "the encoder weights beside it: the checkpoint is damaged"
-        state.setdefault(f"{prefix}fingerprint", expected)
     else:
-        # loading writes into the buffer
-        expected = fingerprint(frozen) if module._before_updates else _update_fingerprint(module).clone()
+        expected = _fingerprint_in_use(module)
         owner = (
             f"the {module.model_type} encoder in use: give the --model_type and --sam_checkpoint "
             "that the head was trained with"
         )
+    stored = state.setdefault(f"{prefix}fingerprint", expected) if received else state.get(f"{prefix}fingerprint")
     if stored is not None and not torch.equal(stored.cpu(), expected.cpu()):
         raise RuntimeError(
             f"the checkpoint's encoder fingerprint {_short_hex(stored)} is not {_short_hex(expected)}, that of {owner}"
         )
-    module._before_updates = {}
     if received:
+        module._before_updates = {}
         return
-    if updates and not module._has_updates:
-        merged = updated_weights(module.image_encoder, frozen, updates)
-        module._before_updates = {key: frozen[key].clone() for key in merged}  # loading overwrites these
-        own = frozen | merged
+    if not module._has_updates:  # they become part of the weights
         for key in updates:
             del state[f"{prefix}image_encoder.{key}"]
-    elif not module._has_updates:
-        own = frozen
-    elif updates:  # all of them: torch reports missing ones
-        own = {key: value for key, value in own.items() if not is_update(key)}
-    for key, value in own.items():
+    for key, value in _weights_in_use(module, updates).items():
         state.setdefault(f"{prefix}image_encoder.{key}", value)
+
+
+def _check_own_encoder(module: SamEncoder, received: Mapping[str, torch.Tensor], prefix: str) -> None:
+    """Check the weights of an encoder that a state dict brings along.
+
+    Raises:
+        RuntimeError: when low-rank updates cannot start from them, or some are missing.
+    """
+    if module._has_updates:
+        raise RuntimeError(
+            "the checkpoint holds an encoder of its own, which trainable_encoder lora cannot start from: "
+            "give --trainable_encoder neck or True, or another start"
+        )
+    if missing := [f"{prefix}image_encoder.{key}" for key in module.image_encoder.state_dict() if key not in received]:
+        raise RuntimeError(f"the checkpoint holds the image encoder only in part; missing: {', '.join(missing)}")
+
+
+def _fingerprint_in_use(module: SamEncoder) -> torch.Tensor:
+    """Return the fingerprint of the encoder's weights as they were before updates became part of them."""
+    if module._before_updates:
+        return fingerprint(frozen_weights(dict(module.image_encoder.state_dict())) | module._before_updates)
+    return _update_fingerprint(module).clone()  # since loading writes into the buffer
+
+
+def _weights_in_use(module: SamEncoder, updates: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights that go with a state dict without an encoder: the frozen ones, and its updates added to them.
+
+    An encoder that trains updates keeps them apart. It has those of the state dict, or else its own.
+    """
+    own = dict(module.image_encoder.state_dict())
+    frozen = frozen_weights(own) | module._before_updates
+    module._before_updates = {}
+    if module._has_updates:
+        return {key: value for key, value in own.items() if not (updates and is_update(key))}
+    if not updates:
+        return frozen
+    merged = updated_weights(module.image_encoder, frozen, updates)
+    module._before_updates = {key: frozen[key].clone() for key in merged}  # loading overwrites these
+    return frozen | merged
 
 
 def _short_hex(value: torch.Tensor) -> str:
