@@ -64,7 +64,11 @@ def test_patients_in_acdcs_layout_make_a_bundle_of_every_network_that_starts_fro
     assert (bundle / "configs/function.json").is_file()
     assert not (bundle / "configs/demo.json").exists()
     parser = parsed(bundle, "train", labelled_cases=1)
-    names = {"autosam": "vit_head.pt", "cnnhead": "cnn_head.pt", "linearhead": "linear_head.pt", "unet": "unet.pt"}
+    names = {
+        "autosam": "vit_head.pt",
+        **{f"{name}head": f"{name}_head.pt" for name in ("cnn", "deeplab", "linear")},
+        "unet": "unet.pt",
+    }
     assert parser.get_parsed_content("start_checkpoint") == pretrained_file(names[network])
     start = torch.load(pretrained_file(names[network]), weights_only=True)
     state = parser.get_parsed_content("network_def").state_dict()
