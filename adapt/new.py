@@ -22,7 +22,7 @@ from components.sam.encoder import SamEncoder
 from components.sam.encoders import ENCODERS, GENERAL_UNET, SAM_SIZE, page_of
 
 REPOSITORY = Path(__file__).parents[1]
-NETWORK_OF_VOLUMES, NETWORK_OF_PICTURES = "unet", "linearhead"  # unless a user chooses another
+FROM_SCRATCH, ON_AN_ENCODER = "unet", "linearhead"  # the networks of volumes and pictures, unless a user chooses
 
 
 def new_bundle(
@@ -76,7 +76,7 @@ def new_bundle(
     file = None if sam_checkpoint is None else os.path.abspath(sam_checkpoint)  # noqa: PTH100
     encoder: dict[str, Any] = {"model_type": chosen, "sam_checkpoint": file}
     if network is None and (model_type, sam_checkpoint) != (None, None):
-        network = NETWORK_OF_PICTURES
+        network = ON_AN_ENCODER
     if network is not None:  # check the arguments before the data are read
         Instance(network, cases="custom", hearts=False, **encoder)
     if sam_checkpoint is not None:
@@ -93,7 +93,7 @@ def new_bundle(
             shutil.rmtree(combined)
         raise
     said += [written] if written else []
-    network = network or (NETWORK_OF_PICTURES if description["pictures"] else NETWORK_OF_VOLUMES)
+    network = network or (ON_AN_ENCODER if description["pictures"] else FROM_SCRATCH)
     takes_any_encoder = (entry := networks()[network])["kind"] == "encoder" and not needs_sam_decoder(entry)
     hearts = description["class_names"] == list(CLASS_NAMES) and not description["pictures"]
     if hearts:

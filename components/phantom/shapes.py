@@ -41,9 +41,9 @@ def random_shapes(size: int, rng: np.random.Generator) -> tuple[Array, Array]:
         rng: source of all random numbers.
 
     Returns:
-        colours 3x`size`x`size` in 0..255, and labels `size`x`size`: 1 on the objects, 0 elsewhere; both uint8. In six
-        of ten pictures all three channels are equal, or half as often neighbouring slices. The objects of three in ten
-        pictures are branching tubes. A few pictures have no object.
+        colours 3x`size`x`size` in 0..255, and labels `size`x`size`: 1 on the objects, 0 elsewhere; both uint8. Six of
+        ten pictures are grey: half of these have equal channels, in the others they are neighbouring slices. The
+        objects of three in ten pictures are branching tubes. A few pictures have no object.
     """
     is_grey = rng.random() < 0.6
     tones = _draw_tones(rng, is_grey)
