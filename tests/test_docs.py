@@ -266,7 +266,8 @@ def test_the_commands_of_a_bundle_for_own_data_are_accepted_in_it(
         "cd ../.. && pip install -c constraints.txt -e '.[missing]'",
         "cd ../.. && pip install -c missing.txt -e .",
         "cd ../.. && python -m adapt new NAME --data DIR --network missing",
-        "cd ../.. && python -m adapt new X --data DIR --network unet && cd bundles/X && python -m monai.bundle download_large_files",
+        "cd ../.. && python -m adapt new X --data DIR --network unet && cd bundles/X"
+        " && python -m monai.bundle download_large_files",
         "autosam train unet_acdc --overlay missing",
         "autosam train unet_acdc --labeled_patients 5",
         "autosam segment volume.nii.gz --bundle missing",
