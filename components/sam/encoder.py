@@ -372,12 +372,9 @@ def _weights_in_use(module: SamEncoder, updates: Mapping[str, torch.Tensor]) -> 
     """
     own = dict(module.image_encoder.state_dict())
     frozen = frozen_weights(own) | module._before_updates
-    module._before_updates = {}
     if module._has_updates:
         return {key: value for key, value in own.items() if not (updates and is_update(key))}
-    if not updates:
-        return frozen
-    merged = updated_weights(module.image_encoder, frozen, updates)
+    merged = updated_weights(module.image_encoder, frozen, updates) if updates else {}
     module._before_updates = {key: frozen[key].clone() for key in merged}  # loading overwrites these
     return frozen | merged
 
