@@ -86,10 +86,11 @@ def encoder_of(model_type: str, request: pytest.FixtureRequest, folder: Path) ->
 @pytest.mark.parametrize(
     ("network", "kind", "model_type"),
     [
-        ("autosam", "volumes", SHIPPED),
+        ("deeplabhead", "volumes", SHIPPED),
         ("cnnhead", "colours", SHIPPED),
         ("linearhead", "greys", SHIPPED),
         ("linearhead", "colours", VIT_T),
+        pytest.param("autosam", "volumes", SHIPPED, marks=pytest.mark.slow),
         pytest.param("linearhead", "colours", VIT_B, marks=pytest.mark.slow),
         pytest.param("autosam", "greys", VIT_B, marks=pytest.mark.slow),
         pytest.param("cnnhead", "volumes", VIT_B, marks=pytest.mark.slow),
