@@ -293,6 +293,13 @@ def test_pictures_start_from_a_linear_head_of_any_object_in_an_archive_too_and_v
     assert parsed(organ, "train").get_parsed_content("start_checkpoint") is None
 
 
+@pytest.mark.parametrize(("kind", "channels"), [("colours", 3), ("greys", 1)])
+def test_a_unet_on_pictures_starts_from_random_weights_and_sees_their_channels(tmp_path, kind, channels):
+    parser = parsed(bundle_of(tmp_path, "unet", kind), "train", labelled_cases=1)
+    assert parser.get_parsed_content("start_checkpoint") is None
+    assert parser.get_parsed_content("network_def").unet.conv_0.conv_0.conv.in_channels == channels
+
+
 def test_an_encoder_without_a_network_is_below_a_linear_head(tmp_path):
     organ, said = new_bundle("organ", KINDS["volumes"](tmp_path / "data"), tmp_path, model_type="vit_b")
     assert said[-1].startswith("the network is linearhead;")
