@@ -19,9 +19,9 @@
 Each one's `__init__.py` lists what configs may name from it, such as `components.networks.CNNHead`; code imports from
 the modules. A sub-package imports from those above it in this table only.
 
-Importing the package warms up torch's CPU mathematics once. In torch 2.13 (oneMKL 2024.2) a process's
-first call of a vectorised function may be imprecise on one of its threads, such as `sqrt` or `exp`
-(https://github.com/pytorch/pytorch/issues/188792). The first forward pass then has an error of 1e-3, the second none.
+Importing the package warms up torch's CPU mathematics once. In torch 2.13 (oneMKL 2024.2), a process's
+first call of `sqrt`, `exp` or another vectorised function may be imprecise on one of its threads. See
+https://github.com/pytorch/pytorch/issues/188792. The first forward pass then has an error of 1e-3, the second none.
 One call on a single element, which never leaves the calling thread, takes that first call out of every real
 computation.
 

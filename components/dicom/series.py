@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 
     @property
     def is_short_axis_cine(self) -> bool:
-        """Whether there are enough slices, of several frames each, oblique to the body's axes."""
+        """Whether it has enough slices, which have several frames each and are oblique to the body's axes."""
         return len(self.positions) >= FEWEST_SLICES and _is_cine(self.positions) and _is_oblique(self.positions)
 
 
