@@ -82,7 +82,7 @@ def trained(request, phantoms, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
-    of_head = ("large_files.yml", "configs/sam.json", "configs/neck.json")
+    of_head = ("large_files.yml", "configs/sam.json", "configs/neck.json", "configs/correct.json")
     of_unet = ("configs/from_scratch.json", "configs/phantoms.json", "configs/pretrain.json")
     for name in (
         *(of_head if bundle in HEADS else of_unet),

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "cine_buffer": ["CineBuffer"],
-        "correction": ["CorrectByClicksd", "check_one_volume"],
+        "correction": ["CorrectByClicksd", "check_clicks"],
         "model_loader": ["ModelCheckpointLoader"],
         "segmentation": ["SegmentationEvaluator"],
         "slice_inferer": ["TestTimeAugmentationInferer"],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
+from monai.data import Dataset, MetaTensor
 from monai.transforms import Compose, Transform
+from monai.utils import MetaKeys
 from scipy import ndimage
 from torch import nn
 
@@ -155,21 +156,28 @@ def merge_slice(before: np.ndarray, redrawn: np.ndarray, clicks: OfSlice) -> np.
     return after
 
 
-def check_one_volume(dataset: Sized, dataset_dir: str) -> None:
-    """Check that there is one volume or picture, to whose voxels clicks can refer.
+def check_clicks(
+    clicks: str | Mapping[str, Any], class_names: Sequence[str], dataset: Dataset, dataset_dir: str
+) -> None:
+    """Check that clicks fit the image to segment, before this takes its time.
 
     Args:
-        dataset: of what is to be segmented.
+        clicks: as for `CorrectByClicksd`.
+        class_names: likewise.
+        dataset: of one image, prepared for the network.
         dataset_dir: where it was found, for messages.
 
     Raises:
-        ValueError: if there are several images, or the frames of a cine.
+        ValueError: if they do not, or there are several images or the frames of a cine.
+        FileNotFoundError: if there is no file of clicks.
     """
     if len(dataset) != 1:
         raise ValueError(
             f"{dataset_dir} holds {len(dataset)} images or frames: expected one, in which the clicks lie; give one "
             "image's file, and save a frame of a cine as a volume"
         )
+    item: Any = dataset[0]
+    read_clicks(clicks, class_names, [int(size) for size in item["image"].meta[MetaKeys.SPATIAL_SHAPE]])
 
 
 def _within(of_slice: OfSlice, axis: int) -> OfSlice:
