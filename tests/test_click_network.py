@@ -113,27 +113,30 @@ def test_a_class_against_the_rest_has_the_odds_of_its_probability(logits):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "file", "trainable", "said"),
+    ("model_type", "has_file", "trainable", "said"),
     [
-        (
-            "phantom_unet",
-            "x.pth",
-            False,
-            "clicks correct bundles on a SAM checkpoint only: received the encoder phantom_unet",
-        ),
-        ("vit_tiny", None, False, "received the encoder vit_tiny, which has no file"),
-        ("vit_tiny", "x.pth", "neck", "received one that was trained further"),
+        ("phantom_unet", True, False, "a SAM checkpoint only: received the encoder phantom_unet; make such a bundle"),
+        ("vit_tiny", False, False, "received the encoder vit_tiny, which has no file"),
+        ("vit_tiny", True, "neck", "the encoder was trained further than"),
     ],
 )
-def test_encoders_whose_decoder_is_not_at_hand_are_refused(model_type, file, trainable, said):
+def test_encoders_whose_decoder_is_not_at_hand_are_refused(model_type, has_file, trainable, said, tiny_sam_checkpoint):
     encoder = SamEncoder(model_type, image_size=SIZE, trainable=trainable)
     with pytest.raises(ValueError, match=said):
-        click_corrector(encoder, file)
+        click_corrector(encoder, tiny_sam_checkpoint if has_file else None)
 
 
-def test_the_corrector_of_a_sam_encoder_is_the_decoder_of_its_file(sam_checkpoint, sam_vit_b):
-    corrector = click_corrector(SamEncoder("vit_tiny", image_size=SIZE), sam_checkpoint)
-    assert isinstance(corrector, ClickCorrectedSam)
+def test_the_corrector_of_a_sam_encoder_is_the_decoder_of_its_file(tiny_sam_checkpoint, sam_vit_b, embeddings, logits):
+    encoder = SamEncoder("vit_tiny", tiny_sam_checkpoint, SIZE)
+    corrector = click_corrector(encoder, tiny_sam_checkpoint)
     for name, value in sam_vit_b.mask_decoder.state_dict().items():
         assert torch.equal(corrector.mask_decoder.state_dict()[name], value), name
     assert not any(parameter.requires_grad for parameter in corrector.parameters())
+    corrector(embeddings, logits, [{}, {LV: clicked((1.0, 1.0, 1))}])
+
+    trained = SamEncoder("vit_tiny", tiny_sam_checkpoint, SIZE, trainable=True)
+    with torch.no_grad():
+        trained.image_encoder.neck[0].weight += 0.1
+    encoder.load_state_dict(trained.state_dict())  # as that of a bundle whose encoder was trained along
+    with pytest.raises(ValueError, match="give a bundle that was trained with --trainable_encoder False"):
+        corrector(embeddings, logits, [{}, {}])

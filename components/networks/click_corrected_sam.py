@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from components.sam.checkpoint import read_checkpoint
 from components.sam.decoder import build_decoder
-from components.sam.encoder import SamEncoder
-from components.sam.encoders import SHIPPED, encoder_type
+from components.sam.encoder import SamEncoder, fingerprint
+from components.sam.encoders import SHIPPED, encoder_type, encoder_weights
 
 ClassClicks = Mapping[int, tuple[torch.Tensor, torch.Tensor]]  # by class: points Nx2 as (x, y), and their signs N
 
@@ -101,6 +103,11 @@ def against_rest(logits: torch.Tensor, number: int) -> torch.Tensor:
     return logits[number] - others.logsumexp(0)
 
 
+def has_click_corrector(model_type: str) -> bool:
+    """Return whether `click_corrector` has a network for an encoder, one of `components.sam.encoders.ENCODERS`."""
+    return model_type not in SHIPPED and encoder_type(model_type).has_sam_decoder
+
+
 def click_corrector(encoder: SamEncoder, checkpoint: str | None) -> nn.Module:
     """Return the network that corrects the slices of an encoder by clicks.
 
@@ -109,22 +116,32 @@ def click_corrector(encoder: SamEncoder, checkpoint: str | None) -> nn.Module:
         checkpoint: its file.
 
     Returns:
-        a module that is called as `ClickCorrectedSam`, on the encoder's device.
+        a module that is called as `ClickCorrectedSam`, on the encoder's device. It raises ValueError if the encoder has
+        other weights than its file.
 
     Raises:
-        ValueError: if there is no such network for the encoder, or the encoder is no longer the file's.
+        ValueError: if there is no such network for the encoder, or the encoder is trained.
         FileNotFoundError: if the file is missing.
     """
     name = encoder.model_type
-    if name in SHIPPED or not encoder_type(name).has_sam_decoder or checkpoint is None:
+    if not has_click_corrector(name) or checkpoint is None:
         file = "" if checkpoint else ", which has no file"
         raise ValueError(
             f"so far, clicks correct bundles on a SAM checkpoint only: received the encoder {name}{file}; make such a "
             "bundle with autosam train autosam_acdc --overlay sam --sam_checkpoint FILE, or autosam new --encoder vit_b"
         )
+    state = encoder_weights(read_checkpoint(checkpoint), name, encoder.image_encoder.state_dict(), path=checkpoint)
+    of_file = fingerprint(state)
+
+    def check_encoder(*_: Any) -> None:
+        if encoder.trainable or not torch.equal(encoder.fingerprint.cpu(), of_file):
+            raise ValueError(
+                f"the encoder was trained further than {checkpoint}, and SAM's decoder does not know it: give a bundle "
+                "that was trained with --trainable_encoder False"
+            )
+
     if encoder.trainable:
-        raise ValueError(
-            "SAM's decoder knows SAM's own encoder only: received one that was trained further; give a bundle that was "
-            "trained with --trainable_encoder False"
-        )
-    return ClickCorrectedSam(checkpoint, encoder.image_size).to(encoder.pixel_mean.device)
+        check_encoder()
+    corrector = ClickCorrectedSam(checkpoint, encoder.image_size).to(encoder.pixel_mean.device)
+    corrector.register_forward_pre_hook(check_encoder)
+    return corrector
