@@ -10,9 +10,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, messages_of
 from test_front_door import SHORT, autosam_says, elsewhere, phantoms, refusal, values, volume  # noqa: F401
 
+import autosam
 from autosam.runner import LOG
 from components.data.volume_search import find_volumes
 
@@ -51,6 +52,15 @@ def test_correcting_changes_the_slices_with_clicks_alone(bundle, autosam_says, v
     command[command.index("--output_dir") + 1] = "monai"
     subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": str(REPOSITORY)})
     assert np.array_equal(values(elsewhere / "monai" / name), after)
+
+    segmenter = autosam.load(bundle)
+    clicks = {"LV": [[30, 25, 1], [32, 27, 1]], "Myo": [[20, 20, 1]], "background": [[3, 3, 1]]}
+    assert np.array_equal(segmenter.correct(volume, clicks)[0].numpy(), after)
+    assert np.array_equal(segmenter(volume)[0].numpy(), before)
+    cine = np.stack([nib.load(volume).get_fdata()] * 3, axis=-1)
+    with pytest.raises(RuntimeError) as error:
+        segmenter.correct(cine, clicks, affine=plain.affine)
+    assert "holds 3 images or frames: expected one, in which the clicks lie" in messages_of(error.value)
 
     for content, error in (
         ({"LV": [[30, 25, 3]]}, "is outside the image: expected [0, 0, 0] to [63, 55, 2]"),
