@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -11,8 +12,11 @@ import torch
 from conftest import REPOSITORY
 from monai.bundle import ConfigParser
 from monai.data import decollate_batch, list_data_collate
+from PIL import Image
+from test_custom_data import plain
 from test_geometry import MIRRORED, ORDERS, Bands, oblique, reordered, save, volume
 
+from adapt.new import new_bundle
 from components.data.clicks import Click, clicks_by_slice, read_clicks
 from components.inference.correction import EMBEDDINGS, merge_slice
 
@@ -143,20 +147,24 @@ class Painter(torch.nn.Module):
 class Corrector:
     """The inference config of a bundle with a head, with the overlay of the correction and networks by hand."""
 
-    def __init__(self, folder: Path, **knobs) -> None:
+    def __init__(self, folder: Path, *, bundle: Path = REPOSITORY / "bundles/linearhead_acdc", **knobs) -> None:
         parser = ConfigParser()
-        configs = REPOSITORY / "bundles/linearhead_acdc/configs"
-        parser.read_config([configs / "inference.json", configs / "correct.json"])
+        parser.read_config([bundle / "configs/inference.json", bundle / "configs/correct.json"])
         self.network = Bands()
         self.network.encoder, self.painter = Encoder(), Painter()
-        plain = {"canvas_size": 48, "crop_size": 48, "test_time_views": 1, "ckpt_path": "there is no model"}
-        plain |= {"network": self.network, "correction#corrector": self.painter, "output_dir": str(folder)}
-        parser.update({**plain, "clicks": {}, **knobs})
+        small = {"canvas_size": 48, "crop_size": 48, "test_time_views": 1, "ckpt_path": "there is no model"}
+        small |= {
+            "bundle_root": str(bundle),
+            "network": self.network,
+            "correction#corrector": self.painter,
+            "output_dir": str(folder),
+        }
+        parser.update({**small, "clicks": {}, **knobs})
         self.inferer = parser.get_parsed_content("inferer")
         self.preprocessing = parser.get_parsed_content("preprocessing")
         self.correction = parser.get_parsed_content("correction")
         self.postprocessing = parser.get_parsed_content("postprocessing")
-        self.file = folder / "x_pred.nii.gz"
+        self.folder = folder
 
     def __call__(self, path: str, clicks) -> np.ndarray:
         batch = list_data_collate([self.preprocessing({"image": path})])
@@ -168,13 +176,14 @@ class Corrector:
     def again(self, clicks) -> np.ndarray:
         self.correction.clicks = clicks
         self.postprocessing(self.item)
-        return np.asarray(nib.load(self.file).dataobj)
+        (file,) = self.folder.glob("x_pred.*")
+        return np.asarray(Image.open(file)).T if file.suffix == ".png" else np.asarray(nib.load(file).dataobj)
 
 
 @pytest.mark.parametrize(("order", "mirrored"), list(itertools.product(ORDERS, MIRRORED[::3])))
 def test_a_click_lands_on_its_voxel_however_the_volume_lies(order, mirrored, tmp_path):
-    """Rectangular slices, so padded to squares, then resized by 2 and oblique in space."""
-    corrector = Corrector(tmp_path)
+    """Rectangular slices, so padded to squares, then resized by 49/24, cropped, and oblique in space."""
+    corrector = Corrector(tmp_path, canvas_size=49, crop_size=45)
     path = save(tmp_path / "x.nii.gz", *reordered(volume(), oblique(25), order, mirrored))
     plain = corrector(path, {})
     slice_axis = order.index(2)
@@ -188,6 +197,20 @@ def test_a_click_lands_on_its_voxel_however_the_volume_lies(order, mirrored, tmp
     grey = np.asarray(nib.load(path).dataobj, float)
     scaled = np.clip((grey - np.percentile(grey, 0.5)) / np.ptp(np.percentile(grey, [0.5, 99.5])), 0, 1) * 255
     assert abs(corrector.painter.grey_values[0] - scaled[on]) < 25  # the network sees that voxel there
+
+
+def test_a_click_lands_on_the_pixel_of_a_picture(tmp_path):
+    bundle = new_bundle("cells", plain(tmp_path / "data", mode="L"), tmp_path, network="linearhead")[0]
+    corrector = Corrector(tmp_path, bundle=bundle)
+    picture = np.asarray(Image.open(tmp_path / "data/images/cell_0.png"))
+    shutil.copy(tmp_path / "data/images/cell_0.png", tmp_path / "x.png")
+    before = corrector(str(tmp_path / "x.png"), {})
+    assert before.shape == picture.T.shape == (50, 40)
+    on = tuple(np.argwhere(before != 1)[-1].tolist())
+    (name,) = corrector.correction.class_names
+    corrected = corrector(str(tmp_path / "x.png"), {name: [list(on)]})
+    assert corrected[on] == 1
+    assert np.abs(np.argwhere(corrected != before) - on).max() <= 1
 
 
 @pytest.mark.parametrize("views", [1, 8])

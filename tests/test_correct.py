@@ -45,7 +45,7 @@ def test_correcting_changes_the_slices_with_clicks_alone(bundle, autosam_says, v
     before, after = (np.asarray(each.dataobj) for each in (plain, corrected))
     assert np.array_equal(before[..., [0, 2]], after[..., [0, 2]])
     assert not np.array_equal(before[..., 1], after[..., 1])
-    assert "4 clicks have corrected 1 slices" in (elsewhere / "corrected" / LOG).read_text()
+    assert "4 clicks correct 1 slices" in (elsewhere / "corrected" / LOG).read_text()
 
     command = shlex.split(first.removeprefix("$ "))
     command[0] = sys.executable

@@ -64,7 +64,7 @@ def test_clicks_correct_their_slices_and_are_replayed_on_the_answer_before_them(
         assert np.array_equal(labels("organ_clicks", **clicks), corrected)
 
         log = (tmp_path / "log.txt").read_text()
-        assert log.count("clicks have corrected") == 6
+        assert log.count("clicks correct") == 6
         assert log.count("PRE - Run Transform") == 2 + 3  # of the plain model twice; image, other image, image again
 
         for wrong, said in (

@@ -94,17 +94,20 @@ class CorrectByClicksd(Transform):
         axis = int(to_canvas[2, :3].abs().argmax())
         clicks = read_clicks(self.clicks, self.class_names, labels.shape[1:])
         by_slice = clicks_by_slice(clicks, labels[0].cpu().numpy(), axis)
+        logger.info("%d clicks correct %d slices", len(clicks), len(by_slice))
+        if not by_slice:
+            return plain
         scores = data[self.key].as_tensor()
         logits = scores.clamp_min(_SMALLEST).log() if self.is_probability else scores.clone()
         for of_slice in by_slice.values():
             self._correct(logits, data, of_slice, to_canvas.cpu().numpy())
-        output = MetaTensor(logits.softmax(dim=0)).copy_meta_from(data[self.key])
+        corrected = logits.softmax(dim=0) if self.is_probability else logits  # as the plain labels are made of
+        output = MetaTensor(corrected).copy_meta_from(data[self.key])
         redrawn = self.on_native_grid({**data, self.key: output})[self.key]
         for number, of_slice in by_slice.items():
             before, after = (each[0].as_tensor().select(axis, number) for each in (labels, redrawn))
             merged = merge_slice(before.cpu().numpy(), after.cpu().numpy(), _within(of_slice, axis))
             before.copy_(torch.from_numpy(merged))
-        logger.info("%d clicks have corrected %d slices", len(clicks), len(by_slice))
         return plain
 
     def _correct(
