@@ -34,8 +34,8 @@ def read_clicks(source: str | Mapping[str, Any], class_names: Sequence[str], sha
     """Read the clicks on one image.
 
     Args:
-        source: a JSON file, or what it holds: a list of voxels `[i, j, k]` for each class that has clicks, by the
-            class's name, in any case. Those of `background` belong to no class. A picture's voxels are `[x, y]`. This
+        source: a JSON file, or what it holds: for each class that has clicks, a list of voxels `[i, j, k]`. Upper and
+            lower case in names are alike. Voxels of `background` belong to no class. A picture's voxels are `[x, y]`. This
             is the form in which MONAI Label sends clicks.
         class_names: the classes without the background, in the order of their labels.
         shape: the image's shape HxWxD, that of a picture WxHx1.
@@ -68,7 +68,7 @@ def read_clicks(source: str | Mapping[str, Any], class_names: Sequence[str], sha
 def clicks_by_slice(
     clicks: Sequence[Click], labels: np.ndarray, slice_axis: int
 ) -> dict[int, dict[int, list[tuple[Voxel, bool]]]]:
-    """Return which classes of which slices the clicks correct.
+    """Return what the clicks correct in each slice.
 
     A click on a class corrects this class. A click on the background corrects the class that its voxel has so far. It
     also takes its voxel from every other class that is corrected in the slice.

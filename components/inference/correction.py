@@ -42,7 +42,7 @@ class CorrectByClicksd(Transform):
         cleaning: further transforms of these labels, before the correction.
         precision: as for `components.networks.PromptFreeSam`, for the encoder.
         key: item CxSxSxD with the network's output, slices last.
-        image_key: item 3xSxSxD with the image on the canvas, as the network was shown it.
+        image_key: item 3xSxSxD with the image on the canvas.
 
     Raises:
         ValueError: if there are no clicks.
@@ -146,8 +146,8 @@ def merge_slice(before: np.ndarray, redrawn: np.ndarray, clicks: OfSlice) -> np.
         clicks: of each corrected class the pixels, and whether they belong to it.
 
     Returns:
-        the labels so far HxW, but of a corrected class its new shape. Of this, pieces that neither touch the class so
-        far nor have a click on the class are left out.
+        the labels HxW: those so far, with the new shape of each corrected class. A piece of it is left out unless it
+        overlaps the class so far or has a click on it.
     """
     after = before.copy()
     is_lost = np.isin(before, list(clicks)) & (redrawn != before)
