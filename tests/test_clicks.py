@@ -17,7 +17,7 @@ from test_custom_data import plain
 from test_geometry import MIRRORED, ORDERS, Bands, oblique, reordered, save, volume
 
 from adapt.new import new_bundle
-from components.data.clicks import Click, clicks_by_slice, read_clicks
+from components.data.clicks import clicks_by_slice, read_clicks
 from components.inference.correction import EMBEDDINGS, merge_slice
 
 CLASSES = ("RV", "Myo", "LV")
@@ -25,12 +25,12 @@ RV, MYO, LV = 1, 2, 3
 SHAPE = (20, 24, 5)
 
 
-def read(content, shape=SHAPE) -> list[Click]:
+def read(content, shape=SHAPE) -> dict:
     return read_clicks(content, CLASSES, shape)
 
 
 def test_clicks_are_voxels_by_class_in_any_case(tmp_path):
-    expected = [Click((3, 4, 1), LV), Click((19, 23, 4), LV), Click((0, 0, 0), 0)]
+    expected = {(3, 4, 1): LV, (19, 23, 4): LV, (0, 0, 0): 0}
     content = {"lv": [[3, 4, 1], [19, 23.0, 4], [3, 4, 1]], "Background": [[0, 0, 0]], "Myo": []}
     assert read(content) == expected
     (tmp_path / "clicks.json").write_text(json.dumps(content))
@@ -38,7 +38,7 @@ def test_clicks_are_voxels_by_class_in_any_case(tmp_path):
 
 
 def test_a_pictures_clicks_are_pixels():
-    assert read({"LV": [[3, 4], [5, 6, 0]]}, (20, 24, 1)) == [Click((3, 4, 0), LV), Click((5, 6, 0), LV)]
+    assert read({"LV": [[3, 4], [5, 6, 0]]}, (20, 24, 1)) == {(3, 4, 0): LV, (5, 6, 0): LV}
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,8 @@ def test_what_is_no_click_is_refused(content, said, tmp_path):
 def test_a_file_that_is_missing_or_no_json_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file missing\.json: expected a JSON file of clicks"):
         read("missing.json")
+    with pytest.raises(ValueError, match="there are no clicks: give --clicks FILE"):
+        read(None)
     (tmp_path / "clicks.json").write_text("LV: 1 2 3")
     with pytest.raises(ValueError, match=r"clicks\.json is no JSON file"):
         read(str(tmp_path / "clicks.json"))
@@ -250,9 +252,3 @@ def test_a_click_beyond_what_the_network_sees_is_answered(tmp_path, caplog):
     plain = corrector(path, {})
     assert np.array_equal(corrector(path, {"LV": [[0, 0, 2]]}), plain)
     assert "the click [0, 0, 2] lies outside of what the network sees: it is left out" in caplog.text
-
-
-def test_clicks_are_needed(tmp_path):
-    with pytest.raises(RuntimeError) as error:
-        Corrector(tmp_path, clicks=None)
-    assert "give --clicks FILE" in str(error.value.__cause__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +14,45 @@ BACKGROUND = "background"
 _FORM = 'one list of voxels per class, such as {"LV": [[60, 71, 4]], "background": [[20, 33, 4]]}'
 
 Voxel = tuple[int, ...]  # indices (i, j, k) of the image's array
+Clicks = dict[Voxel, int]  # the class of each voxel that was clicked, 0 for the background
 
 
-@dataclass(frozen=True)
-class Click:
-    """A click on a voxel.
-
-    Attributes:
-        voxel: the voxel.
-        label: the class that it belongs to, 0 for the background.
-    """
-
-    voxel: Voxel
-    label: int
-
-
-def read_clicks(source: str | Mapping[str, Any], class_names: Sequence[str], shape: Sequence[int]) -> list[Click]:
+def read_clicks(source: str | Mapping[str, Any] | None, class_names: Sequence[str], shape: Sequence[int]) -> Clicks:
     """Read the clicks on one image.
 
     Args:
         source: a JSON file, or what it holds: for each class that has clicks, a list of voxels `[i, j, k]`. Upper and
-            lower case in names are alike. Voxels of `background` belong to no class. A picture's voxels are `[x, y]`. This
-            is the form in which MONAI Label sends clicks.
+            lower case in names are alike. Voxels of `background` belong to no class. A picture's voxels are `[x, y]`.
+            This is the form in which MONAI Label sends clicks.
         class_names: the classes without the background, in the order of their labels.
         shape: the image's shape HxWxD, that of a picture WxHx1.
 
     Returns:
-        the clicks, one for each voxel.
+        the clicks.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it has another form, a class is unknown, a voxel is outside the image or belongs to two classes.
     """
     labels = {name.lower(): label for label, name in enumerate([BACKGROUND, *class_names])}
-    clicks: dict[Voxel, Click] = {}
+    clicks: Clicks = {}
     for name, voxels in _content(source).items():
         if name.lower() not in labels:
             raise ValueError(
                 f"there is no class {name!r} to click: expected some of {', '.join([*class_names, BACKGROUND])}"
             )
         for given in voxels if isinstance(voxels, list | tuple) else [voxels]:
-            click = Click(_voxel(given, name, shape), labels[name.lower()])
-            first = clicks.setdefault(click.voxel, click)
-            if first != click:
-                both = " and ".join([BACKGROUND, *class_names][each.label] for each in (first, click))
+            voxel, label = _voxel(given, name, shape), labels[name.lower()]
+            if (first := clicks.setdefault(voxel, label)) != label:
+                both = " and ".join([BACKGROUND, *class_names][each] for each in (first, label))
                 raise ValueError(
-                    f"the voxel {list(click.voxel)} is clicked as {both}: expected one of them; take the other out"
+                    f"the voxel {list(voxel)} is clicked as {both}: expected one of them; take the other out"
                 )
-    return list(clicks.values())
+    return clicks
 
 
 def clicks_by_slice(
-    clicks: Sequence[Click], labels: np.ndarray, slice_axis: int
+    clicks: Clicks, labels: np.ndarray, slice_axis: int
 ) -> dict[int, dict[int, list[tuple[Voxel, bool]]]]:
     """Return what the clicks correct in each slice.
 
@@ -82,14 +68,14 @@ def clicks_by_slice(
         the voxels of each class to correct, and whether they belong to it, by slice and class. A click that changes
         nothing is left out.
     """
-    by_slice: dict[int, list[Click]] = defaultdict(list)
-    for click in clicks:
-        by_slice[click.voxel[slice_axis]].append(click)
+    by_slice: dict[int, Clicks] = defaultdict(dict)
+    for voxel, label in clicks.items():
+        by_slice[voxel[slice_axis]][voxel] = label
     corrected = {}
     for number, of_slice in by_slice.items():
-        classes = sorted({click.label or int(labels[click.voxel]) for click in of_slice} - {0})
+        classes = sorted({label or int(labels[voxel]) for voxel, label in of_slice.items()} - {0})
         signs = {
-            each: [(click.voxel, click.label == each) for click in of_slice if click.label in (0, each)]
+            each: [(voxel, label == each) for voxel, label in of_slice.items() if label in (0, each)]
             for each in classes
         }
         if signs:
@@ -97,10 +83,12 @@ def clicks_by_slice(
     return corrected
 
 
-def _content(source: str | Mapping[str, Any]) -> Mapping[str, Any]:
+def _content(source: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return what a file of clicks holds."""
     if isinstance(source, Mapping):
         return source
+    if source is None:
+        raise ValueError(f"there are no clicks: give --clicks FILE, a JSON file of {_FORM}")
     if not Path(source).is_file():
         raise FileNotFoundError(f"there is no file {source}: expected a JSON file of clicks, {_FORM}")
     try:

@@ -43,14 +43,11 @@ class CorrectByClicksd(Transform):
         precision: as for `components.networks.PromptFreeSam`, for the encoder.
         key: item CxSxSxD with the network's output, slices last.
         image_key: item 3xSxSxD with the image on the canvas.
-
-    Raises:
-        ValueError: if there are no clicks.
     """
 
     def __init__(
         self,
-        clicks: str | Mapping[str, Any] | None,
+        clicks: str | Mapping[str, Any],
         class_names: Sequence[str],
         encoder: nn.Module,
         corrector: nn.Module,
@@ -62,8 +59,6 @@ class CorrectByClicksd(Transform):
         key: str = "pred",
         image_key: str = "image",
     ) -> None:
-        if clicks is None:
-            raise ValueError("there are no clicks: expected a JSON file of them; give --clicks FILE")
         self.clicks = clicks
         self.class_names = class_names
         self.encoder = encoder
