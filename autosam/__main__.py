@@ -61,6 +61,24 @@ def segment(
     )
 
 
+@command("autosam correct volume.nii.gz --clicks clicks.json", knobs=True)
+def correct(
+    context: Context,
+    image: Annotated[Path, Argument(metavar="IMAGE", help="a volume, a picture, or a DICOM study of one volume")],
+    clicks: Annotated[
+        Path, Option(help='file of voxels on each class: {"LV": [[60, 71, 4]], "background": [[20, 33, 4]]}')
+    ],
+    output: Annotated[Path, Option("--output", "-o", help="folder of the results")] = Path("corrected"),
+    bundle: Annotated[str, Option(help="a bundle's folder or name, on a SAM checkpoint")] = "autosam_acdc",
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Segment an image, and correct the slices that you have clicked in, by SAM's own decoder."""
+    from autosam import workflows
+
+    workflows.segment(image, output, bundle, typed_knobs(context.args), clicks=clicks, dry_run=dry_run, verbose=verbose)
+
+
 @command("autosam new my_organ /data/my_organ --network cnnhead")
 def new(
     name: Annotated[str, Argument(help="name of the bundle")],

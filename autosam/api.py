@@ -19,9 +19,10 @@ from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 from PIL import Image
 
-from autosam.folders import DEFAULT, find_bundle
+from autosam.folders import CORRECT, DEFAULT, find_bundle
 from autosam.record import inference_settings
 
+CLICKS_FIT = "clicks_fit"  # what a config checks before a correction
 _TEXTS = ("case", "ed_es_by", "flag", "reason")
 
 Measures = dict[str, float | str]
@@ -72,13 +73,30 @@ class Segmenter:
             FileNotFoundError: if the path does not exist.
             ValueError: if the image cannot be segmented, there are several, or an array has no affine.
         """
-        with self._file(image, affine) as path, tempfile.TemporaryDirectory() as folder:
-            labels = _Labels()
-            self._run(path, self._parser({"saving": [], "handlers": [labels], "output_dir": folder}))
-        if len(labels.frames) == 1:
-            return labels.frames[0]
-        stacked = torch.stack([frame.as_tensor() for frame in labels.frames], dim=-1)
-        return MetaTensor(stacked, affine=labels.frames[0].affine, meta=labels.frames[0].meta)
+        return self._labels(image, affine, {})
+
+    def correct(
+        self, image: AnyImage, clicks: Mapping[str, Any] | str, *, affine: np.ndarray | None = None
+    ) -> MetaTensor:
+        """Segment one volume or picture, and correct it by clicks.
+
+        Args:
+            image: as for a call.
+            clicks: lists of voxels by class such as `{"LV": [[60, 71, 4]]}`, or their JSON file; see
+                `components.data.clicks.read_clicks`.
+            affine: as for a call.
+
+        Returns:
+            labels as for a call; slices without a click are equal to those of a call.
+
+        Raises:
+            FileNotFoundError: as for a call.
+            ValueError: as for a call.
+            RuntimeError: MONAI's, whose cause says that a click does not fit the image, that this is a cine, or that
+                clicks cannot correct this bundle.
+        """
+        find_bundle(self.bundle, CORRECT)
+        return self._labels(image, affine, {"clicks": clicks}, f"{self.bundle}/configs/{CORRECT}")
 
     def measure(
         self, image: AnyImage, *, affine: np.ndarray | None = None, heart_rate: float | None = None
@@ -105,6 +123,19 @@ class Segmenter:
                 (row,) = csv.DictReader(file)
         return {name: value if name in _TEXTS else float(value or "nan") for name, value in row.items()}
 
+    def _labels(
+        self, image: AnyImage, affine: np.ndarray | None, overrides: Mapping[str, Any], *further: str
+    ) -> MetaTensor:
+        """Return the labels that inference makes of an image, with further configs."""
+        with self._file(image, affine) as path, tempfile.TemporaryDirectory() as folder:
+            labels = _Labels()
+            given = {"saving": [], "handlers": [labels], "output_dir": folder, **overrides}
+            self._run(path, self._parser(given, *further))
+        if len(labels.frames) == 1:
+            return labels.frames[0]
+        stacked = torch.stack([frame.as_tensor() for frame in labels.frames], dim=-1)
+        return MetaTensor(stacked, affine=labels.frames[0].affine, meta=labels.frames[0].meta)
+
     def _parser(self, overrides: Mapping[str, Any], *further: str) -> ConfigParser:
         """Return the configs with the network that is loaded, if it is."""
         parser = ConfigParser()
@@ -119,6 +150,8 @@ class Segmenter:
         files = parser.get_parsed_content("dataset").files
         if files != 1:
             raise ValueError(f"{path} has {files} images: expected one; `autosam segment` takes a folder of them")
+        if CLICKS_FIT in parser.get():
+            parser.get_parsed_content(CLICKS_FIT)
         parser.get_parsed_content("evaluator").run()
 
     @contextmanager

@@ -10,9 +10,10 @@ _PACKAGE = Path(__file__).parent
 # in the wheel they lie within the package, in a clone beside it
 SHIPPED = next(folder for folder in (_PACKAGE / "bundles", _PACKAGE.parent / "bundles") if folder.is_dir())
 DEFAULT = "linearhead_acdc"
-INFERENCE, TRAIN = "inference.json", "train.json"
+INFERENCE, TRAIN, CORRECT = "inference.json", "train.json", "correct.json"
 DATA_FILE = "configs/data.json"  # only in bundles for a user's own data
 MODEL = "models/model.pt"
+_SUCH_AS = {CORRECT: "autosam_acdc on a SAM checkpoint"}  # bundles that have a config
 
 
 def shipped_bundles() -> list[str]:
@@ -56,7 +57,9 @@ def find_bundle(bundle: str | Path, needs: str = INFERENCE) -> Path:
             f"there is no bundle {bundle}: expected a bundle's folder or one of {', '.join(shipped_bundles())}{hint}"
         )
     if not (folder / "configs" / needs).is_file():
-        raise ValueError(f"{folder} has no configs/{needs}: choose another bundle, such as {DEFAULT}")
+        raise ValueError(
+            f"{folder} has no configs/{needs}: choose another bundle, such as {_SUCH_AS.get(needs, DEFAULT)}"
+        )
     return folder
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autosam.folders import DATA_FILE, DEFAULT, INFERENCE, MODEL, TRAIN, find_bundle, is_shipped, own_copy
+from autosam.folders import CORRECT, DATA_FILE, DEFAULT, INFERENCE, MODEL, TRAIN, find_bundle, is_shipped, own_copy
 from autosam.record import inference_settings, read_record, write_record
 from autosam.runner import LOG, BundleRun
 
@@ -17,7 +17,15 @@ Knobs = Mapping[str, str]  # as they were typed
 
 
 def segment(
-    image: Path, output: Path, bundle: str, knobs: Knobs, *, measure: bool, dry_run: bool, verbose: bool
+    image: Path,
+    output: Path,
+    bundle: str,
+    knobs: Knobs,
+    *,
+    measure: bool = False,
+    clicks: Path | None = None,
+    dry_run: bool,
+    verbose: bool,
 ) -> None:
     """Segment an image or a folder of them.
 
@@ -27,12 +35,13 @@ def segment(
         bundle: a bundle's folder or name.
         knobs: knobs of `inference.json`.
         measure: whether to measure ventricular function as well.
+        clicks: a file of clicks that correct the only image; None for no correction.
         dry_run: whether to print the command only.
         verbose: whether to show MONAI's lines.
 
     Raises:
-        FileNotFoundError: if there is no such image or bundle.
-        ValueError: if the bundle cannot segment or measure, or a knob is unknown.
+        FileNotFoundError: if there is no such image, bundle or file of clicks.
+        ValueError: if the bundle cannot segment, measure or correct, or a knob is unknown.
     """
     image = image.expanduser()
     if not image.exists():
@@ -40,10 +49,15 @@ def segment(
     folder = find_bundle(bundle, INFERENCE)
     overlays, known = inference_settings(folder)
     workflow, configs = "inferring", ["inference", *overlays]
+    options = {**known, "dataset_dir": image, "output_dir": output, "overlays": True, **knobs}
     if measure:
         find_bundle(folder, "function.json")
         workflow, configs = "measuring", [*configs, "function"]
-    options = {**known, "dataset_dir": image, "output_dir": output, "overlays": True, **knobs}
+    if clicks is not None:
+        if not clicks.expanduser().is_file():
+            raise FileNotFoundError(f"there is no {clicks}: expected a JSON file of clicks")
+        find_bundle(folder, CORRECT)
+        configs, options["clicks"] = [*configs, "correct"], clicks.expanduser()
     run, start = BundleRun(workflow, folder, configs, options), time.monotonic()
     made: list[Any] = []
     try:
@@ -52,7 +66,8 @@ def segment(
         evaluator: Any = made[0].ref_resolver.resolved_content.get("evaluator") if made else None
         if done := len(evaluator.segmented) if evaluator else 0:
             skipped = f"; {len(evaluator.skipped)} skipped, see the log" if evaluator.skipped else ""
-            print(f"segmented {done} image{'s' * (done != 1)} with {folder.name}{skipped} ({_since(start)})")
+            verb = "segmented" if clicks is None else "corrected"
+            print(f"{verb} {done} image{'s' * (done != 1)} with {folder.name}{skipped} ({_since(start)})")
             print(f"labels:  {output}/<case>_pred.*")
             print(f"look at: {output / 'function.html' if measure else _pictures(output)}")
             print(f"log:     {output / LOG}")

@@ -13,7 +13,8 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferTask
+from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
@@ -39,6 +41,7 @@ from autosam.worth import WORTH
 logger = logging.getLogger(__name__)
 
 MODEL = "model.pt"
+CORRECT = "correct.json"
 STATS = "models/train_stats.json"  # of a bundle's last training
 LEFT_OUT = "logs/batch_left_out.json"  # of the app: what the last batch could not segment, and why
 _DEFAULT_SETTINGS = {"device", "pretrained", "max_epochs", "val_split"}
@@ -71,8 +74,8 @@ _OF_THE_FOLDER = (  # likewise; those of a DICOMweb server wait for it, and othe
 class InferTask(BundleInferTask):
     """A bundle's inference, which answers an image that the bundle rejects with the bundle's reason."""
 
-    def __init__(self, path: str, conf: dict[str, str]) -> None:
-        super().__init__(path, conf)
+    def __init__(self, path: str, conf: dict[str, str], type: str = "") -> None:  # noqa: A002 - MONAI Label's name
+        super().__init__(path, conf, type=type)
         self._config |= {"model_filename": [MODEL], "result_dtype": "uint8"}
         self._checking = threading.Lock()
 
@@ -113,9 +116,14 @@ class InferTask(BundleInferTask):
         Raises:
             MONAILabelException: of INVALID_INPUT, with the sentence by which the bundle rejects the image.
         """
-        image = str(data["image"])
-        try:
+        with self._own_reasons(str(data["image"])):
             return super().run_pre_transforms(data, transforms)
+
+    @contextmanager
+    def _own_reasons(self, image: str) -> Iterator[None]:
+        """Raise an error of the bundle as a MONAILabelException of INVALID_INPUT with its sentence."""
+        try:
+            yield
         except Exception as error:
             is_sent = Path(image).parent == Path(tempfile.gettempdir())
             name = "the image sent" if is_sent else f"the image {Path(image).name}"
@@ -124,6 +132,57 @@ class InferTask(BundleInferTask):
                 raise
             logger.error("%s", reason)
             raise MONAILabelException(MONAILabelError.INVALID_INPUT, reason) from None
+
+
+class ClickTask(InferTask):
+    """A bundle's inference with the correction by clicks.
+
+    A request has all clicks on an image so far, as lists of voxels by class and for the background. They correct the
+    network's answer for the image. This and the embeddings of slices that have clicks are kept until another image or
+    model comes, so a click costs a decoder only.
+    """
+
+    def __init__(self, path: str, conf: dict[str, str]) -> None:
+        super().__init__(path, conf, InferType.DEEPEDIT)
+        self._kept: tuple[Any, dict[str, Any]] = (None, {})
+
+    def _load_bundle_config(self, path: str, config: str) -> monai.bundle.ConfigParser:
+        loaded = super()._load_bundle_config(path, config)
+        overlay = monai.bundle.ConfigParser.load_config_file(Path(config).with_name(CORRECT))
+        loaded.update(overlay | {"clicks": {}})
+        return loaded
+
+    def run_pre_transforms(self, data: dict[str, Any], transforms: Sequence[Callable]) -> dict[str, Any]:
+        """Load and prepare an image, as `InferTask`, unless it was the last one."""
+        files = (Path(str(data["image"])), Path(self.get_path()))
+        key = (*((file, file.stat().st_mtime_ns) for file in files), data["device"])
+        if key != self._kept[0]:
+            self._kept = (key, super().run_pre_transforms(data, transforms))
+        request = {name: value for name, value in data.items() if name != self.key_image}
+        return self._kept[1] | request
+
+    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        """Let the network segment the image, unless it was the last one."""
+        kept = self._kept[1]
+        if self.key_pred not in kept:
+            answer = super().run_inferer(data, convert_to_batch, device)
+            kept |= {self.key_pred: answer[self.key_pred], "embeddings": {}}
+        return data | {name: kept[name] for name in (self.key_pred, "embeddings")}
+
+    def run_post_transforms(self, data: dict[str, Any], transforms: Sequence[Callable]) -> dict[str, Any]:
+        """Correct the network's answer by the request's clicks.
+
+        Args:
+            data: the request with image and answer.
+            transforms: the bundle's postprocessing.
+
+        Raises:
+            MONAILabelException: of INVALID_INPUT, if a click does not fit the image.
+        """
+        correction = self.bundle_config.get_parsed_content("correction")
+        correction.clicks = {name: data[name] for name in self.labels if data.get(name)}
+        with self._own_reasons(str(data["image_path"])):
+            return super().run_post_transforms(data, transforms)
 
 
 class TrainTask(BundleTrainTask):
@@ -286,8 +345,10 @@ class App(MONAILabelApp):
         super().__init__(app_dir, studies, conf, name="AutoSAM bundles", description=description)
 
     def init_infers(self) -> dict[str, InferTask]:
-        """Return the bundles' inference by name."""
-        return {name: InferTask(bundle, self.conf) for name, bundle in self.bundles.items()}
+        """Return the bundles' inference by name, and as `<name>_clicks` that with clicks where a bundle has it."""
+        tasks = {name: InferTask(bundle, self.conf) for name, bundle in self.bundles.items()}
+        of_clicks = {f"{name}_clicks": bundle for name, bundle in self.bundles.items() if _takes_clicks(bundle)}
+        return tasks | {name: ClickTask(bundle, self.conf) for name, bundle in of_clicks.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Return the bundles' training by name."""
@@ -444,6 +505,15 @@ def _seconds_per_dice(bundle: str) -> float:
     """Return what bundles are sorted by; those for a user's own data come first."""
     _, dice, seconds = WORTH.get(bundle, ("", 1.0, 0.0))
     return seconds / dice
+
+
+def _takes_clicks(bundle: str) -> bool:
+    """Return whether the segmentation of a bundle in a folder can be corrected by clicks."""
+    from components.networks.click_corrected_sam import has_click_corrector
+
+    configs = Path(bundle, "configs")
+    model_type = json.loads((configs / "inference.json").read_text()).get("model_type")
+    return (configs / CORRECT).is_file() and has_click_corrector(model_type)
 
 
 def _one_at_a_time(method: Callable, lock: threading.RLock) -> Callable:

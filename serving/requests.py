@@ -43,6 +43,7 @@ FOR_INFERENCE = _SHARED | {
     "label_info": [],
     "logging": LEVELS,
 }
+POINTS = ((0, 0, 0),)  # the type of a setting whose values are clicks on voxels
 FOR_BATCHES = FOR_INFERENCE | {"max_workers": 1, "max_batch_size": 0}
 FOR_SAMPLES = {"client_id": "", "label_tag": "final"}
 
@@ -51,17 +52,20 @@ _PATTERNS = {
     "gpus": r"all|\d{1,2}(,\d{1,2}){0,15}",
     "client_id": r"\w[\w .:@-]{0,127}",
     "label_tag": TAG,
+    "label": r"\w[\w .:@-]{0,127}",
 }
 _FORMS = {
     "gpus": "'all', or numbers separated by commas",
     "client_id": "at most 128 letters, digits and some of ' .:@-_'",
     "label_tag": "at most 64 letters, digits, '_' and '-'",
+    "label": "at most 128 letters, digits and some of ' .:@-_'",
 }
 _NAME = re.compile(r"\w[\w .()+,=-]{0,127}")
 _UID = re.compile(r"\d+(\.\d+)*")
 _QUERY = re.compile(r"(studies|series|instances)(/[\w,-][\w.,-]*)*")
 _BYTES_OF_NAME = 200  # of the 255 that a file system allows, without the ending
 _BYTES_OF_JSON = 65_536
+_MOST_POINTS = 1000
 _EVALUATED = ("$", "@", "%")  # how a MONAI config marks code, references and files
 _OF_THE_SERVER = {"ts", "name", "path", "strategy"}
 _SEGMENT = {"name": str, "description": str, "model_name": str, "idx": int, "color": list}
@@ -264,6 +268,8 @@ def _checked(name: str, value: Any, offered: Any) -> Any:
         if isinstance(value, str) and re.fullmatch(_PATTERNS[name], value):
             return value
         raise RefusalError(f"{name} has another form: expected {_FORMS[name]}")
+    if offered == POINTS:
+        return _checked_points(name, value)
     if isinstance(offered, bool):
         if isinstance(value, bool | int) and value in (0, 1):
             return bool(value)
@@ -280,6 +286,21 @@ def _checked(name: str, value: Any, offered: Any) -> Any:
         return value
     raise RefusalError(
         f"{name} has another value: expected one of {', '.join(str(one) for one in choices if one) or 'none'}"
+    )
+
+
+def _checked_points(name: str, value: Any) -> list[list[int]]:
+    """Return clicks on voxels."""
+    is_fit = isinstance(value, list) and len(value) <= _MOST_POINTS
+    if not is_fit or not all(isinstance(point, list) and _is_voxel(point) for point in value):
+        raise RefusalError(f"{name} is no list of clicks: expected at most {_MOST_POINTS} of [i, j, k], whole numbers")
+    return [[int(index) for index in point] for point in value]
+
+
+def _is_voxel(point: list[Any]) -> bool:
+    return len(point) in (2, 3) and all(
+        isinstance(index, int | float) and not isinstance(index, bool) and math.isfinite(index) and index == int(index)
+        for index in point
     )
 
 

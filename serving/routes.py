@@ -33,6 +33,7 @@ from monailabel.interfaces.exception import (
     MONAILabelException,
 )
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
+from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.interfaces.utils.app import app_instance
 from monailabel.utils.others.generic import get_mime_type, remove_file
 
@@ -41,6 +42,7 @@ from serving.requests import (
     FOR_INFERENCE,
     FOR_SAMPLES,
     FOR_TRAINING,
+    POINTS,
     TAG,
     RefusalError,
     check_settings,
@@ -105,6 +107,11 @@ def settings_for(task: Any, given: dict[str, Any] | None, others: dict[str, Any]
     return check_settings(given or {}, config | others | {"device": devices})
 
 
+def clicks_of(task: Any) -> dict[str, Any]:
+    """Return the settings for clicks that an inference takes: those of each class, and the class that is edited."""
+    return dict.fromkeys(task.labels, POINTS) | {"label": ""} if task.type == InferType.DEEPEDIT else {}
+
+
 def stored_image(image: str) -> str:
     """Return the name of an image, if it is stored.
 
@@ -166,7 +173,8 @@ async def infer(
     """Segment a stored image, that of a session, or one that is sent, while other requests are answered."""
 
     def run() -> Any:
-        given = settings_for(task_of(model, app_instance()._infers), parse_object(params), FOR_INFERENCE)
+        task = task_of(model, app_instance()._infers)
+        given = settings_for(task, parse_object(params), FOR_INFERENCE | clicks_of(task))
         if file:
             file.filename = f"image{ending_of(file.filename)}"
         elif session_id:

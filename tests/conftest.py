@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from components.sam.encoder import SamEncoder
 from components.sam.segment_anything_import import import_from_segment_anything
 
 REPOSITORY = Path(__file__).parents[1]
@@ -196,6 +197,16 @@ def sam_checkpoint(sam_vit_b, tmp_path_factory) -> str:
     """A checkpoint file saved from it, in Meta's layout."""
     path = tmp_path_factory.mktemp("sam") / "sam_vit_b_random.pth"
     torch.save(sam_vit_b.state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_sam_checkpoint(sam_vit_b, tmp_path_factory) -> str:
+    """A checkpoint in Meta's layout of SAM with the tiny encoder."""
+    state = {key: value for key, value in sam_vit_b.state_dict().items() if not key.startswith("image_encoder.")}
+    encoder = SamEncoder("vit_tiny").image_encoder.state_dict()
+    path = tmp_path_factory.mktemp("sam") / "sam_vit_tiny_random.pth"
+    torch.save(state | {f"image_encoder.{key}": value for key, value in encoder.items()}, path)
     return str(path)
 
 

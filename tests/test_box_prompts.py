@@ -106,17 +106,13 @@ def test_unknown_rule_is_refused():
         BoxPromptedSam(SamEncoder("vit_tiny", image_size=64), 4, overlaps="first")
 
 
-def test_bundle_scores_the_test_patients_by_sams_decoder_within_the_boxes_classes(sam_checkpoint, tmp_path):
+def test_bundle_scores_the_test_patients_by_sams_decoder_within_the_boxes_classes(tiny_sam_checkpoint, tmp_path):
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=4, size_hw_d=(64, 48, 3))
-    weights = torch.load(sam_checkpoint, weights_only=True)
-    weights = {key: value for key, value in weights.items() if not key.startswith("image_encoder.")}
-    encoder = SamEncoder("vit_tiny").image_encoder.state_dict()
-    torch.save(weights | {f"image_encoder.{key}": value for key, value in encoder.items()}, tmp_path / "sam.pth")
     knobs = {
         "dataset_dir": data,
         "output_dir": tmp_path / "eval",
         "cache_dir": tmp_path / "embeddings",
-        "sam_checkpoint": tmp_path / "sam.pth",
+        "sam_checkpoint": tiny_sam_checkpoint,
         "model_type": "vit_tiny",
         "image_size": 64,
     }

@@ -82,7 +82,7 @@ def trained(request, phantoms, tmp_path_factory) -> tuple[str, Path]:
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_bundle_has_every_file_of_a_zoo_bundle(bundle):
-    of_head = ("large_files.yml", "configs/sam.json", "configs/neck.json")
+    of_head = ("large_files.yml", "configs/sam.json", "configs/neck.json", "configs/correct.json")
     of_unet = ("configs/from_scratch.json", "configs/phantoms.json", "configs/pretrain.json")
     for name in (
         *(of_head if bundle in HEADS else of_unet),
@@ -116,7 +116,7 @@ def test_metadata_follows_the_schema(bundle, metadata_schema, tmp_path):
 OVERLAID = [("train", "unlabelled"), ("train", "demo"), ("inference", "function")]
 OVERLAID += [("train", "multi_gpu_train"), ("train", "evaluate", "multi_gpu_evaluate")]
 OF_HEADS = [("train", "neck"), ("train", "unlabelled", "neck")]
-OF_HEADS += [("train", "sam"), ("train", "evaluate", "sam"), ("inference", "sam")]
+OF_HEADS += [("train", "sam"), ("train", "evaluate", "sam"), ("inference", "sam"), ("inference", "correct")]
 OF_UNET = [("train", "from_scratch"), ("train", "phantoms"), ("train", "pretrain")]
 WORKFLOWS = [(bundle, names) for bundle in BUNDLES for names in (("train",), ("train", "evaluate"), ("inference",))]
 WORKFLOWS += [(bundle, names) for bundle in (CHEAPEST, "unet_acdc") for names in OVERLAID]
@@ -132,6 +132,9 @@ def test_workflow_has_every_property(bundle, names, phantoms, tmp_path, request,
     overrides["labelled_cases"] = 1
     if "sam" in names:
         overrides |= {"model_type": "vit_b", "sam_checkpoint": request.getfixturevalue("sam_checkpoint")}
+    if "correct" in names:
+        checkpoint = request.getfixturevalue("tiny_sam_checkpoint")
+        overrides |= {"sam_checkpoint": checkpoint, "clicks": {"LV": [[1, 2, 3]]}}
     if "demo" in names:
         overrides |= {"demo_dir": str(tmp_path), "dataset_dir#patients": 4}
         del overrides["dataset_dir"]

@@ -161,7 +161,7 @@ class Shell:
             folder = self.made.get(bundle, REPOSITORY / "bundles" / bundle)
             overlays = {"train": options.get("overlay") or [], "evaluate": ["evaluate"]}.get(name, [])
             self.monkeypatch.chdir(folder)
-            files = ["inference"] if name in ("segment", "pack") else ["train", *overlays]
+            files = ["inference"] if name in ("segment", "correct", "pack") else ["train", *overlays]
             check_bundle_command(
                 "run", ["--config_file", str([f"configs/{file}.json" for file in files]), *knobs], folder
             )

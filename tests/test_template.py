@@ -304,7 +304,7 @@ def dangling_references(folder: Path, *names: str, unused: tuple[str, ...] = ())
 def test_references_resolve_in_every_workflow(written):
     folder = written / "configs"
     overlays = {path.stem for path in folder.glob("*.json")} - {"train", "evaluate", "inference", "metadata"}
-    of_inference = {name for name in overlays if name.startswith("inference_")} | {"function"} & overlays
+    of_inference = {name for name in overlays if name.startswith("inference_")} | {"function", "correct"} & overlays
     of_evaluation = {"multi_gpu_evaluate"}
     for name in ("", *overlays - of_inference - of_evaluation):
         assert dangling_references(folder, *("train", name)[: 1 + bool(name)]) == [], name

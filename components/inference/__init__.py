@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "cine_buffer": ["CineBuffer"],
         "closed_wall": ["CloseWalld"],
+        "correction": ["CorrectByClicksd", "check_clicks"],
         "model_loader": ["ModelCheckpointLoader"],
         "segmentation": ["SegmentationEvaluator"],
         "slice_inferer": ["TestTimeAugmentationInferer"],

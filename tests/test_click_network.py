@@ -1,0 +1,142 @@
+"""SAM's promptable decoder as a corrector of single classes by clicks."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from components.networks.click_corrected_sam import ClickCorrectedSam, against_rest, click_corrector
+from components.sam.encoder import SamEncoder
+
+SIDE, SIZE = 48, 64  # of a slice as the network is shown it, and of the encoder's images
+GRID = SIZE // 16
+RV, MYO, LV = 1, 2, 3
+
+
+@pytest.fixture(scope="module")
+def corrector(sam_checkpoint) -> ClickCorrectedSam:
+    return ClickCorrectedSam(sam_checkpoint, SIZE)
+
+
+@pytest.fixture
+def embeddings() -> torch.Tensor:
+    return torch.randn(2, 256, GRID, GRID, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return 4 * torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+
+
+def clicked(*points) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([point[:2] for point in points]), torch.tensor([point[2] for point in points])
+
+
+def by_segment_anything(sam, embedding, prompt, points, signs) -> torch.Tensor:
+    """What `SamPredictor.predict` does with its modules, whose own module needs torchvision."""
+    sam = copy.deepcopy(sam)
+    sam.image_encoder.img_size = SIZE
+    sam.prompt_encoder.image_embedding_size, sam.prompt_encoder.input_image_size = (GRID, GRID), (SIZE, SIZE)
+    scaled = np.asarray(points, float) * (SIZE / SIDE)  # as `ResizeLongestSide.apply_coords`
+    with torch.no_grad():
+        sparse, dense = sam.prompt_encoder(
+            points=(torch.as_tensor(scaled, dtype=torch.float)[None], torch.as_tensor(signs, dtype=torch.int)[None]),
+            boxes=None,
+            masks=prompt,
+        )
+        low, _ = sam.mask_decoder(
+            image_embeddings=embedding[None],
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return sam.postprocess_masks(low, (SIZE, SIZE), (SIDE, SIDE))[0, 0]
+
+
+def test_a_corrected_class_has_the_logit_that_segment_anything_gives_it(corrector, sam_vit_b, embeddings, logits):
+    points, signs = [[10.0, 30.5], [40.25, 3.0], [0.0, 47.0]], [1, 0, 1]
+    so_far = against_rest(logits[0], LV)[None, None]
+    prompt = F.interpolate(so_far, (4 * GRID, 4 * GRID), mode="bilinear", align_corners=False, antialias=True)
+    expected = by_segment_anything(sam_vit_b, embeddings[0], prompt, points, signs)
+    assert expected.std() > 1e-3
+    given = {LV: (torch.tensor(points), torch.tensor(signs))}
+    corrected = corrector(embeddings[:1], logits[:1], [given])[0]
+    assert torch.allclose(against_rest(corrected, LV), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(corrected.softmax(0)[LV], expected.sigmoid(), rtol=0, atol=1e-5)
+
+
+def test_the_prompt_of_a_mask_on_its_own_grid_is_the_mask(corrector, embeddings):
+    seen = []
+    handle = corrector.prompt_encoder.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(given), with_kwargs=True
+    )
+    mask = torch.randn(4 * GRID, 4 * GRID)
+    corrector(embeddings[:1], torch.stack([0 * mask, mask])[None], [{1: clicked((3.0, 2.0, 1))}])
+    handle.remove()
+    assert torch.allclose(seen[0]["masks"][0, 0], mask, rtol=0, atol=1e-5)
+    assert seen[0]["points"][0].tolist() == [[[3.0 * SIZE / (4 * GRID), 2.0 * SIZE / (4 * GRID)]]]
+
+
+def test_classes_and_slices_without_a_click_stay_bit_for_bit(corrector, embeddings, logits):
+    before = logits.clone()
+    corrected = corrector(embeddings, logits, [{}, {MYO: clicked((20.0, 20.0, 1))}])
+    assert torch.equal(logits, before)
+    assert torch.equal(corrected[0], before[0])
+    assert torch.equal(corrected[1, [0, RV, LV]], before[1, [0, RV, LV]])
+    assert not torch.equal(corrected[1, MYO], before[1, MYO])
+
+
+def test_of_two_corrected_classes_the_larger_logit_of_sam_wins(corrector, embeddings, logits, monkeypatch):
+    of_sam = {RV: torch.full((SIDE, SIDE), 2.0), LV: torch.full((SIDE, SIDE), 3.0)}
+    of_sam[LV][:, 10:] = 1.0
+    masks = iter(of_sam.values())
+    monkeypatch.setattr(corrector, "_mask", lambda *_: next(masks))
+    click = clicked((20.0, 20.0, 1))
+    labels = corrector(embeddings[:1], logits[:1], [{RV: click, LV: click}])[0].argmax(0)
+    assert (labels[:, :10] == LV).all()
+    assert (labels[:, 10:] == RV).all()
+
+
+def test_where_sam_takes_a_class_away_the_best_of_the_others_remains(corrector, embeddings, logits, monkeypatch):
+    monkeypatch.setattr(corrector, "_mask", lambda *_: torch.full((SIDE, SIDE), -9.0))
+    logits[0, LV] += 20  # the slice is full of it
+    labels = corrector(embeddings[:1], logits[:1], [{LV: clicked((20.0, 20.0, 0))}])[0].argmax(0)
+    assert torch.equal(labels, logits[0, :LV].argmax(0))
+
+
+def test_a_class_against_the_rest_has_the_odds_of_its_probability(logits):
+    probability = logits[0].double().softmax(0)[MYO]
+    assert torch.allclose(against_rest(logits[0].double(), MYO), probability.logit(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "has_file", "trainable", "said"),
+    [
+        ("phantom_unet", True, False, "a SAM checkpoint only: received the encoder phantom_unet; make such a bundle"),
+        ("vit_tiny", False, False, "received the encoder vit_tiny, which has no file"),
+        ("vit_tiny", True, "neck", "the encoder was trained further than"),
+    ],
+)
+def test_encoders_whose_decoder_is_not_at_hand_are_refused(model_type, has_file, trainable, said, tiny_sam_checkpoint):
+    encoder = SamEncoder(model_type, image_size=SIZE, trainable=trainable)
+    with pytest.raises(ValueError, match=said):
+        click_corrector(encoder, tiny_sam_checkpoint if has_file else None)
+
+
+def test_the_corrector_of_a_sam_encoder_is_the_decoder_of_its_file(tiny_sam_checkpoint, sam_vit_b, embeddings, logits):
+    encoder = SamEncoder("vit_tiny", tiny_sam_checkpoint, SIZE)
+    corrector = click_corrector(encoder, tiny_sam_checkpoint)
+    for name, value in sam_vit_b.mask_decoder.state_dict().items():
+        assert torch.equal(corrector.mask_decoder.state_dict()[name], value), name
+    assert not any(parameter.requires_grad for parameter in corrector.parameters())
+    corrector(embeddings, logits, [{}, {LV: clicked((1.0, 1.0, 1))}])
+
+    trained = SamEncoder("vit_tiny", tiny_sam_checkpoint, SIZE, trainable=True)
+    with torch.no_grad():
+        trained.image_encoder.neck[0].weight += 0.1
+    encoder.load_state_dict(trained.state_dict())  # as that of a bundle whose encoder was trained along
+    with pytest.raises(ValueError, match="give a bundle that was trained with --trainable_encoder False"):
+        corrector(embeddings, logits, [{}, {}])

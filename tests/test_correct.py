@@ -1,0 +1,102 @@
+"""`autosam correct`: a segmentation on a SAM checkpoint is corrected by clicks, as the command line and MONAI do it."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import REPOSITORY, messages_of
+from test_front_door import SHORT, autosam_says, elsewhere, phantoms, refusal, values, volume  # noqa: F401
+
+import autosam
+from autosam.runner import LOG
+from components.data.volume_search import find_volumes
+
+ONE_VIEW = ("--test_time_views", "1")
+
+
+@pytest.fixture
+def bundle(tiny_sam_checkpoint, phantoms, autosam_says, elsewhere) -> Path:  # noqa: F811
+    """A linear head on a small SAM, hardly trained."""
+    small = ("--model_type", "vit_tiny", "--sam_checkpoint", tiny_sam_checkpoint, "--image_size", 64)
+    autosam_says("train", "linearhead_acdc", "--data", phantoms, "--overlay", "sam", *small, *SHORT, "--epochs", 1)
+    return elsewhere / "linearhead_acdc"
+
+
+def clicks_file(**clicks) -> Path:
+    Path("clicks.json").write_text(json.dumps(clicks))
+    return Path("clicks.json")
+
+
+def test_correcting_changes_the_slices_with_clicks_alone(bundle, autosam_says, volume, elsewhere):  # noqa: F811
+    of_bundle = ("--bundle", bundle.name)
+    autosam_says("segment", volume, *of_bundle)
+    clicks = clicks_file(lv=[[30, 25, 1], [32, 27, 1]], Myo=[[20, 20, 1]], background=[[3, 3, 1]])
+    first, *said = autosam_says("correct", volume, "--clicks", clicks, *of_bundle)
+    assert re.match(r"corrected 1 image with linearhead_acdc", said[0])
+    name = f"{volume.name.removesuffix('.nii.gz')}_pred.nii.gz"
+    plain, corrected = (nib.load(elsewhere / folder / name) for folder in ("segmented", "corrected"))
+    assert np.array_equal(plain.affine, corrected.affine)
+    before, after = (np.asarray(each.dataobj) for each in (plain, corrected))
+    assert np.array_equal(before[..., [0, 2]], after[..., [0, 2]])
+    assert not np.array_equal(before[..., 1], after[..., 1])
+    assert "4 clicks correct 1 slices" in (elsewhere / "corrected" / LOG).read_text()
+
+    command = shlex.split(first.removeprefix("$ "))
+    command[0] = sys.executable
+    command[command.index("--output_dir") + 1] = "monai"
+    subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": str(REPOSITORY)})
+    assert np.array_equal(values(elsewhere / "monai" / name), after)
+
+    segmenter = autosam.load(bundle)
+    clicks = {"LV": [[30, 25, 1], [32, 27, 1]], "Myo": [[20, 20, 1]], "background": [[3, 3, 1]]}
+    assert np.array_equal(segmenter.correct(volume, clicks)[0].numpy(), after)
+    assert np.array_equal(segmenter(volume)[0].numpy(), before)
+    cine = np.stack([nib.load(volume).get_fdata()] * 3, axis=-1)
+    with pytest.raises(RuntimeError) as error:
+        segmenter.correct(cine, clicks, affine=plain.affine)
+    assert "holds 3 images or frames: expected one, in which the clicks lie" in messages_of(error.value)
+
+    for content, error in (
+        ({"LV": [[30, 25, 3]]}, "is outside the image: expected [0, 0, 0] to [63, 55, 2]"),
+        ({"liver": [[0, 0, 0]]}, "there is no class 'liver' to click: expected some of RV, Myo, LV, background"),
+    ):
+        refused = ("correct", volume, "--clicks", clicks_file(**content), *of_bundle, "-o", "refused")
+        assert error in refusal(autosam_says, *refused)
+        assert "segmented 0" not in (elsewhere / "refused" / LOG).read_text()  # before it was segmented
+    said = refusal(autosam_says, "correct", volume, "--clicks", "missing.json", *of_bundle)
+    assert said == "there is no missing.json: expected a JSON file of clicks"
+    said = refusal(autosam_says, "correct", volume.parent, "--clicks", clicks_file(), *of_bundle)
+    assert f"{len(find_volumes(str(volume.parent)))} images or frames: expected one" in said
+
+
+def test_a_click_on_air_gets_an_answer(bundle, autosam_says, volume):  # noqa: F811
+    for clicks in ({"LV": [[0, 0, 0]]}, {"background": [[0, 0, 0]]}, {}):
+        (_, said, *_) = autosam_says(
+            "correct", volume, "--clicks", clicks_file(**clicks), "--bundle", bundle, "-o", "out"
+        )
+        assert said.startswith("corrected 1 image")
+    autosam_says("segment", volume, "--bundle", bundle)
+    name = f"{volume.name.removesuffix('.nii.gz')}_pred.nii.gz"
+    assert np.array_equal(values(Path("out", name)), values(Path("segmented", name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "autosam_acdc",
+            "so far, clicks correct bundles on a SAM checkpoint only: received the encoder phantom_unet; make",
+        ),
+        ("unet_acdc", "has no configs/correct.json: choose another bundle, such as autosam_acdc on a SAM checkpoint"),
+    ],
+)
+def test_bundles_without_sams_decoder_are_refused(name, said, autosam_says, volume):  # noqa: F811
+    clicks = clicks_file(LV=[[30, 25, 1]])
+    assert said in refusal(autosam_says, "correct", volume, "--clicks", clicks, "--bundle", name)
+    assert not list(Path("corrected").glob("*_pred*"))
