@@ -105,6 +105,8 @@ def train(
     checkpoints = _handler(made, "train#handlers", "TrainingCheckpoints")
     score = checkpoints.best_score
     best = "no validation" if score is None else f"mean Dice {score:.3f} on the validation cases"
+    if checkpoints.start_score is not None:
+        best += f", {checkpoints.start_score:.3f} before"
     print(f"trained {folder.name}: {best} ({_since(start)})")
     print(f"model:   {checkpoints.ckpt_dir / 'model.pt'}")
     print(f"log:     {folder / LOG}")

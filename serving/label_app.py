@@ -230,14 +230,15 @@ class TrainTask(BundleTrainTask):
             super()._load_checkpoint(model, pretrained, handlers)
 
     def run_single_gpu(self, _request: dict[str, Any], overrides: dict[str, Any]) -> None:
-        """Train as `monai.bundle run` does, and note the best score, the epochs and the seconds."""
+        """Train as `monai.bundle run` does, and note the scores before and after, the epochs and the seconds."""
         start = time.time()
         files = {"meta_file": self.bundle_metadata_path, "config_file": self.bundle_config_path}
         workflow = monai.bundle.create_workflow(run_id="run", init_id=None, final_id=None, **files, **overrides)
         workflow.run()
         workflow.finalize()
         trainer = workflow.parser.get_parsed_content("train#trainer").state
-        evaluator = workflow.parser.get_parsed_content("validate#evaluator").state
+        handlers = workflow.parser.get_parsed_content("train#handlers")
+        checkpoints = next(each for each in handlers if type(each).__name__ == "TrainingCheckpoints")
         stats = {
             "epoch": trainer.epoch,
             "total_epochs": trainer.max_epochs,
@@ -245,8 +246,8 @@ class TrainTask(BundleTrainTask):
             "training_cases": len(overrides["train#dataset#data"]),
             "validation_cases": len(overrides.get("validate#dataset#data") or []),
         }
-        if stats["validation_cases"] and evaluator.best_metric >= 0:
-            stats["best_metric"] = round(float(evaluator.best_metric), 4)
+        scores = {"start_metric": checkpoints.start_score, "best_metric": checkpoints.best_score}
+        stats |= {name: round(score, 4) for name, score in scores.items() if score is not None}
         Path(self.bundle_path, STATS).write_text(json.dumps(stats))
 
     def fault(self, image: str, label: str) -> str | None:

@@ -447,6 +447,14 @@ def test_start_is_validated_once_before_the_first_step_and_not_after_resuming(tm
     assert same(load(tmp_path / "model.pt"), began_with)
 
 
+def test_score_before_training_is_kept_beside_the_best_one(tmp_path):
+    first = build(tmp_path, start=0.2, scores=[0.5] * 3)
+    stop_after(first, 2)
+    resumed = train(tmp_path, start=0.9, scores=[0.6] * 3, resume=True)
+    assert (resumed.handler.start_score, resumed.handler.best_score) == (0.2, 0.6)
+    assert train(tmp_path / "none", scores=[0.5] * 3).handler.start_score is None
+
+
 def test_run_killed_between_its_start_and_its_first_checkpoint_starts_afresh(tmp_path):
     killed = build(tmp_path, start=0.8, scores=[0.1] * 3)
     killed.trainer.add_event_handler(Events.EPOCH_STARTED, lambda _: 1 / 0)

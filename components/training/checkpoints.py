@@ -67,6 +67,11 @@ class TrainingCheckpoints:
         teacher: exponential moving average of the network, if the training uses one. It is saved as of its last update
             and resumed, but never becomes ``model.pt``.
 
+    Attributes:
+        start_score: the score of the initial network, None if it was not validated.
+        best_score: the best score so far, None before the first.
+        best_epoch: its epoch, 0 for the initial network.
+
     Raises:
         TypeError: if ``lr_scheduler`` follows a metric.
         ValueError: when the run starts, if the checkpoint's epoch is beyond the trainer's ``max_epochs``.
@@ -98,6 +103,7 @@ class TrainingCheckpoints:
         self.resume = resume
         self.validate_start = validate_start
         self.teacher = teacher
+        self.start_score: float | None = None
         self.best_score: float | None = None
         self.best_epoch: int | None = None
         self._lock: FileLock | None = None
@@ -120,7 +126,7 @@ class TrainingCheckpoints:
         """
         if engine.state.epoch > 0:  # the trainer has run before, as in the rounds of federated learning
             return
-        self.best_score = self.best_epoch = None
+        self.start_score = self.best_score = self.best_epoch = None
         if _is_writer():
             self.ckpt_dir.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.ckpt_dir)
@@ -135,6 +141,7 @@ class TrainingCheckpoints:
             self.evaluator.run(engine.state.epoch)
             if self._update_best(engine) and _is_writer():
                 self._save_model(engine)
+            self.start_score = self.best_score
 
     def finish_epoch(self, engine: Engine) -> None:
         """Write the model if it is the best so far, then the checkpoint of this epoch.
@@ -189,6 +196,7 @@ class TrainingCheckpoints:
             "teacher": None if self.teacher is None else self.teacher.mean.state_dict(),
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
+            "start_score": self.start_score,
             "best_score": self.best_score,
             "best_epoch": self.best_epoch,
         }
@@ -256,6 +264,7 @@ class TrainingCheckpoints:
         # shorten the first epoch or end the run early
         length = engine.state.epoch_length
         engine.state.iteration = saved["iteration"] if length is None else saved["epoch"] * length
+        self.start_score = saved.get("start_score")
         self._restore_best(saved)
 
     def _restore_best(self, saved: dict[str, Any]) -> None:
