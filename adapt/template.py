@@ -290,7 +290,7 @@ def knobs_page(page: str, folders: Mapping[str, Path], texts: Mapping[Path, str]
     """
     configs: dict[str, dict[str, Parts]] = {}
     for bundle, folder in folders.items():
-        paths = {name: folder / f"{name}.json" for name in ("train", "inference", "evaluate", "function")}
+        paths = {name: folder / f"{name}.json" for name in ("train", "inference", "evaluate", "function", "correct")}
         found = {
             name: texts.get(path) or path.read_text() for name, path in paths.items() if path in texts or path.is_file()
         }
