@@ -267,10 +267,29 @@ def test_trained_model_wins_over_the_start_and_a_given_one_over_both(adapted, we
     ids=["train", "evaluate", "infer"],
 )
 def test_largest_component_is_a_switch(names, key, others, switch):
-    parser = parsed("linearhead_acdc", names, largest_component=switch, slice_smoothing=0)
+    parser = parsed("linearhead_acdc", names, largest_component=switch, slice_smoothing=0, minimum_wall_mm=0)
     transforms = parser.get_parsed_content(key).transforms
     assert len(transforms) == others + switch
     assert ("KeepLargestConnectedComponentd" in {type(transform).__name__ for transform in transforms}) == switch
+
+
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        (("train",), "validate#postprocessing"),
+        (("train", "sam"), "validate#postprocessing"),
+        (RUNS["evaluating"], "validate#postprocessing"),
+        (("inference",), "postprocessing"),
+    ],
+    ids=["train", "paper", "evaluate", "infer"],
+)
+def test_walls_are_closed_unless_a_knob_or_the_papers_recipe_says_no(names, key):
+    def closes(**options: float) -> bool:
+        transforms = parsed("linearhead_acdc", names, **options).get_parsed_content(key).transforms
+        return "CloseWalld" in {type(transform).__name__ for transform in transforms}
+
+    assert closes() == ("sam" not in names)
+    assert not closes(minimum_wall_mm=0)
 
 
 @pytest.mark.parametrize(("typed", "kept"), [("true", True), ("FALSE", False)])
@@ -283,7 +302,7 @@ def test_largest_component_is_a_switch_in_whatever_letters_it_is_typed(names, ty
 
 
 def test_smaller_component_of_a_class_goes_and_an_absent_class_is_no_matter():
-    parser = parsed("linearhead_acdc", ("inference",), largest_component=True, slice_smoothing=0)
+    parser = parsed("linearhead_acdc", ("inference",), largest_component=True, slice_smoothing=0, minimum_wall_mm=0)
     transform = parser.get_parsed_content("postprocessing").transforms[2]
     labels = torch.zeros(1, 6, 6, 2)
     labels[0, :3, :3, 0] = 1  # nine voxels and two, apart; of another class two, that touch the nine
