@@ -12,23 +12,35 @@ from typing import Any
 from autosam.folders import DATA_FILE, DEFAULT, INFERENCE, MODEL, TRAIN, find_bundle, is_shipped, own_copy
 from autosam.record import inference_settings, read_record, write_record
 from autosam.runner import LOG, BundleRun
+from autosam.workers import DaskWorkers, Job, LocalWorkers
 
 Knobs = Mapping[str, str]  # as they were typed
 
 
 def segment(
-    image: Path, output: Path, bundle: str, knobs: Knobs, *, measure: bool, dry_run: bool, verbose: bool
+    image: Path,
+    output: Path,
+    bundle: str,
+    knobs: Knobs,
+    *,
+    measure: bool,
+    dry_run: bool,
+    verbose: bool,
+    workers: int = 1,
+    scheduler: str | None = None,
 ) -> None:
-    """Segment an image or a folder of them.
+    """Segment the images that are not done yet.
 
     Args:
-        image: the image, DICOM study or folder.
+        image: the image, DICOM study, folder of them or CSV list.
         output: folder of label maps and pictures.
         bundle: a bundle's folder or name.
         knobs: knobs of `inference.json`.
         measure: whether to measure ventricular function as well.
         dry_run: whether to print the command only.
         verbose: whether to show MONAI's lines.
+        workers: processes that share the cases; 1 for this process.
+        scheduler: address or file of a Dask cluster to run on instead.
 
     Raises:
         FileNotFoundError: if there is no such image or bundle.
@@ -36,7 +48,7 @@ def segment(
     """
     image = image.expanduser()
     if not image.exists():
-        raise FileNotFoundError(f"there is no {image}: expected an image, a DICOM study or a folder of images")
+        raise FileNotFoundError(f"there is no {image}: expected an image, a DICOM study, a folder or a CSV list")
     folder = find_bundle(bundle, INFERENCE)
     overlays, known = inference_settings(folder)
     workflow, configs = "inferring", ["inference", *overlays]
@@ -45,14 +57,28 @@ def segment(
         workflow, configs = "measuring", [*configs, "function"]
     options = {**known, "dataset_dir": image, "output_dir": output, "overlays": True, **knobs}
     run, start = BundleRun(workflow, folder, configs, options), time.monotonic()
-    made: list[Any] = []
+    print(f"$ {run.line}", flush=True)
+    if dry_run:
+        return
+    job = Job(run, output / LOG, verbose)
+    runner = DaskWorkers(job, scheduler) if scheduler else LocalWorkers(job, workers) if workers != 1 else None
+    cohorts: list[Any] = []
+
+    def segment_all(workflow: Any) -> None:
+        from autosam.cohort import Cohort
+
+        cohorts.append(Cohort(workflow, runner))
+        cohorts[0].run()
+
     try:
-        _run(run, output / LOG, dry_run=dry_run, verbose=verbose, made=made)
+        run(job.log, verbose=verbose, use=segment_all)
     finally:  # also if some images failed
-        evaluator: Any = made[0].ref_resolver.resolved_content.get("evaluator") if made else None
-        if done := len(evaluator.segmented) if evaluator else 0:
-            skipped = f"; {len(evaluator.skipped)} skipped, see the log" if evaluator.skipped else ""
-            print(f"segmented {done} image{'s' * (done != 1)} with {folder.name}{skipped} ({_since(start)})")
+        cohort = cohorts[0] if cohorts else None
+        if cohort and (cohort.segmented or cohort.done_before):
+            done = cohort.segmented
+            before = f"; {cohort.done_before} done before" if cohort.done_before else ""
+            skipped = f"; {len(cohort.skipped)} skipped, see the log" if cohort.skipped else ""
+            print(f"segmented {done} image{'s' * (done != 1)} with {folder.name}{before}{skipped} ({_since(start)})")
             print(f"labels:  {output}/<case>_pred.*")
             print(f"look at: {output / 'function.html' if measure else _pictures(output)}")
             print(f"log:     {output / LOG}")
@@ -165,10 +191,10 @@ def pack(bundle: str, output: str, model: str | None, encoder_url: str) -> None:
     print(f"next:    unpack it, and autosam segment IMAGE --bundle {folder.name}")
 
 
-def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool, made: list[Any] | None = None) -> Any:
+def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool) -> Any:
     """Show a run's command and run it; return MONAI's parser, or None if it is only shown."""
     print(f"$ {run.line}", flush=True)
-    return None if dry_run else run(log, verbose=verbose, made=made)
+    return None if dry_run else run(log, verbose=verbose)
 
 
 def _say_scores(made: Any, output: Path, *, next_command: str) -> None:

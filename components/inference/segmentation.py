@@ -197,10 +197,12 @@ def raise_failures(files: int, failed: Mapping[str, str]) -> None:
         failed: reason by file.
 
     Raises:
-        RuntimeError: if a file has failed.
+        RuntimeError: if a file has failed; of an only file it is the reason as it is.
     """
     if not failed:
         return
+    if files == 1:
+        raise RuntimeError(next(iter(failed.values())))
     failures = [_naming(*failure) for failure in failed.items()]
     more = f"; and {len(failures) - _IN_ERROR} more, listed above" if len(failures) > _IN_ERROR else ""
     raise RuntimeError(f"{len(failures)} of {files} volumes failed: {'; '.join(failures[:_IN_ERROR])}{more}")
