@@ -269,6 +269,7 @@ def _main() -> None:
         from components.base.errors import error_message
 
         answer(error_message(error))
+    os._exit(1)  # the thread still reads
 
 
 if __name__ == "__main__":

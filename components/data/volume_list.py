@@ -35,6 +35,7 @@ def read_volume_list(file: Path) -> dict[str, Path]:
                 raise ValueError(f"{file} has no column {' or '.join(missing)}: expected id,path, found {found}")
             for row in reader:
                 case, text = ((row[name] or "").strip() for name in COLUMNS)
+                case = unicodedata.normalize("NFC", case)
                 line = f"line {reader.line_num} ({case})"
                 if not text or not _FILE_NAME.fullmatch(case) or case.casefold() in RESERVED:
                     raise ValueError(
@@ -42,7 +43,7 @@ def read_volume_list(file: Path) -> dict[str, Path]:
                         f"files and is not {' or '.join(RESERVED)}; received {case!r} and {text!r}"
                     )
                 path = file.parent / text
-                for what, key in (("id", _on_disk(case)), ("path", str(path.resolve()))):
+                for what, key in (("id", case.casefold()), ("path", str(path.resolve()))):
                     if (first := rows_of.setdefault(f"{what} {key}", line)) != line:
                         raise ValueError(
                             f"{file}: {first} and {line} have one {what}, where upper and lower case are one: the "
@@ -55,8 +56,3 @@ def read_volume_list(file: Path) -> dict[str, Path]:
     if not volumes:
         raise ValueError(f"{file} lists no volume: expected rows below id,path")
     return volumes
-
-
-def _on_disk(name: str) -> str:
-    """Return a name as a file system compares it that takes capital and decomposed letters for others."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
