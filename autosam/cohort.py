@@ -114,27 +114,26 @@ class CaseSegmenter:
     """A workflow of a bundle that segments case after case, and writes a record of each.
 
     Args:
-        workflow: MONAI's workflow `inferring` or `measuring`, initialised. Its command line is checked.
+        workflow: MONAI's workflow `inferring` or `measuring`, initialised. All of it is run but its evaluator.
+        shows_progress: whether there is a progress bar over the frames of a case.
 
     Attributes:
         cases: all cases, in the order in which they are found.
         skipped: reason by path of the files that the search left out.
         output: folder of the results.
-        shows_progress: whether there is a progress bar over the frames of a case.
     """
 
-    def __init__(self, workflow: Any) -> None:
+    def __init__(self, workflow: Any, *, shows_progress: bool = True) -> None:
         self._parser = workflow.parser
-        for number, expression in enumerate(self._parser[workflow.run_id]):
-            if expression != _RUN:
-                self._parser.get_parsed_content(f"{workflow.run_id}::{number}")
+        self._shows_progress = shows_progress
+        self._parser[workflow.run_id] = [each for each in self._parser[workflow.run_id] if each != _RUN]
+        workflow.run()
         dataset = self._parser.get_parsed_content("dataset")
         self._preprocessing = dataset.transform
         self._settings = _settings(workflow.run_id, self._parser.get(), self._resolved)
         self.cases = _cases(dataset.data)
         self.skipped: Mapping[str, str] = dataset.skipped
         self.output = Path(self._parser.get_parsed_content("output_dir"))
-        self.shows_progress = True
 
     def __call__(self, case: Case) -> tuple[Record, bool]:
         """Segment a case unless it is done; return its record, and whether it was done before.
@@ -178,7 +177,7 @@ class CaseSegmenter:
         for loader in loaders:
             loader.attach(engine)  # it loads the weights when an engine starts
         engine.run([None])
-        self._handlers = [each for each in handlers if each not in loaders] if self.shows_progress else []
+        self._handlers = [each for each in handlers if each not in loaders] if self._shows_progress else []
         self._shared = dict(self._resolved)
         return bytes(fingerprint(network.state_dict()).tolist()).hex()
 

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from autosam.runner import BundleRun
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it imports MONAI, which is to be imported when the log is set up
     from autosam.cohort import Case, CaseSegmenter, Record, Result
 
 _ATTEMPTS = 2
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _DIED = (EOFError, OSError, pickle.UnpicklingError)  # what a broken pipe raises
+_DASK_TASK = threading.Lock()  # a network and the working directory are for one task at a time
 
 
 @dataclass(frozen=True)
@@ -50,34 +51,29 @@ class _Worker:
     """A sub-process that segments one case at a time."""
 
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "autosam.workers"],
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "autosam.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
             start_new_session=True,  # Ctrl-C is the parent's, which ends it
         )
-        self._job: Job | None = job
+        self._unsent = [pickle.dumps(job)]
 
     def ask(self, case: Case) -> Any:
         """Return the answer for a case; raise one of `_DIED` if the process ends before."""
-        assert self._process.stdin and self._process.stdout
-        if self._job:
-            pickle.dump(self._job, self._process.stdin)
-            self._job = None
-        pickle.dump(pickle.dumps(case), self._process.stdin)  # read when the log is set up, since it imports MONAI
-        self._process.stdin.flush()
-        return pickle.load(self._process.stdout)
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.writelines([*self._unsent, pickle.dumps(pickle.dumps(case))])
+        self.process.stdin.flush()
+        self._unsent = []
+        return pickle.load(self.process.stdout)
 
     def end(self) -> str:
-        """End the process and return how it has ended."""
+        """Let the process end and return how it has ended."""
         with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]  # on which it ends by itself
-        code = self._process.wait()
+            self.process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
+        code = self.process.wait()
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 class LocalWorkers:
@@ -98,7 +94,11 @@ class LocalWorkers:
         if workers < 1:
             raise ValueError(f"expected --workers to be 1 or more, received {workers}")
         self._job = job
-        self._workers = workers
+        self._count = workers
+        self._waiting: queue.SimpleQueue[Case] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Case, Any]] = queue.SimpleQueue()
+        self._running: dict[int, _Worker] = {}  # by place
+        self._stopped = threading.Event()
 
     def __call__(self, cases: Sequence[Case]) -> Iterator[Result]:
         """Yield each case when it has ended.
@@ -106,57 +106,55 @@ class LocalWorkers:
         Raises:
             RuntimeError: if a process cannot start, with its reason.
         """
-        waiting: queue.SimpleQueue[Case] = queue.SimpleQueue()
         for case in cases:
-            waiting.put(case)
-        count = min(self._workers, len(cases))
+            self._waiting.put(case)
+        count = min(self._count, len(cases))
         tqdm.write(f"{len(cases)} cases, {count} workers of one thread", file=sys.stderr)
-        answers: queue.SimpleQueue[tuple[Case, Any]] = queue.SimpleQueue()
-        running: dict[int, _Worker] = {}
-        stopped = threading.Event()
         for place in range(count):
-            arguments = (place, running, waiting, answers, stopped)
-            threading.Thread(target=self._serve, args=arguments, daemon=True).start()
+            threading.Thread(target=self._serve, args=[place], daemon=True).start()
+        is_memory_known = False
         try:
-            for ended in range(len(cases)):
-                case, answer = answers.get()
+            for _ in cases:
+                case, answer = self._answers.get()
                 if isinstance(answer, str):
                     raise RuntimeError(answer)
                 record, is_done, peak_mb = answer
-                if not ended and peak_mb:
-                    text = f"after its first case a worker has taken {peak_mb} MB: {count} take {count * peak_mb} MB"
-                    tqdm.write(text, file=sys.stderr)
+                if peak_mb and not is_done and not is_memory_known:
+                    taken = f"after its first case a worker has taken {peak_mb} MB: {count} take {count * peak_mb} MB"
+                    tqdm.write(taken, file=sys.stderr)
+                    is_memory_known = True
                 yield case, record, is_done
         finally:
-            stopped.set()
-            for worker in list(running.values()):
-                worker.kill()
+            self._stopped.set()
+            for worker in list(self._running.values()):
+                worker.process.kill()
 
-    def _serve(
-        self,
-        place: int,
-        running: dict[int, _Worker],
-        waiting: queue.SimpleQueue[Case],
-        answers: queue.SimpleQueue[tuple[Case, Any]],
-        stopped: threading.Event,
-    ) -> None:
+    def _serve(self, place: int) -> None:
         """Hand cases to one process after the other, until there are none or the run has stopped."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                case, answer, reason = waiting.get_nowait(), None, ""
-                for _ in range(_ATTEMPTS):
-                    if stopped.is_set():
-                        return
-                    worker = running.get(place) or _Worker(self._job, self._environment(place))
-                    running[place] = worker
-                    try:
-                        answer = worker.ask(case)
-                        break
-                    except _DIED:
-                        reason = running.pop(place).end()
-                answers.put((case, answer or (_lost(case, f"{_ATTEMPTS} times, at last with {reason}"), False, 0)))
-        if place in running:
-            running.pop(place).end()
+        while not self._stopped.is_set():
+            try:
+                case = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            try:
+                self._answers.put((case, self._answer(place, case)))
+            except Exception as error:  # else the run would wait forever
+                self._answers.put((case, f"a worker cannot start: {error}"))
+        if place in self._running:
+            self._running.pop(place).end()
+
+    def _answer(self, place: int, case: Case) -> Any:
+        reason = "no attempt"
+        for _ in range(_ATTEMPTS):
+            if self._stopped.is_set():
+                break
+            if place not in self._running:
+                self._running[place] = _Worker(self._job, self._environment(place))
+            try:
+                return self._running[place].ask(case)
+            except _DIED:
+                reason = self._running.pop(place).end()
+        return _lost(case, f"{_ATTEMPTS} times, at last with {reason}"), False, 0
 
     def _environment(self, place: int) -> dict[str, str]:
         """Return the environment variables of a process: its number of threads, and its device."""
@@ -171,8 +169,8 @@ class LocalWorkers:
 class DaskWorkers:
     """Segment the cases of a job on a Dask cluster, each as a task.
 
-    Its workers must see all files under the same paths, have this project installed, and run one task at a time
-    (`--nthreads 1`). Dask gives the case of a lost worker to another one.
+    Its workers must see all files under the same paths, and have this project installed. Dask gives the case of a lost
+    worker to another one.
 
     Args:
         job: the job.
@@ -204,10 +202,9 @@ class DaskWorkers:
             for future in as_completed(futures):
                 case = futures[future]
                 try:
-                    record, is_done = future.result()
+                    yield case, *future.result()
                 except KilledWorker as error:
-                    record, is_done = _lost(case, f"with its worker: {error}"), False
-                yield case, record, is_done
+                    yield case, _lost(case, f"with its worker: {error}"), False
 
 
 def _lost(case: Case, how: str) -> Record:
@@ -219,18 +216,17 @@ def _lost(case: Case, how: str) -> Record:
 
 def _segment_on_dask(job: bytes, case: Case) -> tuple[Record, bool]:
     """Segment a case in a worker of Dask, which keeps the job's network."""
-    segmenter, folder = _loaded(job)
-    with contextlib.chdir(folder):
-        return segmenter(case)
+    _, folder = pickle.loads(job)
+    with _DASK_TASK, contextlib.chdir(folder):
+        return _segmenter(job)(case)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(pickled: bytes) -> tuple[CaseSegmenter, Path]:
+def _segmenter(pickled: bytes) -> CaseSegmenter:
     from autosam.cohort import CaseSegmenter
 
-    job, folder = pickle.loads(pickled)
-    with contextlib.chdir(folder):
-        return job.run(job.log, use=CaseSegmenter), folder
+    job, _ = pickle.loads(pickled)
+    return job.run(job.log, use=CaseSegmenter)
 
 
 def _main() -> None:
@@ -255,8 +251,7 @@ def _main() -> None:
     def serve(workflow: Any) -> None:
         from autosam.cohort import CaseSegmenter
 
-        segmenter = CaseSegmenter(workflow)
-        segmenter.shows_progress = False
+        segmenter = CaseSegmenter(workflow, shows_progress=False)
         while True:
             done = segmenter(pickle.loads(requests.get()))
             answer((*done, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))

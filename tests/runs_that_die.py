@@ -20,7 +20,7 @@ class Deadly:
             return f"{case.name} by {os.getpid()}", False
 
         case_class = type("Case", (), {})
-        sys.modules["autosam.cohort"] = SimpleNamespace(Case=case_class, CaseSegmenter=lambda _: segment)
+        sys.modules["autosam.cohort"] = SimpleNamespace(Case=case_class, CaseSegmenter=lambda *_, **__: segment)
         use(None)
 
 

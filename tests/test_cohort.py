@@ -239,15 +239,14 @@ def test_two_workers_give_the_results_of_one_process(cines, segment, tmp_path):
     assert results_of(tmp_path / "one") == results_of(tmp_path / "two")
 
 
-def run_workers(run, names, monkeypatch):
+def run_workers(run, names):
     """The record of each case, or what the run's worker gives instead."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]))
     cases = [Case(name, [{"image": f"{name}.nii"}]) for name in names]
     return {case.name: record for case, record, _ in LocalWorkers(Job(run, Path("log")), 2)(cases)}
 
 
-def test_a_worker_that_dies_is_replaced_and_its_case_tried_once_more(monkeypatch):
-    records = run_workers(Deadly(), ("once", "deadly", "a", "b", "c"), monkeypatch)
+def test_a_worker_that_dies_is_replaced_and_its_case_tried_once_more():
+    records = run_workers(Deadly(), ("once", "deadly", "a", "b", "c"))
     reason = records.pop("deadly").failed["deadly.nii"]
     assert reason.startswith("its process ended 2 times, at last with signal SIGKILL")
     assert {name: text.split()[0] for name, text in records.items()} == {name: name for name in ("once", "a", "b", "c")}
@@ -258,9 +257,9 @@ def test_a_worker_that_dies_is_replaced_and_its_case_tried_once_more(monkeypatch
     assert not any(Path("/proc", pid).exists() for pid in pids)
 
 
-def test_workers_that_cannot_start_say_why(monkeypatch):
+def test_workers_that_cannot_start_say_why():
     with pytest.raises(RuntimeError, match="there is no model"):
-        run_workers(WithoutModel(), ("a", "b"), monkeypatch)
+        run_workers(WithoutModel(), ("a", "b"))
 
 
 def test_each_worker_has_a_device_of_its_own_while_there_are_enough(monkeypatch):
