@@ -22,8 +22,8 @@ def read_volume_list(file: Path) -> dict[str, Path]:
         the path by id, in the order of the rows. The files may be missing.
 
     Raises:
-        ValueError: if the file is no such list; if an id is no name for files; if two rows have one path, or ids that
-            some file systems take for one.
+        ValueError: if the file is no such list, or an id is no name for files. If two rows have one path or one id;
+            upper and lower case count as one.
     """
     rows_of: dict[str, str] = {}  # the first row of each id and path
     volumes: dict[str, Path] = {}
