@@ -45,19 +45,30 @@ def command(example: str, *, knobs: bool = False) -> Callable[[Callable[..., Non
 def segment(
     context: Context,
     image: Annotated[
-        Path, Argument(metavar="IMAGE", help="a volume, a cine, a picture, a DICOM study, or a folder of them")
+        Path,
+        Argument(metavar="IMAGE", help="a volume, cine, picture or DICOM study, a folder, or a CSV list: id,path"),
     ],
     output: Annotated[Path, Option("--output", "-o", help="folder of the results")] = Path("segmented"),
     bundle: Annotated[str, Option(help="a bundle's folder or name")] = DEFAULT,
     measure: Annotated[bool, Option("--measure", help="hearts: also volumes and ejection fractions")] = False,
+    workers: Annotated[int, Option(help="processes of one thread that share the cases")] = 1,
+    scheduler: Annotated[str | None, Option(help="a Dask cluster instead: its address or file")] = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Segment images with a bundle, and draw a picture of each."""
+    """Segment images with a bundle, and draw a picture of each. The same command goes on where it was stopped."""
     from autosam import workflows
 
     workflows.segment(
-        image, output, bundle, typed_knobs(context.args), measure=measure, dry_run=dry_run, verbose=verbose
+        image,
+        output,
+        bundle,
+        typed_knobs(context.args),
+        measure=measure,
+        dry_run=dry_run,
+        verbose=verbose,
+        workers=workers,
+        scheduler=scheduler,
     )
 
 
@@ -76,7 +87,7 @@ def correct(
     """Segment an image, and correct the slices that you have clicked in, by SAM's own decoder."""
     from autosam import workflows
 
-    workflows.segment(image, output, bundle, typed_knobs(context.args), clicks=clicks, dry_run=dry_run, verbose=verbose)
+    workflows.correct(image, output, bundle, typed_knobs(context.args), clicks, dry_run=dry_run, verbose=verbose)
 
 
 @command("autosam new my_organ /data/my_organ --network cnnhead")

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -51,18 +51,18 @@ class BundleRun:
         """The command that does the same."""
         return " ".join(map(_quoted, ["python", "-m", "monai.bundle", *self.arguments]))
 
-    def __call__(self, log: Path, *, verbose: bool = False, made: list[Any] | None = None) -> Any:
+    def __call__(self, log: Path, *, verbose: bool = False, use: Callable[[Any], Any] | None = None) -> Any:
         """Run it.
 
         Args:
             log: file to which MONAI's lines are appended.
             verbose: whether they are shown as well.
-            made: receives what is returned, for a run that fails.
+            use: called with MONAI's initialised workflow instead of running it.
 
         Returns:
-            MONAI's parser, which has what the run has made.
+            what `use` returns; else MONAI's parser, which has what the run has made.
         """
-        made = [] if made is None else made
+        result: list[Any] = []
         with logged_to(log, self.line, verbose=verbose):
             import fire
             import monai.bundle
@@ -75,14 +75,18 @@ class BundleRun:
             def run(*args: Any, **kwargs: Any) -> None:
                 named = signature.bind(*args, **kwargs).arguments
                 workflow = monai.bundle.create_workflow(**named.pop("override", {}), **named)
-                made.append(workflow.parser)
-                workflow.run()
-                workflow.finalize()
+                result.append((use or _run_workflow)(workflow))
 
             arguments = self.arguments
             with judged_as(["monai.bundle", *arguments]):  # the log is set up already
                 fire.Fire(run, command=[*arguments[1:], "--logging_file", "False"])
-        return made[0]
+        return result[0]
+
+
+def _run_workflow(workflow: Any) -> Any:
+    workflow.run()
+    workflow.finalize()
+    return workflow.parser
 
 
 def plain_path(path: Path) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autosam.folders import CORRECT, DATA_FILE, DEFAULT, INFERENCE, MODEL, TRAIN, find_bundle, is_shipped, own_copy
+from autosam.folders import DATA_FILE, DEFAULT, INFERENCE, MODEL, TRAIN, find_bundle, is_shipped, own_copy
 from autosam.record import inference_settings, read_record, write_record
 from autosam.runner import LOG, BundleRun
+from autosam.workers import DaskWorkers, Job, LocalWorkers
 
 Knobs = Mapping[str, str]  # as they were typed
 
@@ -22,55 +23,100 @@ def segment(
     bundle: str,
     knobs: Knobs,
     *,
-    measure: bool = False,
-    clicks: Path | None = None,
+    measure: bool,
     dry_run: bool,
     verbose: bool,
+    workers: int = 1,
+    scheduler: str | None = None,
 ) -> None:
-    """Segment an image or a folder of them.
+    """Segment the images that are not done yet.
 
     Args:
-        image: the image, DICOM study or folder.
+        image: the image, DICOM study, folder of them or CSV list.
         output: folder of label maps and pictures.
         bundle: a bundle's folder or name.
         knobs: knobs of `inference.json`.
         measure: whether to measure ventricular function as well.
-        clicks: a file of clicks that correct the only image; None for no correction.
+        dry_run: whether to print the command only.
+        verbose: whether to show MONAI's lines.
+        workers: processes that share the cases; 1 for this process.
+        scheduler: address or file of a Dask cluster to run on instead.
+
+    Raises:
+        FileNotFoundError: if there is no such image or bundle.
+        ValueError: if the bundle cannot segment or measure, or a knob is unknown.
+    """
+    run, start = _inference(image, output, bundle, knobs, overlay="function" if measure else None), time.monotonic()
+    print(f"$ {run.line}", flush=True)
+    if dry_run:
+        return
+    job = Job(run, output / LOG, verbose)
+    runner = DaskWorkers(job, scheduler) if scheduler else LocalWorkers(job, workers) if workers != 1 else None
+    cohorts: list[Any] = []
+
+    def segment_all(workflow: Any) -> None:
+        from autosam.cohort import Cohort
+
+        cohorts.append(Cohort(workflow, runner))
+        cohorts[0].run()
+
+    try:
+        run(job.log, verbose=verbose, use=segment_all)
+    finally:  # also if some images failed
+        cohort = cohorts[0] if cohorts else None
+        if cohort and (cohort.segmented or cohort.done_before):
+            done = cohort.segmented
+            before = f"; {cohort.done_before} done before" if cohort.done_before else ""
+            skipped = f"; {len(cohort.skipped)} skipped, see the log" if cohort.skipped else ""
+            print(
+                f"segmented {done} image{'s' * (done != 1)} with {run.bundle.name}{before}{skipped} ({_since(start)})"
+            )
+            print(f"labels:  {output}/<case>_pred.*")
+            print(f"look at: {output / 'function.html' if measure else _pictures(output)}")
+            print(f"log:     {output / LOG}")
+
+
+def correct(
+    image: Path, output: Path, bundle: str, knobs: Knobs, clicks: Path, *, dry_run: bool, verbose: bool
+) -> None:
+    """Segment an image and correct it by clicks.
+
+    Args:
+        image: the image.
+        output: folder of label map and picture.
+        bundle: a bundle's folder or name.
+        knobs: knobs of `inference.json`.
+        clicks: JSON file of the clicks.
         dry_run: whether to print the command only.
         verbose: whether to show MONAI's lines.
 
     Raises:
         FileNotFoundError: if there is no such image, bundle or file of clicks.
-        ValueError: if the bundle cannot segment, measure or correct, or a knob is unknown.
+        ValueError: if the bundle cannot segment or correct, a knob is unknown, or a click does not fit.
     """
+    if not (clicks := clicks.expanduser()).is_file():
+        raise FileNotFoundError(f"there is no {clicks}: expected a JSON file of clicks")
+    run, start = _inference(image, output, bundle, {**knobs, "clicks": clicks}, overlay="correct"), time.monotonic()
+    if _run(run, output / LOG, dry_run=dry_run, verbose=verbose) is None:
+        return
+    print(f"corrected 1 image with {run.bundle.name} ({_since(start)})")
+    print(f"labels:  {output}/<case>_pred.*")
+    print(f"look at: {_pictures(output)}")
+    print(f"log:     {output / LOG}")
+
+
+def _inference(image: Path, output: Path, bundle: str, knobs: Mapping[str, Any], *, overlay: str | None) -> BundleRun:
+    """Return the run that segments, with an overlay of `inference.json`: `function`, `correct` or none."""
     image = image.expanduser()
     if not image.exists():
-        raise FileNotFoundError(f"there is no {image}: expected an image, a DICOM study or a folder of images")
+        raise FileNotFoundError(f"there is no {image}: expected an image, a DICOM study, a folder or a CSV list")
     folder = find_bundle(bundle, INFERENCE)
     overlays, known = inference_settings(folder)
-    workflow, configs = "inferring", ["inference", *overlays]
+    if overlay:
+        find_bundle(folder, f"{overlay}.json")
+        overlays = [*overlays, overlay]
     options = {**known, "dataset_dir": image, "output_dir": output, "overlays": True, **knobs}
-    if measure:
-        find_bundle(folder, "function.json")
-        workflow, configs = "measuring", [*configs, "function"]
-    if clicks is not None:
-        if not clicks.expanduser().is_file():
-            raise FileNotFoundError(f"there is no {clicks}: expected a JSON file of clicks")
-        find_bundle(folder, CORRECT)
-        configs, options["clicks"] = [*configs, "correct"], clicks.expanduser()
-    run, start = BundleRun(workflow, folder, configs, options), time.monotonic()
-    made: list[Any] = []
-    try:
-        _run(run, output / LOG, dry_run=dry_run, verbose=verbose, made=made)
-    finally:  # also if some images failed
-        evaluator: Any = made[0].ref_resolver.resolved_content.get("evaluator") if made else None
-        if done := len(evaluator.segmented) if evaluator else 0:
-            skipped = f"; {len(evaluator.skipped)} skipped, see the log" if evaluator.skipped else ""
-            verb = "segmented" if clicks is None else "corrected"
-            print(f"{verb} {done} image{'s' * (done != 1)} with {folder.name}{skipped} ({_since(start)})")
-            print(f"labels:  {output}/<case>_pred.*")
-            print(f"look at: {output / 'function.html' if measure else _pictures(output)}")
-            print(f"log:     {output / LOG}")
+    return BundleRun("measuring" if overlay == "function" else "inferring", folder, ["inference", *overlays], options)
 
 
 def train(
@@ -182,10 +228,10 @@ def pack(bundle: str, output: str, model: str | None, encoder_url: str) -> None:
     print(f"next:    unpack it, and autosam segment IMAGE --bundle {folder.name}")
 
 
-def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool, made: list[Any] | None = None) -> Any:
+def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool) -> Any:
     """Show a run's command and run it; return MONAI's parser, or None if it is only shown."""
     print(f"$ {run.line}", flush=True)
-    return None if dry_run else run(log, verbose=verbose, made=made)
+    return None if dry_run else run(log, verbose=verbose)
 
 
 def _say_scores(made: Any, output: Path, *, next_command: str) -> None:

@@ -6,6 +6,7 @@ files may be links, and the volumes may be unpacked (`.nii`). A folder with an `
 """
 
 import codecs
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,22 @@ def _list_frames(patient: Path) -> list[Case]:
                 )
         cases.append({"image": str(by_name[stem]), "label": str(by_name[f"{stem}_gt"])})
     return cases
+
+
+def frame_of_patient(image: str | os.PathLike[str], name: str) -> int | None:
+    """Return which frame of a patient in ACDC's layout an image is.
+
+    Args:
+        image: its file, such as `patient001/patient001_frame01.nii.gz` beside an `Info.cfg`.
+        name: its case name, which ends in the frame as well unless a list has given it another one.
+
+    Returns:
+        the number of the frame, from 1; None for any other image.
+    """
+    path = Path(image)
+    frame = re.fullmatch(rf"{re.escape(path.parent.name)}(_frame(\d+))", case_name(path))
+    of_patient = frame is not None and name.endswith(frame[1]) and (path.parent / INFO).is_file()
+    return int(frame[2]) if frame and of_patient else None
 
 
 def read_info(patient: Path) -> dict[str, str]:

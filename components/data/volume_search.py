@@ -15,6 +15,7 @@ from monai.data import Dataset
 
 from components.base.errors import error_message, is_out_of_memory
 from components.base.volume_metadata import (
+    CASE,
     DEAD_LINK,
     FRAME,
     FRAMES,
@@ -32,12 +33,14 @@ from components.base.volume_metadata import (
     with_case_names,
 )
 from components.data.prediction_writer import PREDICTION_POSTFIX
+from components.data.volume_list import read_volume_list
 from components.dicom.images import is_dicom, is_named_dicom
 from components.dicom.stack import DicomStack, read_stack, study_folders
 
 logger = logging.getLogger(__name__)
 
 MOST_LABELS = 64  # whole values of a label map, of which one fills more than half
+LIST_SUFFIX = ".csv"
 FAILURE = "failure"  # key of the reason in the item of a volume that could not be loaded
 
 _IMAGES = re.compile("(images?|imgs?)(tr|ts|val)?")
@@ -86,7 +89,8 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
 
     Args:
         dataset_dir: a volume's file, or a folder of volumes or DICOM studies. The file is listed even if it looks like
-            a label map, with a warning.
+            a label map, with a warning. Or a CSV file with the columns `id` and `path`, see `read_volume_list`; an id
+            is the name of its case. Missing files stay in the list, so that the loader reports them.
         pictures: whether to list files of `PICTURE_SUFFIXES` instead of volumes.
 
     Returns:
@@ -96,7 +100,7 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
 
     Raises:
         ValueError: if `dataset_dir` is empty or has no volume, or two cases would have the same name. If the file is a
-            picture but volumes are expected, or the reverse.
+            picture but volumes are expected, or the reverse. If a list is wrong.
         FileNotFoundError: if the file or folder is missing.
         OptionalImportError: if there are DICOM files only and pydicom is missing.
     """
@@ -109,6 +113,8 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
         raise FileNotFoundError(f"dataset_dir {root} is {DEAD_LINK}")
     if not root.exists():
         raise FileNotFoundError(f"dataset_dir {root} does not exist: expected a volume's file or a folder of them")
+    if root.suffix.lower() == LIST_SUFFIX and root.is_file():
+        return _listed(root, pictures)
     if root.is_file():
         if root.suffix.lower() == ".webp":
             raise ValueError(f"{root} is {NO_WEBP}")
@@ -155,6 +161,16 @@ def find_volumes(dataset_dir: str, *, pictures: bool = False) -> FoundVolumes:
             f"left out: {_in_words(skipped) or 'nothing'}"
         )
     return FoundVolumes(with_case_names([item for path in found for item in _frames_of(path)]), skipped)
+
+
+def _listed(file: Path, pictures: bool) -> FoundVolumes:
+    """Return the volumes of a CSV file, each under its id."""
+    listed = read_volume_list(file)
+    if wrong := [path for path in listed.values() if is_picture(path) != pictures and not path.is_dir()]:
+        raise ValueError(
+            f"{file} lists {wrong[0]}: expected {'pictures' if pictures else 'volumes'}, on which the model was trained"
+        )
+    return FoundVolumes([item | {CASE: case} for case, path in listed.items() for item in _frames_of(path)], {})
 
 
 def _files_below(folder: Path, left_out: dict[Path, str], searched: set[Path]) -> Iterator[Path]:

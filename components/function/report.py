@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 
-from components.base.volume_metadata import CASE, FRAME, case_name, case_name_of, files_of, header_spacing_mm
-from components.data.acdc import CLASS_NAMES, INFO, read_info
+from components.base.volume_metadata import CASE, FRAME, case_name_of, files_of, header_spacing_mm
+from components.data.acdc import CLASS_NAMES, INFO, frame_of_patient, read_info
 from components.data.geometry import slices_last
 from components.data.prediction_writer import prediction_name
 from components.data.reader import FRAME_SECONDS, HEIGHT_CM, WEIGHT_KG
@@ -118,6 +117,11 @@ class FunctionReport:
         heart_rate: beats per minute of all cases; None to take it from the frame time if the frames cover the cycle.
         slice_axis: as for `SlicesLastd`.
 
+    Attributes:
+        writes_tables: whether the tables over all cases are written at the end; else only the files of each case.
+        rows: rows of `function.csv` of the last run.
+        walls: rows of `wall_thickness.csv` of the last run.
+
     Raises:
         ValueError: if a class is missing, or the heart rate is not a positive number.
     """
@@ -142,6 +146,9 @@ class FunctionReport:
         self.class_names = tuple(class_names)
         self.heart_rate = heart_rate
         self.slice_axis = slice_axis
+        self.writes_tables = True
+        self.rows: list[Row] = []
+        self.walls: list[Row] = []
         self._measured: dict[str, list[dict[str, float]]] = defaultdict(list)
         self._dice: dict[str, list[Dice]] = defaultdict(list)
         self._names: dict[str, str] = {}
@@ -156,33 +163,19 @@ class FunctionReport:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        """Write the tables of the files that were segmented."""
-        cases = self._cases(engine.segmented)
-        rows, walls = [], []
-        for case in sorted(cases, key=lambda case: case.name):
+        """Measure the files that were segmented, and write their tables."""
+        self.rows, self.walls = [], []
+        for case in sorted(self._cases(engine.segmented), key=lambda case: case.name):
             phases = self._phases(case)
             row = self._row(case, phases)
             wall_mm = {phase: self._wall_mm(volume) for phase, volume in phases.items()}
-            rows.append(row)
-            walls += _wall_rows(case, wall_mm)
+            self.rows.append(row)
+            self.walls += _wall_rows(case, wall_mm)
             if case.is_series:
                 write_csv(self.output_dir / f"{case.name}_volumes.csv", CURVE_COLUMNS, _curve_rows(case))
             self._write_page(case, row, phases, wall_mm)
-        if rows:
-            write_csv(self.output_dir / "wall_thickness.csv", WALL_COLUMNS, walls)
-            pages = {case.name: f"{case.name}.html" for case in cases}
-            write_summary_page(self.output_dir / "function.html", rows, pages)
-            path = write_csv(self.output_dir / "function.csv", tuple(rows[0]), rows)
-            logger.info("Ventricular function of %d cases: %s", len(rows), path)
-        dice = {str(row["case"]): _number(str(row["predicted_dice"])) for row in rows}
-        if poor := [f"{case} ({value:.2f})" for case, value in dice.items() if value < POOR_BELOW]:
-            logger.warning(
-                "the predicted Dice is below %g in %d: %s; do not use their values, and check that they are of the "
-                "kind that the model was trained on",
-                POOR_BELOW,
-                len(poor),
-                ", ".join(poor),
-            )
+        if self.writes_tables:
+            write_tables(self.output_dir, self.rows, self.walls)
 
     def _forget(self, _: Engine) -> None:
         self._measured.clear()
@@ -224,10 +217,10 @@ class FunctionReport:
                 "image": file,
                 "label": str(self.output_dir / prediction_name({"image": file, CASE: name})),
             }
-            of_patient = re.fullmatch(rf"{re.escape(folder.name)}_frame(\d+)", case_name(path))
-            if info and of_patient:
-                patient = cases.setdefault(folder, _Case(name.rpartition("_frame")[0], info))
-                patient.add(int(of_patient[1]), item, measured[0], dice[0])
+            if (frame_number := frame_of_patient(file, name)) is not None:
+                patient_name = name.rpartition("_frame")[0]
+                patient = cases.setdefault(folder / patient_name, _Case(patient_name, info))
+                patient.add(frame_number, item, measured[0], dice[0])
                 continue
             is_series = len(measured) > 1
             cases[path] = _Case(name, self._body[file] | (info if is_series else {}), is_series=is_series)
@@ -327,6 +320,31 @@ class FunctionReport:
         figures["Wall thickness"] = draw_bulls_eyes(thickness)
         slices = {phase: dice.slices for phase, dice in case.phase_dice().items()}
         write_case_page(self.output_dir / f"{case.name}.html", row, slice_dice=slices, figures=figures, cine=cine)
+
+
+def write_tables(output_dir: Path, rows: Sequence[Row], walls: Sequence[Row]) -> None:
+    """Write `wall_thickness.csv`, `function.html` and last `function.csv`; warn of poor cases.
+
+    Args:
+        output_dir: folder of the tables.
+        rows: a row of `function.csv` for each case, sorted by name; without any nothing is written.
+        walls: rows of `wall_thickness.csv`, in the same order.
+    """
+    if not rows:
+        return
+    write_csv(output_dir / "wall_thickness.csv", WALL_COLUMNS, walls)
+    write_summary_page(output_dir / "function.html", rows, {str(row["case"]): f"{row['case']}.html" for row in rows})
+    path = write_csv(output_dir / "function.csv", tuple(rows[0]), rows)
+    logger.info("Ventricular function of %d cases: %s", len(rows), path)
+    dice = {str(row["case"]): _number(str(row["predicted_dice"])) for row in rows}
+    if poor := [f"{case} ({value:.2f})" for case, value in dice.items() if value < POOR_BELOW]:
+        logger.warning(
+            "the predicted Dice is below %g in %d: %s; do not use their values, and check that they are of the kind "
+            "that the model was trained on",
+            POOR_BELOW,
+            len(poor),
+            ", ".join(poor),
+        )
 
 
 def _wall_rows(case: _Case, wall_mm: Mapping[str, np.ndarray]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,18 +69,26 @@ class SegmentationEvaluator(SupervisedEvaluator):
         Raises:
             RuntimeError: at the end, when a file has failed.
         """
-        self.segmented, self.failed, self.has_foreground = [], {}, {}
         try:
-            super().run(global_epoch)
+            self.segment(global_epoch)
         finally:
             if self.state.iteration:  # else the run failed before the first volume, and its error is what matters
-                self._log()
-        if self.failed:
-            failures = [_naming(*failure) for failure in self.failed.items()]
-            more = f"; and {len(failures) - _IN_ERROR} more, listed above" if len(failures) > _IN_ERROR else ""
-            raise RuntimeError(
-                f"{len(failures)} of {self._files} volumes failed: {'; '.join(failures[:_IN_ERROR])}{more}"
-            )
+                log_outcome(self._files, self.segmented, self.failed, self.skipped, self.empty)
+        raise_failures(self._files, self.failed)
+
+    def segment(self, global_epoch: int = 1) -> None:
+        """Segment all volumes as `run` does; say nothing at the end, also if a file has failed.
+
+        Args:
+            global_epoch: as for `SupervisedEvaluator`.
+        """
+        self.segmented, self.failed, self.has_foreground = [], {}, {}
+        super().run(global_epoch)
+
+    @property
+    def empty(self) -> list[str]:
+        """The files in which no class was found."""
+        return [path for path, found in self.has_foreground.items() if not found]
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Tensor]:
         frame, frames = (int(batchdata.get(name, default)) for name, default in ((FRAME, 0), (FRAMES, 1)))
@@ -151,22 +159,53 @@ class SegmentationEvaluator(SupervisedEvaluator):
         dataset: Any = self.data_loader.dataset  # type: ignore[union-attr]  # of a DataLoader
         return dataset.files
 
-    def _log(self) -> None:
-        logger.info("segmented %d of %d volumes", len(self.segmented), self._files)
-        logger.debug("segmented: %s", ", ".join(self.segmented))
-        by_reason = defaultdict(list)
-        for path, reason in self.skipped.items():
-            by_reason[reason].append(path)
-        for reason, paths in by_reason.items():
-            logger.info("skipped %d, %s: %s", len(paths), reason, ", ".join(paths))
-        if empty := [path for path, found in self.has_foreground.items() if not found]:
-            logger.warning(
-                "nothing was found in %d: %s; check that they are of the kind that the model was trained on",
-                len(empty),
-                ", ".join(empty),
-            )
-        for failure in self.failed.items():
-            logger.warning("failed: %s", _naming(*failure))
+
+def log_outcome(
+    files: int, segmented: Sequence[str], failed: Mapping[str, str], skipped: Mapping[str, str], empty: Sequence[str]
+) -> None:
+    """Log what became of each file of a run.
+
+    Args:
+        files: number of files to segment.
+        segmented: the segmented files.
+        failed: reason by file.
+        skipped: reason by path of the files that the search left out.
+        empty: files in which no class was found.
+    """
+    logger.info("segmented %d of %d volumes", len(segmented), files)
+    logger.debug("segmented: %s", ", ".join(segmented))
+    by_reason = defaultdict(list)
+    for path, reason in skipped.items():
+        by_reason[reason].append(path)
+    for reason, paths in by_reason.items():
+        logger.info("skipped %d, %s: %s", len(paths), reason, ", ".join(paths))
+    if empty:
+        logger.warning(
+            "nothing was found in %d: %s; check that they are of the kind that the model was trained on",
+            len(empty),
+            ", ".join(empty),
+        )
+    for failure in failed.items():
+        logger.warning("failed: %s", _naming(*failure))
+
+
+def raise_failures(files: int, failed: Mapping[str, str]) -> None:
+    """Raise one error for the files that have failed.
+
+    Args:
+        files: number of files to segment.
+        failed: reason by file.
+
+    Raises:
+        RuntimeError: if a file has failed; of an only file it is the reason as it is.
+    """
+    if not failed:
+        return
+    if files == 1:
+        raise RuntimeError(next(iter(failed.values())))
+    failures = [_naming(*failure) for failure in failed.items()]
+    more = f"; and {len(failures) - _IN_ERROR} more, listed above" if len(failures) > _IN_ERROR else ""
+    raise RuntimeError(f"{len(failures)} of {files} volumes failed: {'; '.join(failures[:_IN_ERROR])}{more}")
 
 
 def _naming(path: str, reason: str) -> str:
