@@ -1,7 +1,7 @@
 """The app that MONAI Label runs: its bundle tasks, which refuse what a bundle cannot use and say why.
 
 It is copied into the app's folder as `main.py`. MONAI Label's server imports it from there, and so does each process
-that it starts for a training. It imports nothing of this repository: `components` comes from the bundles.
+that it starts for a training. `components` comes from the bundles, not from this repository.
 """
 
 from __future__ import annotations

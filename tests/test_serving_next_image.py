@@ -80,10 +80,11 @@ def test_next_image_is_chosen_by_dice_and_by_embedding(label_python, tmp_path):
     with served(label_python, tmp_path, studies, *options) as client:  # which has forgotten nothing
         labelled = vectors.pop(first)
         assert chosen(client, "most_different_embedding") == most_different(vectors, [labelled])
-        assert (tmp_path / "log.txt").read_text().count("Latencies") == 0
+        assert (tmp_path / "log.txt").read_text().count("Inferer::") == 0
         model = tmp_path / "app/model/linearhead_acdc/models/model.pt"
         os.utime(model)  # as after a training
         assert chosen(client, "lowest_predicted_dice") == lowest({name: dice[name] for name in vectors})
+        assert (tmp_path / "log.txt").read_text().count("Inferer::") == 2
         after = noted(client)
         for name in vectors:
             assert after[name]["predicted_dice"]["of"] != notes[name]["predicted_dice"]["of"]
