@@ -380,7 +380,7 @@ class BatchTask(BatchInferTask):
 class _ByInference(Strategy):
     """A choice of the next image by what a model's last inference said about each.
 
-    Images of which nothing is known, or only of the model before a training, are segmented first. After
+    Images without a prediction by the present model are segmented first. After
     `SECONDS_OF_INFERENCE` no further one is begun, so the choice is among the images known by then. The next request
     goes on with the others. Images that the model rejects are never chosen.
     """

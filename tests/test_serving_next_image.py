@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from urllib.parse import quote_plus
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from label_server import served
 
 from components.data.acdc import list_patients
@@ -101,3 +103,29 @@ def test_without_an_encoder_embeddings_are_refused(label_python, tmp_path):
             422,
             "none of unet_acdc has an encoder: serve a bundle that has one, such as linearhead_acdc",
         )
+
+
+BEYOND_THE_LIMIT = """
+from types import SimpleNamespace
+from serving import label_app
+label_app.SECONDS_OF_INFERENCE = 0.0
+inferred = []
+def infer(request, datastore):
+    inferred.append(request["image"])
+    return {"params": {"predictions": {"predicted_dice": 0.5}}}
+app = SimpleNamespace(_infers={"m": SimpleNamespace(versions=lambda: {"predicted_dice": "new"})}, infer=infer)
+notes = {"a": {}, "b": {}, "c": {"predictions": {"m": {"predicted_dice": {"value": 0.7, "of": "VERSION"}}}}}
+store = SimpleNamespace(get_image_info=notes.get, get_unlabeled_images=lambda tag: ["c", "b", "a"])
+print(label_app.LowestDice(app)({}, store), inferred)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of", "printed"),
+    [("new", "{'id': 'c', 'weight': 0.7} []"), ("old", "{'id': 'a', 'weight': 0.5} ['a']")],
+)
+def test_beyond_the_limit_the_choice_is_among_the_known_images(of, printed, label_python):
+    code = BEYOND_THE_LIMIT.replace("VERSION", of)
+    done = subprocess.run([label_python, "-c", code], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == printed
