@@ -107,6 +107,7 @@ def test_without_an_encoder_embeddings_are_refused(label_python, tmp_path):
 
 BEYOND_THE_LIMIT = """
 from types import SimpleNamespace
+import serving.torchvision_operators  # as sitecustomize does
 from serving import label_app
 label_app.SECONDS_OF_INFERENCE = 0.0
 inferred = []
