@@ -1,7 +1,7 @@
 """The app that MONAI Label runs: its bundle tasks, which refuse what a bundle cannot use and say why.
 
 It is copied into the app's folder as `main.py`. MONAI Label's server imports it from there, and so does each process
-that it starts for a training. It imports nothing of this repository: `components` comes from the bundles.
+that it starts for a training. `components` comes from the bundles, not from this repository.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,16 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 
 from autosam.worth import WORTH
+from serving.next_image import as_text, from_text, lowest, most_different
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model.pt"
 CORRECT = "correct.json"
 STATS = "models/train_stats.json"  # of a bundle's last training
+PREDICTIONS = "predictions"  # in the notes on an image: what inferences said about it, by the model's name
+DICE, EMBEDDING = "predicted_dice", "embedding"
+SECONDS_OF_INFERENCE = 20.0  # a choice of the next image begins no inference after them
 LEFT_OUT = "logs/batch_left_out.json"  # of the app: what the last batch could not segment, and why
 _DEFAULT_SETTINGS = {"device", "pretrained", "max_epochs", "val_split"}
 _OF_SEVERAL_GPUS = {"multi_gpu", "gpus"}
@@ -118,6 +123,42 @@ class InferTask(BundleInferTask):
         """
         with self._own_reasons(str(data["image"])):
             return super().run_pre_transforms(data, transforms)
+
+    def versions(self) -> dict[str, str]:
+        """Return what the predictions depend on besides the image, by their names; no embedding without an encoder."""
+        model = str(Path(self.get_path()).stat().st_mtime_ns)
+        encoder = getattr(self.network, "encoder", None)
+        if encoder is None:
+            return {DICE: model}
+        frozen = None if encoder.trainable else bytes(encoder.fingerprint.tolist()).hex()
+        return {DICE: model, EMBEDDING: frozen or model}
+
+    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        """Let the network segment the image, and note the predicted Dice and the mean embedding.
+
+        The mean is over space, slices and test-time views. The Dice is rescaled as for RV, Myo and LV; for other
+        classes it only ranks images.
+        """
+        from components.function.quality import expected_dice, predicted_dice  # of the bundles
+
+        encoder = getattr(self._get_network(device, data), "encoder", None)
+        means: list[torch.Tensor] = []
+        hook = encoder and encoder.register_forward_hook(lambda _, __, output: means.append(output.mean((2, 3)).cpu()))
+        try:
+            answer = super().run_inferer(data, convert_to_batch, device)
+        finally:
+            if hook:
+                hook.remove()
+        inferer, prediction = self.bundle_config.get_parsed_content("inferer"), answer[self.key_pred]
+        is_averaged = inferer.test_time_views > 1 or inferer.planes > 1
+        dice = predicted_dice(expected_dice(prediction if is_averaged else prediction.softmax(dim=0))).volume
+        embedding = {EMBEDDING: as_text(torch.cat(means).float().mean(0).numpy())} if means else {}
+        return answer | {PREDICTIONS: {DICE: dice} | embedding}
+
+    def writer(self, data: dict[str, Any], extension: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+        """Write the answer, and return its file and notes, with the predictions."""
+        file, notes = super().writer(data, extension, dtype)
+        return file, notes | {PREDICTIONS: data.get(PREDICTIONS, {})}
 
     @contextmanager
     def _own_reasons(self, image: str) -> Iterator[None]:
@@ -336,6 +377,84 @@ class BatchTask(BatchInferTask):
         return super().__call__(request | {"multi_gpu": has_gpus, "max_workers": 1}, datastore, infer_or_leave_out)
 
 
+class _ByInference(Strategy):
+    """A choice of the next image by what a model's last inference said about each.
+
+    Images without a prediction by the present model are segmented first. After
+    `SECONDS_OF_INFERENCE` no further one is begun, so the choice is among the images known by then. The next request
+    goes on with the others. Images that the model rejects are never chosen.
+    """
+
+    def __init__(self, app: App, prediction: str, description: str) -> None:
+        super().__init__(description)
+        self.app, self.prediction = app, prediction
+
+    def known(self, images: Iterable[str], datastore: Datastore) -> dict[str, Any]:
+        """Return the prediction of images by their names, after inferences in the given order while time is left.
+
+        Raises:
+            MONAILabelException: of INVALID_INPUT, if no served model makes the prediction.
+        """
+        end = time.monotonic() + SECONDS_OF_INFERENCE
+        tasks = {name: task for name, task in self.app._infers.items() if not isinstance(task, ClickTask)}
+        model = next((name for name, task in tasks.items() if self.prediction in task.versions()), None)
+        if model is None:
+            message = f"none of {', '.join(tasks)} has an encoder: serve a bundle that has one, such as linearhead_acdc"
+            raise MONAILabelException(MONAILabelError.INVALID_INPUT, message)
+        version, values, missing = tasks[model].versions()[self.prediction], {}, []
+        for image in images:
+            noted = datastore.get_image_info(image).get(PREDICTIONS, {}).get(model, {}).get(self.prediction)
+            if noted and noted["of"] == version:
+                values[image] = noted["value"]
+            else:
+                missing.append(image)
+        for image in missing:
+            if values and time.monotonic() > end:
+                logger.info("the next image is chosen among %d of %d", len(values), len(values) + len(missing))
+                break
+            try:
+                answer = self.app.infer({"model": model, "image": image, "skip_writer": True}, datastore)
+            except MONAILabelException as error:
+                logger.warning("%s is not chosen: %s", image, error.msg)
+                continue
+            values[image] = answer["params"][PREDICTIONS][self.prediction]
+        return values
+
+
+class LowestDice(_ByInference):
+    """The image whose predicted Dice is lowest, by the first served bundle."""
+
+    def __init__(self, app: App) -> None:
+        super().__init__(app, DICE, "The image that the model is least sure of")
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        """Return the image's name as `id`, and its Dice as `weight`; None if there is none to label."""
+        values = self.known(sorted(datastore.get_unlabeled_images(request.get("label_tag"))), datastore)
+        return {"id": lowest(values), "weight": min(values.values())} if values else None
+
+
+class MostDifferent(_ByInference):
+    """The image least like all labelled ones, by the encoder of the first served bundle that has one.
+
+    Without a labelled image it is the one most like the mean of all. See `most_different`. Inferences alternate between
+    unlabelled and labelled images, so that both are known from the start.
+    """
+
+    def __init__(self, app: App) -> None:
+        super().__init__(app, EMBEDDING, "The image least like those that are labelled")
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        """Return the image's name as `id`; None if there is none to label."""
+        tag = request.get("label_tag")
+        unlabelled, labelled = sorted(datastore.get_unlabeled_images(tag)), sorted(datastore.get_labeled_images(tag))
+        both = [name for name in chain(*zip_longest(unlabelled, labelled)) if name]
+        known = {name: from_text(text) for name, text in self.known(both, datastore).items()}
+        candidates = {name: known[name] for name in unlabelled if name in known}
+        if not candidates:
+            return None
+        return {"id": most_different(candidates, [known[name] for name in labelled if name in known])}
+
+
 class App(MONAILabelApp):
     """The bundles of the folder `model`, those that the configuration `models` names, separated by commas."""
 
@@ -357,7 +476,8 @@ class App(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         """Return what chooses the next sample, by name."""
-        return {"random": Random(), "first": First()}
+        of_inference = {"lowest_predicted_dice": LowestDice(self), "most_different_embedding": MostDifferent(self)}
+        return {"random": Random(), "first": First(), **of_inference}
 
     def init_batch_infer(self) -> BatchTask:
         """Return the inference on many images."""
@@ -422,11 +542,31 @@ class App(MONAILabelApp):
             return super().infer(request, store)  # which says so
         is_sent = self.is_received(image)
         path = image if is_sent else self.image_file(image, store)
+        versions = self._infers[request["model"]].versions()
         answer = super().infer(request | {"image": path}, store)
+        if not is_sent:
+            self.note(image, request["model"], answer["params"].get(PREDICTIONS, {}), versions, store)
         if request.get("save_label") and not is_sent and answer["file"]:
             notes = {"model": request["model"], "params": answer["params"]}
             answer |= {"label": store.save_label(image, answer["file"], tag, notes), "tag": tag}
         return answer
+
+    def note(
+        self, image: str, model: str, predictions: Mapping[str, Any], versions: Mapping[str, str], datastore: Datastore
+    ) -> None:
+        """Note what an inference said about an image in a datastore, where it survives a restart.
+
+        Args:
+            image: its name.
+            model: its name.
+            predictions: as `InferTask.run_inferer` returns them; if there are none, earlier ones stay.
+            versions: as `InferTask.versions`, before the inference.
+            datastore: where the image is.
+        """
+        if predictions:
+            noted = {name: {"value": value, "of": versions[name]} for name, value in predictions.items()}
+            of_others = datastore.get_image_info(image).get(PREDICTIONS, {})
+            datastore.update_image_info(image, {PREDICTIONS: of_others | {model: noted}})
 
     def is_received(self, image: str) -> bool:
         """Return whether an image's name is the path of a file that the server itself has stored."""

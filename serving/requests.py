@@ -67,7 +67,7 @@ _BYTES_OF_NAME = 200  # of the 255 that a file system allows, without the ending
 _BYTES_OF_JSON = 65_536
 _MOST_POINTS = 1000
 _EVALUATED = ("$", "@", "%")  # how a MONAI config marks code, references and files
-_OF_THE_SERVER = {"ts", "name", "path", "strategy"}
+_OF_THE_SERVER = {"ts", "name", "path", "strategy", "predictions"}
 _SEGMENT = {"name": str, "description": str, "model_name": str, "idx": int, "color": list}
 
 

@@ -272,12 +272,14 @@ def stop_training(_: _Admin) -> Any:
 
 
 @router.post("/activelearning/{strategy}")
-def next_sample(strategy: str, user: AnyUser, params: _Settings = None) -> Any:
-    """Choose the image to label next."""
+async def next_sample(strategy: str, user: AnyUser, params: _Settings = None) -> Any:
+    """Choose the image to label next; choices that need inferences wait for computations."""
     strategies = app_instance()._strategies
     if strategy not in strategies:
         raise RefusalError(f"there is no strategy {strategy[:100]}: expected one of {', '.join(strategies)}")
-    return activelearning.sample(strategy, check_settings(params or {}, FOR_SAMPLES), user.username)
+    given = check_settings(params or {}, FOR_SAMPLES)
+    function = compute if hasattr(strategies[strategy], "prediction") else anyio.to_thread.run_sync
+    return await function(activelearning.sample, strategy, given, user.username)
 
 
 @router.get("/datastore/")
