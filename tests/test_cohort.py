@@ -229,6 +229,7 @@ def test_sixty_cines_on_two_workers_survive_twenty_kills(cines, segment, tmp_pat
     assert results_of(tmp_path / "killed") == results_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_results_of_one_process(cines, segment, tmp_path):
     data = cines(tmp_path / "in", 2)
     (data / "cine03.nii.gz").write_bytes(b"hello")
@@ -274,6 +275,7 @@ def test_each_worker_has_a_device_of_its_own_while_there_are_enough(monkeypatch)
         LocalWorkers(Job(Deadly(), Path("log")), 0)
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_gives_the_results_of_one_process(volumes, segment, tmp_path):
     segment(volumes, tmp_path / "one", "--measure")
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
