@@ -121,6 +121,7 @@ def test_a_case_that_fails_is_recorded_with_its_reason_and_tried_again(volumes, 
     assert segment(data, out) == ("segmented 1 image with unet_acdc; 2 done before", "")
 
 
+@pytest.mark.slow
 def test_the_frames_of_a_patient_are_one_case_as_in_one_run_of_monai(tmp_path, segment):
     write_phantom_dataset(str(tmp_path / "in"), patients=2, size_hw_d=(48, 40, 2))
     assert segment(tmp_path / "in", tmp_path / "out", "--measure")[0].startswith("segmented 4 images")
