@@ -44,7 +44,7 @@ logger = logging.getLogger("autosam")
 
 @dataclass(frozen=True)
 class Case:
-    """What is segmented and measured together: a volume, a series, or the frames of a patient in ACDC's layout.
+    """A unit of segmentation and measurement: a volume, a series, or the frames of a patient in ACDC's layout.
 
     Attributes:
         name: the case name of its first image.
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass
 class Record:
-    """What became of a case, kept as `records/<case>.json` in the folder of the results.
+    """The result of a case, kept as `records/<case>.json` in the folder of the results.
 
     Attributes:
         case: its name.

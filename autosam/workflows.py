@@ -71,9 +71,7 @@ def segment(
             print(
                 f"segmented {done} image{'s' * (done != 1)} with {run.bundle.name}{before}{skipped} ({_since(start)})"
             )
-            print(f"labels:  {output}/<case>_pred.*")
-            print(f"look at: {output / 'function.html' if measure else _pictures(output)}")
-            print(f"log:     {output / LOG}")
+            _say_files(output, output / "function.html" if measure else _pictures(output))
 
 
 def correct(
@@ -100,9 +98,7 @@ def correct(
     if _run(run, output / LOG, dry_run=dry_run, verbose=verbose) is None:
         return
     print(f"corrected 1 image with {run.bundle.name} ({_since(start)})")
-    print(f"labels:  {output}/<case>_pred.*")
-    print(f"look at: {_pictures(output)}")
-    print(f"log:     {output / LOG}")
+    _say_files(output, _pictures(output))
 
 
 def _inference(image: Path, output: Path, bundle: str, knobs: Mapping[str, Any], *, overlay: str | None) -> BundleRun:
@@ -232,6 +228,13 @@ def _run(run: BundleRun, log: Path, *, dry_run: bool, verbose: bool) -> Any:
     """Show a run's command and run it; return MONAI's parser, or None if it is only shown."""
     print(f"$ {run.line}", flush=True)
     return None if dry_run else run(log, verbose=verbose)
+
+
+def _say_files(output: Path, look_at: Path | str) -> None:
+    """Say where the labels, what to look at and the log of a segmentation are."""
+    print(f"labels:  {output}/<case>_pred.*")
+    print(f"look at: {look_at}")
+    print(f"log:     {output / LOG}")
 
 
 def _say_scores(made: Any, output: Path, *, next_command: str) -> None:
