@@ -10,7 +10,7 @@ import torch
 import components
 from autosam.folders import MODEL, SHIPPED, is_bundle
 from autosam.worth import WORTH
-from components.base.precision import has_native_bf16
+from components.base.precision import auto_is_bf16
 from components.sam.encoders import SHIPPED as SHIPPED_ENCODERS
 from components.sam.encoders import published_encoders
 
@@ -24,7 +24,7 @@ def describe() -> str:
     lines = [
         f"autosam {components.__version__}; "
         + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES),
-        f"device: {name}; precision: {'bf16' if has_native_bf16(device) else 'fp32'}",
+        f"device: {name}; precision: {'bf16' if auto_is_bf16(device) else 'fp32'}",
         "",
         "bundles that come with the package: mean Dice in % on real hearts without labels, relative seconds, use",
     ]

@@ -73,6 +73,7 @@ def test_bf16_is_used_where_asked_for_and_by_auto_only_where_native(precision, n
     expected = network(IMAGES)
     network.precision = precision
     monkeypatch.setattr(precision_module, "has_native_bf16", lambda _device_type: native)
+    monkeypatch.setattr(precision_module, "_bf16_is_faster", lambda: True)
     assert torch.equal(network(IMAGES), expected) != reduced
 
 

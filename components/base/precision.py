@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "fp32", "bf16")
+_BF16_BELOW = 0.95  # share of fp32's time below which `auto` takes bf16 on a CPU
+_ROUNDS = 5  # in which the CPU is measured, after one to warm up
 
 
 def check_precision(precision: str) -> None:
@@ -25,22 +29,32 @@ def autocast_to(precision: str, device_type: str) -> AbstractContextManager:
     """Return the context that makes a network compute in a precision.
 
     Args:
-        precision: `fp32`, `bf16`, or `auto` for bf16 where the device has it natively and fp32 elsewhere.
+        precision: `fp32`, `bf16`, or `auto` for what `auto_is_bf16` says.
         device_type: `cpu` or `cuda`.
 
     Returns:
         autocast to bf16, or, in fp32, the faster library for products that are as exact.
     """
-    native = has_native_bf16(device_type)
-    if precision == "bf16" and not native:
+    if precision == "bf16" and not has_native_bf16(device_type):
         _warn_of_emulation(device_type)
-    if precision == "bf16" or (precision == "auto" and native):
+    if precision == "bf16" or (precision == "auto" and auto_is_bf16(device_type)):
         return torch.autocast(device_type, dtype=torch.bfloat16)
     return _products_by_onednn() if device_type == "cpu" and _onednn_is_better() else nullcontext()
 
 
+def auto_is_bf16(device_type: str) -> bool:
+    """Return whether `auto` computes in bf16 on a device.
+
+    A GPU needs instructions for it. A CPU must also be faster with them: some have half the rate of fp32.
+
+    Args:
+        device_type: `cpu` or `cuda`; for any other the answer is False.
+    """
+    return has_native_bf16(device_type) and (device_type != "cpu" or _bf16_is_faster())
+
+
 def has_native_bf16(device_type: str) -> bool:
-    """Return whether a device has instructions for bf16 products, which make them faster than fp32.
+    """Return whether a device has instructions for bf16 products.
 
     A CPU has them with AMX or AVX512_BF16, a GPU from compute capability 8 on.
 
@@ -56,6 +70,41 @@ def has_native_bf16(device_type: str) -> bool:
 def has_amx() -> bool:
     """Return whether the CPU has AMX, a unit for products of bf16 matrices."""
     return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+@functools.cache
+def _bf16_is_faster() -> bool:
+    """Return whether this CPU is clearly faster in bf16 than in fp32; the answer holds for the whole process."""
+    share = _bf16_share()
+    faster = share < _BF16_BELOW
+    logger.info(
+        "precision auto on this CPU: %s, since bf16 takes %.2f of fp32's time", "bf16" if faster else "fp32", share
+    )
+    return faster
+
+
+def _bf16_share() -> float:
+    """Measure the time in bf16 as a share of that in fp32, for a convolution and a product of an encoder's shapes.
+
+    The precisions take turns, and the shortest time of each counts, so that other load disturbs little.
+    """
+    image, kernel = torch.full((1, 64, 88, 88), 0.5), torch.full((64, 64, 3, 3), 0.5)  # random numbers would
+    tokens, matrix = torch.full((1024, 768), 0.5), torch.full((768, 768), 0.5)  # change those drawn after them
+    works = (lambda: F.conv2d(image, kernel, padding=1), lambda: F.linear(tokens, matrix))
+    seconds = {"fp32": 0.0, "bf16": 0.0}
+    with torch.no_grad():
+        for work in works:
+            rounds = [{precision: _seconds(work, precision) for precision in seconds} for _ in range(1 + _ROUNDS)]
+            for precision in seconds:
+                seconds[precision] += min(times[precision] for times in rounds[1:])
+    return seconds["bf16"] / seconds["fp32"]
+
+
+def _seconds(work: Callable[[], Any], precision: str) -> float:
+    with torch.autocast("cpu", enabled=False), autocast_to(precision, "cpu"):
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,12 @@ from components.data.planes import check_planes, in_plane, with_neighbours
 VIEWS = (1, 2, 4, 8)
 _QUARTER_TURNS = (0, 2, 1, 3)
 
+# Of 8 views, 2 come first. The others follow where these disagree on more than this share of a slice's foreground.
+# Measured on both frames of 24 real patients, for the UNet and the linear head: 0.42 and 0.47 of the views are run, and
+# mean Dice changes by -0.02 and +0.03 points. At 0.1 it is 0.51 and 0.56 of the views.
+_FIRST_VIEWS = 2
+_UNSURE_ABOVE = 0.15
+
 
 class TestTimeAugmentationInferer(SliceInferer):
     """MONAI's `SliceInferer` that averages class probabilities over rotated and mirrored views of each slice.
@@ -24,6 +30,9 @@ class TestTimeAugmentationInferer(SliceInferer):
     then its mirror image and the same rotations of that. Two views are the identity and the half turn, four are
     all rotations, eight all symmetries. Each of these sets is a group, so the prediction is equivariant to it, if the
     window `roi_size` covers the slice. Smaller windows are seen one by one, and their predictions are averaged.
+
+    With eight views, a slice or window whose first two views agree gets no others. Only the half turn is then exact. A
+    quarter turn or mirroring of the volume may change which slices get eight views, and those that get two.
 
     With three planes, the volume is also cut into slices in the two perpendicular planes, and the probabilities of the
     three results are averaged. Source: Perslev et al., "One network to segment them all", MICCAI 2019. Differs: the
@@ -121,12 +130,40 @@ class TestTimeAugmentationInferer(SliceInferer):
 def _mean_probabilities(
     network: Callable[..., Tensor], views: int, slices: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Average the class probabilities BxCxHxW over the first `views` of slices BxNxHxW, each rotated back."""
+    """Average the class probabilities BxCxHxW over the first `views` of slices BxNxHxW.
+
+    Of eight views, each slice whose first two agree gets only these.
+    """
+    first = _FIRST_VIEWS if views == max(VIEWS) else views
+    probabilities = _in_views(network, range(first), slices, *args, **kwargs)
+    mean = probabilities.mean(dim=0)
+    if first < views:
+        unsure = _disagreement(probabilities) > _UNSURE_ABOVE
+        if unsure.any():
+            others = _in_views(network, range(first, views), slices[unsure], *args, **kwargs)
+            mean[unsure] = torch.cat([probabilities[:, unsure], others]).mean(dim=0)
+    return mean
+
+
+def _in_views(
+    network: Callable[..., Tensor], views: Iterable[int], slices: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Return the class probabilities VxBxCxHxW in views of slices BxNxHxW, each rotated back."""
     probabilities = []
-    for view in range(views):
+    for view in views:
         turns = _QUARTER_TURNS[view % 4]
         mirrored = slices.flip(3) if view >= 4 else slices
         logits = network(mirrored.rot90(turns, (2, 3)), *args, **kwargs)
         turned_back = logits.softmax(dim=1).rot90(-turns, (2, 3))
         probabilities.append(turned_back.flip(3) if view >= 4 else turned_back)
-    return torch.stack(probabilities).mean(dim=0)
+    return torch.stack(probabilities)
+
+
+def _disagreement(probabilities: Tensor) -> Tensor:
+    """Return the share (B,) of each slice's foreground whose class differs between two views 2xBxCxHxW.
+
+    The foreground is that of either view; a slice without any has the share 0.
+    """
+    one, other = probabilities.argmax(dim=2)
+    foreground = ((one > 0) | (other > 0)).sum((1, 2))
+    return (one != other).sum((1, 2)) / foreground.clamp_min(1)

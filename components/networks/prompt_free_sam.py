@@ -29,7 +29,7 @@ class PromptFreeSam(nn.Module):
         encoder: from images Bx3xHxW in 0..255 to embeddings Bx256xhxw.
         head: from embeddings to logits BxCx4hx4w.
         precision: `fp32`; `bf16` (products and convolutions of encoder and head, also in training); or `auto`, bf16
-            if the device computes it natively and fp32 otherwise.
+            if the device is faster with it and fp32 otherwise.
         start_checkpoint: a file to start from, such as another run's `model.pt`. It is the `state_dict()` of a network
             with the same head and encoder, in fp32 or fp16. In `general_linear_head.pt` of `components.pretrained`,
             each class starts as an object of any kind. None keeps the weights of `encoder` and `head`.
