@@ -650,11 +650,13 @@ def _seconds_per_dice(bundle: str) -> float:
 
 def _takes_clicks(bundle: str) -> bool:
     """Return whether the segmentation of a bundle in a folder can be corrected by clicks."""
-    from components.networks.click_corrected_sam import has_click_corrector
+    from components.networks.click_networks import has_click_corrector
 
     configs = Path(bundle, "configs")
+    if not (configs / CORRECT).is_file():
+        return False
     model_type = json.loads((configs / "inference.json").read_text()).get("model_type")
-    return (configs / CORRECT).is_file() and has_click_corrector(model_type)
+    return model_type is None or has_click_corrector(model_type)  # without an encoder, the overlay brings one
 
 
 def _one_at_a_time(method: Callable, lock: threading.RLock) -> Callable:

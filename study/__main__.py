@@ -19,6 +19,7 @@ from autosam.options import command_line
 from components.phantom.dataset import write_phantom_dataset
 from study.calibration import calibrate
 from study.cells import is_finished, last_error, run_cell
+from study.clicks import clicks
 from study.execution import (
     Task,
     chosen_tasks,
@@ -161,4 +162,4 @@ def _log_to_terminal() -> None:
 
 if __name__ == "__main__":
     _log_to_terminal()
-    command_line(__doc__, run, report, calibrate)()
+    command_line(__doc__, run, report, calibrate, clicks)()

@@ -1,4 +1,4 @@
-"""SAM's promptable decoder as a corrector of single classes by clicks."""
+"""Networks that correct single classes by clicks: SAM's promptable decoder, and the head on the shipped encoder."""
 
 import copy
 
@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from components.networks.click_corrected_sam import ClickCorrectedSam, against_rest, click_corrector
+from components.networks.click_corrected_sam import ClickCorrectedSam
+from components.networks.click_head import ClickHead, click_marks
+from components.networks.click_networks import click_corrector
+from components.networks.corrector import ClickCorrector, against_rest
+from components.phantom.slices import phantom_slices
+from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
 
 SIDE, SIZE = 48, 64  # of a slice as the network is shown it, and of the encoder's images
@@ -18,6 +23,11 @@ RV, MYO, LV = 1, 2, 3
 @pytest.fixture(scope="module")
 def corrector(sam_checkpoint) -> ClickCorrectedSam:
     return ClickCorrectedSam(sam_checkpoint, SIZE)
+
+
+@pytest.fixture(params=["SAM", "head"])
+def any_corrector(request, corrector) -> ClickCorrector:
+    return corrector if request.param == "SAM" else ClickHead().eval()
 
 
 @pytest.fixture
@@ -80,8 +90,8 @@ def test_the_prompt_of_a_mask_on_its_own_grid_is_the_mask(corrector, embeddings)
     assert seen[0]["points"][0].tolist() == [[[3.0 * SIZE / (4 * GRID), 2.0 * SIZE / (4 * GRID)]]]
 
 
-def test_classes_and_slices_without_a_click_stay_bit_for_bit(corrector, embeddings, logits):
-    before = logits.clone()
+def test_classes_and_slices_without_a_click_stay_bit_for_bit(any_corrector, embeddings, logits):
+    corrector, before = any_corrector, logits.clone()
     corrected = corrector(embeddings, logits, [{}, {MYO: clicked((20.0, 20.0, 1))}])
     assert torch.equal(logits, before)
     assert torch.equal(corrected[0], before[0])
@@ -93,7 +103,7 @@ def test_of_two_corrected_classes_the_larger_logit_of_sam_wins(corrector, embedd
     of_sam = {RV: torch.full((SIDE, SIDE), 2.0), LV: torch.full((SIDE, SIDE), 3.0)}
     of_sam[LV][:, 10:] = 1.0
     masks = iter(of_sam.values())
-    monkeypatch.setattr(corrector, "_mask", lambda *_: next(masks))
+    monkeypatch.setattr(corrector, "mask", lambda *_: next(masks))
     click = clicked((20.0, 20.0, 1))
     labels = corrector(embeddings[:1], logits[:1], [{RV: click, LV: click}])[0].argmax(0)
     assert (labels[:, :10] == LV).all()
@@ -101,7 +111,7 @@ def test_of_two_corrected_classes_the_larger_logit_of_sam_wins(corrector, embedd
 
 
 def test_where_sam_takes_a_class_away_the_best_of_the_others_remains(corrector, embeddings, logits, monkeypatch):
-    monkeypatch.setattr(corrector, "_mask", lambda *_: torch.full((SIDE, SIDE), -9.0))
+    monkeypatch.setattr(corrector, "mask", lambda *_: torch.full((SIDE, SIDE), -9.0))
     logits[0, LV] += 20  # the slice is full of it
     labels = corrector(embeddings[:1], logits[:1], [{LV: clicked((20.0, 20.0, 0))}])[0].argmax(0)
     assert torch.equal(labels, logits[0, :LV].argmax(0))
@@ -115,7 +125,13 @@ def test_a_class_against_the_rest_has_the_odds_of_its_probability(logits):
 @pytest.mark.parametrize(
     ("model_type", "has_file", "trainable", "said"),
     [
-        ("phantom_unet", True, False, "a SAM checkpoint only: received the encoder phantom_unet; make such a bundle"),
+        (
+            "general_unet",
+            True,
+            False,
+            "or a SAM checkpoint only: received the encoder general_unet; make",
+        ),
+        ("phantom_unet", True, False, "the encoder was trained further than"),
         ("vit_tiny", False, False, "received the encoder vit_tiny, which has no file"),
         ("vit_tiny", True, "neck", "the encoder was trained further than"),
     ],
@@ -123,7 +139,8 @@ def test_a_class_against_the_rest_has_the_odds_of_its_probability(logits):
 def test_encoders_whose_decoder_is_not_at_hand_are_refused(model_type, has_file, trainable, said, tiny_sam_checkpoint):
     encoder = SamEncoder(model_type, image_size=SIZE, trainable=trainable)
     with pytest.raises(ValueError, match=said):
-        click_corrector(encoder, tiny_sam_checkpoint if has_file else None)
+        corrector = click_corrector(encoder, tiny_sam_checkpoint if has_file else None)
+        corrector(None, None, [])  # an encoder with random weights is noticed here
 
 
 def test_the_corrector_of_a_sam_encoder_is_the_decoder_of_its_file(tiny_sam_checkpoint, sam_vit_b, embeddings, logits):
@@ -140,3 +157,47 @@ def test_the_corrector_of_a_sam_encoder_is_the_decoder_of_its_file(tiny_sam_chec
     encoder.load_state_dict(trained.state_dict())  # as that of a bundle whose encoder was trained along
     with pytest.raises(ValueError, match="give a bundle that was trained with --trainable_encoder False"):
         corrector(embeddings, logits, [{}, {}])
+
+
+def test_clicks_are_drawn_where_they_are():
+    marks = click_marks(torch.tensor([[10.0, 30.0], [40.0, 5.0]]), torch.tensor([1, 0]), (SIDE, SIDE))
+    assert marks.shape == (3, SIDE, SIDE)
+    assert [torch.nonzero(disc).float().mean(0).tolist() for disc in marks[:2]] == [[30, 10], [5, 40]]
+    assert marks[2, 30, 10] > 0.9
+    assert marks[2, 5, 40] < -0.9
+    assert marks[:2].amax() == 1
+
+
+def test_the_head_sees_slices_of_another_size_than_the_encoder(logits):
+    torch.manual_seed(0)
+    network, seen = ClickHead().eval(), []
+    network.unet.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    corrected = network(torch.randn(1, 256, 24, 24), logits[:1], [{RV: clicked((10.0, 30.0, 1))}])
+    assert corrected.shape == (1, 4, SIDE, SIDE)
+    assert seen[0].shape[2:] == (48, 48)
+    on_class = seen[0][0, -2]  # at half of the size that the encoder saw, twice the slice's
+    assert torch.nonzero(on_class).float().mean(0).tolist() == pytest.approx([30, 10], abs=0.6)
+
+
+def test_the_package_has_a_head_that_clicks_teach_where_it_is_wrong():
+    """On phantoms that took no part in its training: the whole of an error follows from a few clicks in it."""
+    encoder = SamEncoder("phantom_unet", pretrained_file("phantom_unet.pth"), 176)
+    network = click_corrector(encoder)
+    assert isinstance(network, ClickHead)
+    assert sum(weight.numel() for weight in network.parameters()) < 1e6
+    assert not any(weight.requires_grad for weight in network.parameters())
+    images, labels = phantom_slices(6, seed=4711, size=176, field_mm=264.0, width=0.0)
+    with torch.no_grad():
+        embeddings = encoder(images.expand(-1, 3, -1, -1))
+    after = []
+    for embedding, label in zip(embeddings, labels[:, 0], strict=True):
+        truth = label == LV
+        if not truth.any():
+            continue
+        logits = torch.full((4, 176, 176), -4.0)
+        logits[0] = 4  # nothing was found
+        points = torch.nonzero(truth)[:: max(1, int(truth.sum()) // 3), [1, 0]].flip(0)[:3]
+        clicks = {LV: (points.float(), torch.ones(len(points)))}
+        found = network(embedding[None], logits[None], [clicks])[0].argmax(0) == LV
+        after.append(float(2 * (found & truth).sum() / (found.sum() + truth.sum())))
+    assert np.mean(after) > 0.7, after

@@ -1,4 +1,4 @@
-"""`autosam correct`: a segmentation on a SAM checkpoint is corrected by clicks, as the command line and MONAI do it."""
+"""`autosam correct`: a segmentation is corrected by clicks, as the command line and MONAI do it."""
 
 import json
 import re
@@ -86,17 +86,24 @@ def test_a_click_on_air_gets_an_answer(bundle, autosam_says, volume):  # noqa: F
     assert np.array_equal(values(Path("out", name)), values(Path("segmented", name)))
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        (
-            "autosam_acdc",
-            "so far, clicks correct bundles on a SAM checkpoint only: received the encoder phantom_unet; make",
-        ),
-        ("unet_acdc", "has no configs/correct.json: choose another bundle, such as autosam_acdc on a SAM checkpoint"),
-    ],
-)
-def test_bundles_without_sams_decoder_are_refused(name, said, autosam_says, volume):  # noqa: F811
+@pytest.mark.parametrize("name", ["linearhead_acdc", "unet_acdc"])
+def test_shipped_bundles_take_clicks_too(name, autosam_says, volume):  # noqa: F811
+    """A hole of background is clicked into the LV, where the network had it."""
+    autosam_says("segment", volume, "--bundle", name)
+    file = f"{volume.name.removesuffix('.nii.gz')}_pred.nii.gz"
+    plain = values(Path("segmented", file))
+    inside = np.argwhere(plain == 3)
+    middle = inside[len(inside) // 2].tolist()
+    autosam_says("correct", volume, "--clicks", clicks_file(background=[middle]), "--bundle", name)
+    corrected = values(Path("corrected", file))
+    assert corrected[tuple(middle)] == 0
+    others = np.arange(plain.shape[2]) != middle[2]
+    assert np.array_equal(corrected[..., others], plain[..., others])
+
+
+def test_a_bundle_on_the_general_encoder_is_refused(autosam_says, volume):  # noqa: F811
     clicks = clicks_file(LV=[[30, 25, 1]])
-    assert said in refusal(autosam_says, "correct", volume, "--clicks", clicks, "--bundle", name)
+    knobs = ("--model_type", "general_unet")
+    said = refusal(autosam_says, "correct", volume, "--clicks", clicks, "--bundle", "linearhead_acdc", *knobs)
+    assert "so far, clicks correct bundles on phantom_unet or a SAM checkpoint only: received" in said
     assert not list(Path("corrected").glob("*_pred*"))

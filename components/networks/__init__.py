@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "box_prompted_sam": ["BoxPromptedSam"],
-        "click_corrected_sam": ["click_corrector"],
+        "click_head": ["ClickHead"],
+        "click_networks": ["click_corrector"],
         "contrastive": ["ContrastiveUNet", "TwoViews"],
         "heads": ["CNNHead", "DeepLabHead", "LinearHead", "ViTHead"],
         "onnx_network": ["OnnxNetwork"],

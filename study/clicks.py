@@ -1,0 +1,162 @@
+"""What clicks bring: simulated clicks on volumes with a truth, and the Dice after each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from ignite.engine import Engine
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose
+
+from autosam.folders import CORRECT, INFERENCE, find_bundle
+from components.base.volume_metadata import case_name
+from components.data import LoadVolumed, list_cases
+from components.data.clicks import BACKGROUND, depth_inside, largest_piece
+from components.inference.correction import EMBEDDINGS
+
+logger = logging.getLogger("study")
+
+_SUBSETS = ("training", "validation", "test")
+
+
+def clicks(
+    bundle: str, output_dir: str, dataset_dir: str = "", count: int = 15, cases: int | None = None, seed: int = 0
+) -> None:
+    """Correct volumes by simulated clicks, and compare with drawing the same slices anew.
+
+    Each click lies where its volume is worst: inside the largest connected error that a class has in a slice. It says
+    the true class of its voxel. All clicks so far correct the network's answer. Beside it, the class is drawn as the
+    truth has it in the worst slices of the uncorrected answer, one slice for a click.
+
+    Args:
+        bundle: a bundle's folder, or the name of one that comes with the package.
+        output_dir: folder of `clicks.csv`, a row for each volume, number of clicks and class.
+        dataset_dir: folder of the cases; by default that of the bundle's own.
+        count: clicks on each volume.
+        cases: number of volumes; all by default.
+        seed: of the order in which volumes are taken.
+    """
+    folder = find_bundle(Path(bundle), CORRECT).absolute()
+    chosen = _cases(folder, dataset_dir)
+    chosen = [chosen[number] for number in np.random.default_rng(seed).permutation(len(chosen))[:cases]]
+    table = pd.DataFrame()
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    session = _Session(folder)
+    for case in chosen:
+        table = pd.concat([table, pd.DataFrame(session.rows(case, count))])
+        table.to_csv(output / "clicks.csv", index=False)
+        logger.info("%s", case_name(case["image"]))
+    logger.info("%s", table.groupby("clicks")[["corrected", "redrawn"]].mean().mul(100).round(2).to_string())
+    gain = table[table.clicks > 0].drop_duplicates(["case", "clicks"])["gain"]
+    logger.info(
+        "Dice of the class in the slice: a click changes it by %.3f, %.2f of the clicks lower it, the worst by %.2f",
+        gain.mean(),
+        (gain < 0).mean(),
+        -gain.min(),
+    )
+
+
+def _cases(folder: Path, dataset_dir: str) -> list[dict[str, Any]]:
+    """Return all cases of a bundle that have a truth."""
+    config = ConfigParser()
+    config.read_config(str(folder / "configs/train.json"))
+    config["bundle_root"] = str(folder)
+    if dataset_dir:
+        config["dataset_dir"] = str(Path(dataset_dir).resolve())
+    data = config.get_parsed_content("data")
+    return [case for subset in _SUBSETS for case in list_cases(data, subset=subset, split_seed=0)]
+
+
+class _Session:
+    """A bundle that segments volumes and corrects them.
+
+    Args:
+        folder: of the bundle.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = ConfigParser()
+        config.read_config([str(folder / "configs" / name) for name in (INFERENCE, CORRECT)])
+        config.update({"bundle_root": str(folder), "clicks": {}})
+        self.names: list[str] = config.get_parsed_content("settings")["class_names"]
+        self.preprocessing = config.get_parsed_content("preprocessing")
+        self.load_truth = LoadVolumed(keys="label", channels=1)
+        self.network: Any = config.get_parsed_content("network").eval()
+        self.device = config.get_parsed_content("device")
+        engine = Engine(lambda _engine, _batch: None)
+        config.get_parsed_content("handlers")[0].attach(engine)  # it loads the weights when an engine starts
+        engine.run([None])
+        self.inferer: Any = config.get_parsed_content("inferer")
+        self.smoothing = Compose(config.get_parsed_content("smoothing"))
+        self.correction: Any = config.get_parsed_content("correction")
+
+    def rows(self, case: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
+        """Yield the Dice of each class of a volume after 0 to `count` clicks."""
+        truth = self.load_truth({"label": case["label"]})["label"][0].numpy().astype(np.uint8)
+        item = self._segmented(case)
+        labels, axis = self._corrected(item, {}), self._slice_axis(item)
+        redrawn = labels.copy()
+        given: dict[str, list[list[int]]] = {}
+        gain = 0.0
+        for number in range(count + 1):
+            for label, name in enumerate(self.names, start=1):
+                scores = {
+                    key: _dice(each == label, truth == label)
+                    for key, each in (("corrected", labels), ("redrawn", redrawn))
+                }
+                yield {"case": case_name(case["image"]), "clicks": number, "class": name, **scores, "gain": gain}
+            label, slice_, place = _worst(labels, truth, axis)
+            if label:
+                clicked = np.insert(place, axis, slice_)
+                name = [BACKGROUND, *self.names][truth[tuple(clicked)]]
+                given.setdefault(name, []).append(clicked.tolist())
+                after = self._corrected(item, given)
+                parts = [each.take(slice_, axis) == label for each in (labels, after, truth)]
+                gain, labels = _dice(parts[1], parts[2]) - _dice(parts[0], parts[2]), after
+            label, slice_, _ = _worst(redrawn, truth, axis)
+            if label:
+                part, right = (np.moveaxis(each, axis, 0)[slice_] for each in (redrawn, truth))
+                part[part == label] = 0
+                part[right == label] = label
+
+    def _segmented(self, case: dict[str, Any]) -> dict[str, Any]:
+        item = self.preprocessing({"image": case["image"]})
+        with torch.no_grad():
+            (pred,) = self.inferer(item["image"][None].to(self.device), self.network)
+        item["pred"] = MetaTensor(pred.as_tensor()).copy_meta_from(item["image"])
+        return {**self.smoothing(item), EMBEDDINGS: {}}
+
+    def _slice_axis(self, item: dict[str, Any]) -> int:
+        """Return the axis across slices of the volume's own array."""
+        to_canvas = torch.linalg.inv(item["image"].affine) @ self.correction({**item})["pred"].affine
+        return int(to_canvas[2, :3].abs().argmax())
+
+    def _corrected(self, item: dict[str, Any], given: dict[str, Any]) -> np.ndarray:
+        self.correction.clicks = given
+        return self.correction(item)["pred"][0].cpu().numpy().astype(np.uint8)
+
+
+def _worst(labels: np.ndarray, truth: np.ndarray, axis: int) -> tuple[int, int, np.ndarray]:
+    """Return the class and the slice with the largest connected error, and its innermost pixel; class 0 if none."""
+    found, error = (0, 0), np.zeros((0, 0), bool)
+    for label in range(1, int(max(labels.max(), truth.max())) + 1):
+        for number, wrong in enumerate(np.moveaxis((labels == label) != (truth == label), axis, 0)):
+            piece = largest_piece(wrong)
+            if np.count_nonzero(piece) > np.count_nonzero(error):
+                found, error = (label, number), piece
+    depth = depth_inside(error)
+    return *found, np.array(np.unravel_index(depth.argmax(), depth.shape) if found[0] else (0, 0))
+
+
+def _dice(mask: np.ndarray, truth: np.ndarray) -> float:
+    """Return the Dice of masks; 1 if both are empty."""
+    size = np.count_nonzero(mask) + np.count_nonzero(truth)
+    return 2 * np.count_nonzero(mask & truth) / size if size else 1.0
