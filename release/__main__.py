@@ -18,7 +18,7 @@ from autosam.options import command_line
 from release.archives import write_archive, write_model_info
 from release.bundles import PACKED, assemble, check_release_facts, own_bundle, picture_of, take_encoder_along
 from release.huggingface import write_repository
-from release.picture import draw_picture
+from release.picture import CORRECTION, draw_correction, draw_picture
 
 logger = logging.getLogger("release")
 
@@ -47,7 +47,8 @@ def build(
         encoder_url: address of the file of your own encoder, if it is too large for an archive.
         base_url: address of the archives, for `model_info.json`.
         huggingface: folder in which each bundle becomes a folder that is ready to push to the Hugging Face Hub.
-        pictures: whether to draw the pictures of the cards anew first, into `release/pictures`.
+        pictures: whether to draw the pictures of the cards anew first, into `release/pictures`, and that
+            of `docs/correcting.md`.
 
     Returns:
         the archives.
@@ -56,6 +57,7 @@ def build(
     if pictures:
         for name in PACKED:
             logger.info("%s", draw_picture(name, picture_of(name)))
+        logger.info("%s", draw_correction(CORRECTION))
     elif output_dir is None and huggingface is None:
         raise ValueError("expected a folder to write to: give --output_dir DIR for archives, or --huggingface DIR")
     if model_type not in (known := (SHIPPED_ENCODER, *encoders())):

@@ -76,3 +76,9 @@ def test_models_without_the_classes_are_refused():
         CloseWalld("pred", class_names=["RV", "Myo"], minimum_mm=6)
     with pytest.raises(ValueError, match="minimum_wall_mm of 0 or more, received -1"):
         CloseWalld("pred", class_names=CLASSES, minimum_mm=-1)
+
+
+def test_an_image_without_the_size_of_a_pixel_is_refused():
+    transform = CloseWalld("pred", class_names=CLASSES, minimum_mm=6.0)
+    with pytest.raises(ValueError, match="expected a MetaTensor with an affine, received a Tensor; load the image by"):
+        transform({"image": torch.zeros(1, SIZE, SIZE, 2), "pred": outputs(wall_px=7)})

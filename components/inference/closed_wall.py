@@ -56,11 +56,18 @@ class CloseWalld(MapTransform):
 
         Returns:
             the data with new outputs of the same shape and type.
+
+        Raises:
+            ValueError: if the image has no affine.
         """
         items = dict(data)
         image = items[self.image_key]
-        affine = image.affine if isinstance(image, MetaTensor) else torch.eye(4)
-        pixel_mm = affine_to_spacing(affine, r=3).tolist()[:2]
+        if not isinstance(image, MetaTensor):
+            raise ValueError(
+                f"the walls of {self.image_key!r} cannot be measured: expected a MetaTensor with an affine, received a "
+                f"{type(image).__name__}; load the image by LoadVolumed, or set minimum_wall_mm to 0"
+            )
+        pixel_mm = affine_to_spacing(image.affine, r=3).tolist()[:2]
         for key in self.key_iterator(items):
             items[key] = self._closed(items[key], pixel_mm)
         return items
