@@ -86,25 +86,30 @@ def _bf16_is_faster() -> bool:
 def _bf16_share() -> float:
     """Measure the time in bf16 as a share of that in fp32, for a convolution and a product of an encoder's shapes.
 
-    The precisions take turns, and the shortest time of each counts, so that other load disturbs little.
+    Processor time of one thread is counted, and the shortest of each, so that other load does not change the answer.
     """
     image, kernel = torch.full((1, 64, 88, 88), 0.5), torch.full((64, 64, 3, 3), 0.5)  # random numbers would
     tokens, matrix = torch.full((1024, 768), 0.5), torch.full((768, 768), 0.5)  # change those drawn after them
     works = (lambda: F.conv2d(image, kernel, padding=1), lambda: F.linear(tokens, matrix))
     seconds = {"fp32": 0.0, "bf16": 0.0}
-    with torch.no_grad():
-        for work in works:
-            rounds = [{precision: _seconds(work, precision) for precision in seconds} for _ in range(1 + _ROUNDS)]
-            for precision in seconds:
-                seconds[precision] += min(times[precision] for times in rounds[1:])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for work in works:
+                rounds = [{precision: _seconds(work, precision) for precision in seconds} for _ in range(1 + _ROUNDS)]
+                for precision in seconds:
+                    seconds[precision] += min(times[precision] for times in rounds[1:])
+    finally:
+        torch.set_num_threads(threads)
     return seconds["bf16"] / seconds["fp32"]
 
 
 def _seconds(work: Callable[[], Any], precision: str) -> float:
     with torch.autocast("cpu", enabled=False), autocast_to(precision, "cpu"):
-        start = time.perf_counter()
+        start = time.thread_time()
         work()
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
 
 @contextmanager
