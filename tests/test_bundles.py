@@ -28,6 +28,7 @@ from components.phantom.dataset import write_phantom_dataset
 HEADS = tuple(f"{name}_acdc" for name, network in networks().items() if network["kind"] == "encoder")
 BUNDLES = tuple(f"{name}_acdc" for name in networks())
 SLOW = ("autosam_acdc", "cnnhead_acdc")  # heads of millions of weights, on fine tokens
+DEAR_EXPORTS = (*SLOW, "deeplabhead_acdc")
 CHEAPEST = "linearhead_acdc"  # of which each workflow also runs as a command, which starts a process
 
 
@@ -174,7 +175,7 @@ def test_network_takes_and_gives_what_the_metadata_say(bundle):
 
 @pytest.mark.parametrize(
     "trained",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "cnnhead_acdc" else name for name in BUNDLES],
+    [pytest.param(name, marks=pytest.mark.slow) if name in DEAR_EXPORTS else name for name in BUNDLES],
     indirect=True,
 )
 def test_exported_torchscript_equals_the_trained_network_and_segments_alone(trained, phantoms, tmp_path):
@@ -250,7 +251,11 @@ def test_each_image_is_encoded_once_for_all_epochs_validations_and_heads(phantom
         assert looked_up_and_encoded(output) == (8, n_encoded)
 
 
-@pytest.mark.parametrize("trained", dear_ones_slow(HEADS), indirect=True)
+@pytest.mark.parametrize(
+    "trained",
+    [CHEAPEST, *(pytest.param(name, marks=pytest.mark.slow) for name in HEADS if name != CHEAPEST)],
+    indirect=True,
+)
 def test_predictions_are_the_same_with_and_without_the_cache(trained, phantoms, tmp_path):
     bundle, folder = trained
     predictions = {}

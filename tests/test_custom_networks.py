@@ -86,7 +86,7 @@ def encoder_of(model_type: str, request: pytest.FixtureRequest, folder: Path) ->
 @pytest.mark.parametrize(
     ("network", "kind", "model_type"),
     [
-        ("deeplabhead", "volumes", SHIPPED),
+        pytest.param("deeplabhead", "volumes", SHIPPED, marks=pytest.mark.slow),
         ("cnnhead", "colours", SHIPPED),
         ("linearhead", "greys", SHIPPED),
         ("linearhead", "colours", VIT_T),

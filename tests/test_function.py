@@ -22,7 +22,7 @@ from components.function.measures import (
     measure_function,
     volumes_ml,
 )
-from components.function.page import draw_bulls_eyes
+from components.function.page import draw_bulls_eyes, draw_frames
 from components.function.report import FunctionReport
 from components.phantom.dataset import write_phantom_dataset
 
@@ -167,8 +167,8 @@ def test_every_patient_and_every_cine_has_its_row(study, tmp_path, caplog):
         assert 50 <= table.loc[f"{name}_4d", "heart_rate_per_min"] <= 90
         assert math.isnan(table.loc[name, "lv_output_l_per_min"])
         assert (tmp_path / f"{name}_frame{frames['ES']:02d}_pred.nii.gz").is_file()
-        with Image.open(tmp_path / f"{name}_4d_cine.gif") as cine:
-            lasts_ms = [frame.info["duration"] for frame in ImageSequence.Iterator(cine)]  # equal frames become one
+        with Image.open(tmp_path / f"{name}_4d_cine.webp") as cine:
+            lasts_ms = [frame.convert("L").info["duration"] for frame in ImageSequence.Iterator(cine)]
             beat_ms = 6e4 / table.loc[f"{name}_4d", "heart_rate_per_min"]
             assert sum(lasts_ms) == pytest.approx(beat_ms, abs=5 * len(truth[f"{name}_4d"][0]))
         curve = pd.read_csv(tmp_path / f"{name}_4d_volumes.csv")
@@ -199,9 +199,26 @@ def test_a_page_for_each_case_shows_what_was_measured_without_any_network(study,
         assert f"{table.loc[case, 'lv_ef_percent']:.2f}" in page
         assert f"{table.loc[case, 'lv_ef_percent']:.2f}" in summary
         sources = re.findall(r'src="(.*?)[,"]', page)
-        assert set(sources) <= {"data:image/png;base64", "patient002_4d_cine.gif"}
+        assert set(sources) <= {"data:image/webp;base64", "patient002_4d_cine.webp"}
         assert "http" not in page
-    assert (tmp_path / "patient002_4d_cine.gif").is_file()
+        assert len(page) < 400_000
+    with Image.open(tmp_path / "patient002_4d_cine.webp") as cine:
+        assert 1 < cine.n_frames <= table.loc["patient002_4d", "frames"]  # equal frames become one
+
+
+def test_frames_are_drawn_at_the_size_shown_with_the_voxels_shape_and_outlines():
+    labels = np.zeros((40, 20, 7), dtype=np.uint8)
+    labels[10:30, 5:15, 6] = 2
+    image = np.full(labels.shape, 50.0)
+    image[0, 0] = 0
+    extent = (0, 40), (0, 20)
+    (picture,) = draw_frames([(image, labels)], extent, spacing_mm=(1, 1.5), classes={"RV": 1, "Myo": 2, "LV": 3})
+    assert picture.size == (5 * 200, 2 * 150)  # a tile of 40 by 30 mm is 200 pixels wide
+    pixels = np.asarray(picture)[150:, 200:400]  # the seventh slice: second row and column
+    coloured = np.argwhere(np.ptp(pixels.astype(int), axis=2) > 0)
+    assert (coloured.min(axis=0), coloured.max(axis=0)) == (pytest.approx((37, 50), abs=1), pytest.approx((112, 149)))
+    assert not np.ptp(np.asarray(picture)[:150], axis=2).any()  # slices without labels are grey
+    assert np.ptp(pixels[60:90, 80:120]) == 0  # so is the inside of an outline
 
 
 def test_the_bulls_eye_has_the_anterior_wall_on_top_and_the_septum_left():

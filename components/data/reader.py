@@ -137,7 +137,7 @@ class VolumeReader(ContentReader):
                     f"{img.path} has no frame {self.frame}: expected (H, W, D, T) with T > {self.frame}, "
                     f"received {shape}; was the file changed after its frames were counted?"
                 )
-            array = array.take(self.frame, axis=time)
+            array = np.moveaxis(array, time, -1)[..., self.frame]  # `take` would copy the whole series
             seconds = _frame_seconds(img.header)
             of_series = {FRAME: self.frame, FRAMES: shape[time], FRAME_SECONDS: seconds}
         elif not is_volume(shape):

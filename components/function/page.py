@@ -8,12 +8,14 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
 from components.base.atomic_write import write_atomically
@@ -50,9 +52,10 @@ _STYLE = (
     ".check{background:#fdeccf}div.check{padding:.2em 1em;border-left:4px solid #d98b00}"
 )
 _TILES_PER_ROW = 5
-_ENLARGED = 2  # pixels of the beating picture for each pixel of the image
+_TILE_WIDTH = 200  # pixels; a row of tiles is as wide as the page
 _DEFAULT_FRAME_MS = 40
-_COLOURS = 64  # of the beating picture
+_WEBP: dict[str, Any] = {"format": "WEBP", "quality": 85, "method": 0}
+_DPI = 96  # of figures, that of a browser
 _RINGS = ((0.72, 6), (0.44, 6), (0.16, 4))  # inner radius and segments: basal, mid, apical
 _RING_WIDTH = 0.28
 
@@ -85,7 +88,8 @@ def draw_bulls_eyes(values: Mapping[str, np.ndarray]) -> Figure:
     Args:
         values: values of the 16 segments, by title; nan is white.
     """
-    figure = Figure(figsize=(3.6 * len(values), 3.7), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(values), 3.7))
+    figure.subplots_adjust(0.02, 0.02, 0.98, 0.9, wspace=0.05)  # a constrained layout takes a second drawing
     every = figure.subplots(1, len(values), subplot_kw={"projection": "polar"}, squeeze=False)[0]
     for axes, (title, of_segments) in zip(every, values.items(), strict=True):
         known = of_segments[~np.isnan(of_segments)]
@@ -107,25 +111,32 @@ def draw_bulls_eyes(values: Mapping[str, np.ndarray]) -> Figure:
                     color="white" if dark else "black",
                 )
                 segment += 1
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, y=1, pad=4)
         axes.set_axis_off()
     return figure
 
 
-def beating_picture(
-    frames: Iterable[tuple[np.ndarray, np.ndarray]], extent: Extent, classes: Mapping[str, int]
+def draw_frames(
+    frames: Iterable[tuple[np.ndarray, np.ndarray]],
+    extent: Extent,
+    *,
+    spacing_mm: Sequence[float],
+    classes: Mapping[str, int],
 ) -> list[Image.Image]:
-    """Draw every frame of a cine: all slices side by side, with the outlines of the classes.
+    """Draw frames: all slices side by side with their numbers, and with the outlines of the classes.
 
     Args:
         frames: grey values and labels `(H,W,D)` of each frame, as scanners show slices: axis 0 to the right, 1 down.
         extent: start and stop on axes 0 and 1 of the part that is shown.
+        spacing_mm: voxel spacing in mm of axes 0 and 1 at least.
         classes: label of each class.
 
     Returns:
         pictures of equal size, all with the grey scale of the first.
     """
     (left, right), (top, bottom) = extent
+    down_per_right = (bottom - top) * spacing_mm[1] / ((right - left) * spacing_mm[0])
+    size = (_TILE_WIDTH, max(round(_TILE_WIDTH * down_per_right), 1))
     pictures: list[Image.Image] = []
     low, high = 0.0, 1.0
     for image, labels in frames:
@@ -133,34 +144,39 @@ def beating_picture(
             low, high = (float(value) for value in np.percentile(image, WINDOW_PERCENTILES))
         grey = ((image[left:right, top:bottom] - low) / max(high - low, 1e-6)).clip(0, 1) * 255
         cut = labels[left:right, top:bottom]
-        tiles = [_tile(grey[..., n], cut[..., n], classes) for n in range(image.shape[2])]
-        columns = min(_TILES_PER_ROW, len(tiles))
-        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-        rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
-        pictures.append(Image.fromarray(np.concatenate(rows, axis=0)))
+        depth = image.shape[2]
+        columns = min(_TILES_PER_ROW, depth)
+        picture = Image.new("RGB", (columns * size[0], math.ceil(depth / columns) * size[1]))
+        draw = ImageDraw.Draw(picture)
+        for n in range(depth):
+            place = (n % columns * size[0], n // columns * size[1])
+            picture.paste(_tile(grey[..., n], cut[..., n], size, classes), place)
+            draw.text((place[0] + 4, place[1] + 2), str(n + 1), fill="white", font_size=14)
+        pictures.append(picture)
     return pictures
 
 
-def _tile(grey: np.ndarray, labels: np.ndarray, classes: Mapping[str, int]) -> np.ndarray:
-    """Return one slice as an RGB array, rows first, enlarged, with outlines."""
-    size = (grey.shape[0] * _ENLARGED, grey.shape[1] * _ENLARGED)
-    enlarged = Image.fromarray(grey.T.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    tile = np.repeat(np.asarray(enlarged)[..., None], 3, axis=2)
-    large = labels.T.repeat(_ENLARGED, 0).repeat(_ENLARGED, 1)
+def _tile(grey: np.ndarray, labels: np.ndarray, size: tuple[int, int], classes: Mapping[str, int]) -> Image.Image:
+    """Return one slice of a size in pixels, with outlines."""
+    shown = Image.fromarray(grey.T.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    tile = np.repeat(np.asarray(shown)[..., None], 3, axis=2)
     for number, value in enumerate(classes.values()):
-        mask = large == value
+        mask = np.asarray(Image.fromarray(np.equal(labels.T, value)).resize(size, Image.Resampling.NEAREST))
         tile[mask & ~binary_erosion(mask)] = [255 * part for part in to_rgb(CLASS_COLOURS[number])]
-    return tile
+    return Image.fromarray(tile)
 
 
-def save_gif(path: Path, pictures: Sequence[Image.Image], frame_seconds: float) -> None:
-    """Write pictures as an endless GIF, with 40 ms each if the time between frames is unknown."""
-    duration = _DEFAULT_FRAME_MS if math.isnan(frame_seconds) else max(20, 10 * round(100 * frame_seconds))
-    pictures = [picture.quantize(_COLOURS, dither=Image.Dither.NONE) for picture in pictures]
+def save_cine(path: Path, pictures: Sequence[Image.Image], frame_seconds: float) -> None:
+    """Write pictures as an endless WebP, with 40 ms each if the time between frames is unknown."""
+    duration = _DEFAULT_FRAME_MS if math.isnan(frame_seconds) else max(20, round(1000 * frame_seconds))
     with write_atomically(path) as temporary:
-        pictures[0].save(
-            temporary, format="GIF", save_all=True, append_images=list(pictures[1:]), duration=duration, loop=0
-        )
+        pictures[0].save(temporary, **_WEBP, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+def _legend(classes: Iterable[str]) -> str:
+    """Return the names of the classes in their colours, as HTML."""
+    named = zip(CLASS_COLOURS, classes, strict=False)
+    return "".join(f'<b style="color:{colour}">&#9632;</b> {html.escape(name)} ' for colour, name in named)
 
 
 def write_case_page(
@@ -168,7 +184,8 @@ def write_case_page(
     row: Mapping,
     *,
     slice_dice: Mapping[str, np.ndarray],
-    figures: Mapping[str, Figure],
+    figures: Mapping[str, Figure | Image.Image],
+    classes: Iterable[str],
     cine: str | None = None,
 ) -> None:
     """Write the page of a case, which can be read offline.
@@ -177,7 +194,8 @@ def write_case_page(
         path: the file.
         row: row of `function.csv`.
         slice_dice: predicted Dice of every slice (D,), by phase; nan if a slice shows no class.
-        figures: figures by heading; they become part of the file.
+        figures: figures and pictures by heading; they become part of the file.
+        classes: names of the classes, in the order of their colours in the pictures.
         cine: name of the picture of the beating heart beside the file, if there is one.
     """
     measured = [(title, row[name]) for name, title in MEASURES.items() if row[name] != ""]
@@ -193,12 +211,23 @@ def write_case_page(
     if cine:
         parts.append(f'<h2>Cine</h2><img src="{html.escape(cine)}" alt="all slices over time, with contours">')
     for heading, figure in figures.items():
+        title, is_picture = html.escape(heading), isinstance(figure, Image.Image)
         with io.BytesIO() as file:
-            figure.savefig(file, format="png", dpi=110)
-            picture = base64.b64encode(file.getvalue()).decode()
-        title = html.escape(heading)
-        parts.append(f'<h2>{title}</h2><img src="data:image/png;base64,{picture}" alt="{title}">')
+            _rendered(figure).save(file, **_WEBP)
+            source = base64.b64encode(file.getvalue()).decode()
+        key = f"<p>{_legend(classes)}</p>" if is_picture else ""
+        parts.append(f'<h2>{title}</h2>{key}<img src="data:image/webp;base64,{source}" alt="{title}">')
     _write_page(path, str(row["case"]), parts)
+
+
+def _rendered(figure: Figure | Image.Image) -> Image.Image:
+    """Return a picture as it is, and a figure as a picture."""
+    if isinstance(figure, Image.Image):
+        return figure
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _slice_table(slice_dice: Mapping[str, np.ndarray]) -> str:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from ignite.engine import Engine, Events
+from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
+from PIL import Image
 
 from components.base.volume_metadata import CASE, FRAME, case_name_of, files_of, header_spacing_mm
 from components.data.acdc import CLASS_NAMES, INFO, frame_of_patient, read_info
@@ -21,7 +23,7 @@ from components.data.geometry import slices_last
 from components.data.prediction_writer import prediction_name
 from components.data.reader import FRAME_SECONDS, HEIGHT_CM, WEIGHT_KG
 from components.data.transforms import LoadVolumed
-from components.evaluation.overlays import draw_overlay, foreground_extent
+from components.evaluation.overlays import foreground_extent
 from components.evaluation.reports import Row, write_csv
 from components.function.measures import (
     NAN,
@@ -32,10 +34,10 @@ from components.function.measures import (
     volumes_ml,
 )
 from components.function.page import (
-    beating_picture,
     draw_bulls_eyes,
     draw_curve,
-    save_gif,
+    draw_frames,
+    save_cine,
     write_case_page,
     write_summary_page,
 )
@@ -108,7 +110,7 @@ class FunctionReport:
     empty. `predicted_dice` is the lower one of ED and ES (`quality.py`). A `flag` with its `reason` marks a low Dice,
     implausible anatomy (`plausibility.py`), and a single slice, which holds no whole ventricle. Cases with a predicted
     Dice below `POOR_BELOW` are named in a warning at the end. `wall_thickness.csv` has a row for each case and each of
-    `SEGMENTS`. A series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.gif`, with all
+    `SEGMENTS`. A series also has `<case>_volumes.csv`, with the volumes in each frame, and `<case>_cine.webp`, with all
     frames. `<case>.html` is the page of a case, and `function.html` links to these pages, flagged cases first.
 
     Args:
@@ -288,38 +290,41 @@ class FunctionReport:
     def _wall_mm(self, volume: _Volume) -> np.ndarray:
         return wall_thickness_mm(volume.labels, volume.affine, self._classes)
 
+    def _draw(self, volumes: Iterable[_Volume], shown: Sequence[_Volume]) -> list[Image.Image]:
+        """Draw volumes of one grid, cropped to the labels of those that are to be shown whole."""
+        spacing_mm = shown[0].spacing_mm
+        return draw_frames(
+            ((volume.image, volume.labels) for volume in volumes),
+            foreground_extent([volume.labels for volume in shown], spacing_mm),
+            spacing_mm=spacing_mm,
+            classes={name: label for label, name in enumerate(self.class_names, start=1)},
+        )
+
     def _write_page(
         self, case: _Case, row: Row, phases: Mapping[str, _Volume], wall_mm: Mapping[str, np.ndarray]
     ) -> None:
-        figures, cine = {}, None
+        figures: dict[str, Figure | Image.Image] = {}
+        cine = None
         if case.is_series:
-            cine = f"{case.name}_cine.gif"
-            extent = foreground_extent(
-                [volume.labels for volume in phases.values()], next(iter(phases.values())).spacing_mm
-            )
-            classes = {name: label for label, name in enumerate(self.class_names, start=1)}
-            frames = ((volume.image, volume.labels) for volume in map(self._load, case.items))
-            save_gif(self.output_dir / cine, beating_picture(frames, extent, classes), case.frame_seconds)
+            cine = f"{case.name}_cine.webp"
+            pictures = self._draw(map(self._load, case.items), list(phases.values()))
+            save_cine(self.output_dir / cine, pictures, case.frame_seconds)
             known = not math.isnan(case.frame_seconds)
             time = [1000 * case.frame_seconds * (frame - 1) if known else frame for frame in case.frames]
             curves = {name: case.curve(name) for name in self.class_names}
-            marks = {phase: n for phase, n in zip(("ED", "ES"), case.phases(), strict=False) if n is not None}
+            marks = {phase: n for phase, n in zip(("ED", "ES"), case.phases(), strict=False) if isinstance(n, int)}
             figures["Volumes over time"] = draw_curve(time, curves, unit="ms" if known else "", marks=marks)
-        for phase, volume in phases.items():
-            figures[f"Contours at {phase}"] = draw_overlay(
-                volume.image,
-                None,
-                volume.labels,
-                spacing_mm=volume.spacing_mm,
-                title=f"{case.name}, {phase}",
-                class_names=self.class_names,
-            )
+            drawn = {phase: pictures[n] for phase, n in marks.items()}
+        else:
+            drawn = {phase: self._draw([volume], [volume])[0] for phase, volume in phases.items()}
+        figures |= {f"Contours at {phase}": picture for phase, picture in drawn.items()}
         thickness = {f"{phase}, mm": values for phase, values in wall_mm.items()}
         if len(wall_mm) == 2:
             thickness["thickening, %"] = thickening_percent(wall_mm["ED"], wall_mm["ES"])
         figures["Wall thickness"] = draw_bulls_eyes(thickness)
         slices = {phase: dice.slices for phase, dice in case.phase_dice().items()}
-        write_case_page(self.output_dir / f"{case.name}.html", row, slice_dice=slices, figures=figures, cine=cine)
+        path = self.output_dir / f"{case.name}.html"
+        write_case_page(path, row, slice_dice=slices, figures=figures, classes=self.class_names, cine=cine)
 
 
 def write_tables(output_dir: Path, rows: Sequence[Row], walls: Sequence[Row]) -> None:
