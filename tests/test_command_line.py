@@ -352,7 +352,7 @@ def test_truth_values_reach_what_the_configs_name(configs):
     assert "given {'resume': False} True\n" in done.stdout
 
 
-@pytest.mark.parametrize(("debug", "has_traceback"), [("true", True), ("false", False)])
+@pytest.mark.parametrize(("debug", "has_traceback"), [("true", True), ("True", True), ("false", False)])
 def test_debug_shows_the_traceback_however_it_is_written(configs, debug, has_traceback):
     done = run_bundle("--config_file", configs / "train.json", "--labeled_cases", 5, "--debug", debug)
     assert done.returncode == 1
