@@ -114,10 +114,10 @@ def test_metadata_follows_the_schema(bundle, metadata_schema, tmp_path):
     verify_metadata(meta_file=config(bundle, "metadata")[0], filepath=local)
 
 
-OVERLAID = [("train", "unlabelled"), ("train", "demo"), ("inference", "function")]
+OVERLAID = [("train", "unlabelled"), ("train", "demo"), ("inference", "function"), ("inference", "correct")]
 OVERLAID += [("train", "multi_gpu_train"), ("train", "evaluate", "multi_gpu_evaluate")]
 OF_HEADS = [("train", "neck"), ("train", "unlabelled", "neck")]
-OF_HEADS += [("train", "sam"), ("train", "evaluate", "sam"), ("inference", "sam"), ("inference", "correct")]
+OF_HEADS += [("train", "sam"), ("train", "evaluate", "sam"), ("inference", "sam")]
 OF_UNET = [("train", "from_scratch"), ("train", "phantoms"), ("train", "pretrain")]
 WORKFLOWS = [(bundle, names) for bundle in BUNDLES for names in (("train",), ("train", "evaluate"), ("inference",))]
 WORKFLOWS += [(bundle, names) for bundle in (CHEAPEST, "unet_acdc") for names in OVERLAID]

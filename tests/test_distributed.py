@@ -102,6 +102,7 @@ def test_processes_fill_one_cache_with_what_one_would(trained):
     assert one == two
 
 
+@pytest.mark.slow
 def test_evaluation_by_several_processes_gives_the_same_files(trained, phantoms, tmp_path):
     folder, _ = trained[1]
     for processes, overlays in {1: (), 3: ("multi_gpu_evaluate",)}.items():

@@ -71,6 +71,7 @@ def linear_on_few(record) -> float:
     return mean_dice(network("linear", record["training"]["settings"]["image_size"]), record["dice_on"] | FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "cnn", "deeplab"])
 def test_on_a_few_of_the_phantoms_each_head_differs_from_the_linear_one_as_in_the_record(name, record, linear_on_few):
     model = network(name, record["training"]["settings"]["image_size"])

@@ -137,6 +137,7 @@ def test_finished_study_runs_nothing_and_reports_the_same(study, caplog):
     assert report_of(study.output) == before
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_cell_of_the_quick_study_whose_folder_says_what_was_run(tmp_path, caplog):
     name = "cnn/patients_0/split_1"
     finish(tmp_path, "--config", str(GRID), "--workers", "2", "--only", name)
