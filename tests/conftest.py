@@ -76,7 +76,8 @@ def assert_readme_explains_knobs(bundle: Path, *configs: str, except_for: tuple[
         else:
             assert default, name
             assert not default.startswith(("`$", "`{")), name
-    plain = {key for key, value in knobs.items() if isinstance(value, int | float | str) and not key.startswith("_")}
+    plain = {key for key, value in knobs.items() if isinstance(value, int | float | str) and key.isidentifier()}
+    plain = {key for key in plain if not key.startswith("_")}
     hidden = {"bundle_root", "device", "network", "run", "out_channels", "canvas_size", "is_silent", *except_for}
     hidden |= {"channels", "pictures"}  # the data's own, like class_names
     assert plain - hidden - explained.keys() == set()

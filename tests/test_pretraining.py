@@ -340,7 +340,7 @@ def test_workflow_has_every_property(names, trained):
 
 
 def test_readme_explains_every_knob_with_its_default():
-    assert_readme_explains_knobs(BUNDLE, "train", "export", except_for=("dataset_dir", "pred_keys"))
+    assert_readme_explains_knobs(BUNDLE, "train", "export", "clicks", except_for=("dataset_dir", "pred_keys"))
 
 
 def test_metadata_follow_the_schema_and_tell_the_network(metadata_schema, tmp_path):

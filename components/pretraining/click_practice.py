@@ -19,7 +19,7 @@ from components.networks.prompt_free_sam import PromptFreeSam
 
 _SMALLEST_LOGIT = -8.0  # of a class's probability
 # How the answer to correct is made worse. Each damage takes part with its chance, by a random share of its amount.
-_DAMAGED_EMBEDDINGS = 0.5
+_DAMAGED_EMBEDDINGS = 0.35
 _DROPPED_CHANNELS = 0.5  # share of the embeddings' channels that are cleared
 _CHANNEL_SHIFT, _EMBEDDING_NOISE = 0.8, 0.5  # relative to the deviation of the embeddings
 _OTHER_PLACE = 0.2  # chance of the answer that belongs to a heart of another size and place
@@ -29,6 +29,11 @@ _BLOB_PX = (6.0, 24.0)
 _SWAPPED = 0.1  # chance that two classes are taken for each other
 _WAVES = 2.5  # amplitude of smooth noise in the logits
 _WAVE_CELLS = (4, 16)
+_SEEN_DAMAGED = 0.5  # chance that the click head gets the damaged embeddings, too
+# The truth is changed with a chance, since on real images the embeddings themselves mislead, and only clicks tell.
+_OTHER_TRUTH = 0.6
+_GROWTH_PX = 4
+_WARP_PX, _WARP_CELLS = 8.0, 5
 # How a person clicks.
 _BESIDE = 0.05  # chance of a click some pixels beside its place
 _BESIDE_PX = 6
@@ -89,6 +94,7 @@ class ClickPractice:
         random = np.random.default_rng((self.seed, abs(step), step < 0))
         network = cast(ClickHead, engine.network)
         images, labels = images.to(engine.state.device), labels.to(engine.state.device)
+        labels = torch.stack([_other_truth(each, random) for each in labels])
         with torch.no_grad():
             embeddings, logits = self._answer(images, labels, random)
         numbers = [_class_to_correct(*pair, random) for pair in zip(logits.argmax(1), labels[:, 0], strict=True)]
@@ -121,9 +127,11 @@ class ClickPractice:
         """Return the embeddings of slices, and logits BxCxHxW that have errors like those in unknown images."""
         generator = torch.Generator(images.device).manual_seed(int(random.integers(2**62)))
         with autocast_to(self.segmenter.precision, images.device.type):
-            embeddings = self.segmenter.encoder(images)
-            damaged = torch.stack([_damaged(each, random, generator) for each in embeddings.float()])
+            embeddings = self.segmenter.encoder(images).float()
+            damaged = torch.stack([_damaged(each, random, generator) for each in embeddings])
             logits = self.segmenter.head(damaged)
+        is_damaged = torch.as_tensor(random.random(len(images)) < _SEEN_DAMAGED, device=images.device)
+        embeddings = torch.where(is_damaged[:, None, None, None], damaged, embeddings)
         logits = logits.float().log_softmax(1).clamp_min(_SMALLEST_LOGIT)
         for answer, label in zip(logits, labels[:, 0], strict=True):
             if random.random() < _OTHER_PLACE:
@@ -137,7 +145,34 @@ class ClickPractice:
             waves = torch.randn(1, len(answer), cells, cells, generator=generator, device=answer.device)
             smooth = F.interpolate(waves, size=answer.shape[1:], mode="bicubic")
             answer += smooth[0] * _WAVES * random.random()
-        return embeddings.float(), logits.log_softmax(1).clamp_min(_SMALLEST_LOGIT)
+        return embeddings, logits.log_softmax(1).clamp_min(_SMALLEST_LOGIT)
+
+
+def _other_truth(label: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """Return a label map 1xHxW of another expert: a class is absent, cut, wider or narrower, or all are warped."""
+    classes = label.unique()[1:].tolist()
+    if not classes or random.random() >= _OTHER_TRUTH:
+        return label
+    number, kind = classes[int(random.integers(len(classes)))], int(random.integers(4))
+    mask = label == number
+    if kind == 0:
+        return label.where(~mask, 0)
+    if kind == 1:  # on a random side of one of its pixels
+        _, y, x = torch.nonzero(mask)[int(random.integers(int(mask.sum())))].tolist()
+        angle = random.uniform(0, 2 * np.pi)
+        rows, columns = (torch.arange(size, device=label.device) for size in label.shape[1:])
+        side = (rows[:, None] - y) * np.sin(angle) + (columns - x) * np.cos(angle) > 0
+        return label.where(~(mask & side), 0)
+    if kind == 2:
+        reach = int(random.integers(1, _GROWTH_PX + 1))
+        grows = random.random() < 0.5
+        widened = F.max_pool2d((mask == grows).float(), 2 * reach + 1, stride=1, padding=reach) > 0
+        return torch.where(widened & (label == 0), number, label) if grows else label.where(~(mask & widened), 0)
+    waves = torch.as_tensor(random.normal(size=(1, 2, _WARP_CELLS, _WARP_CELLS)), device=label.device).float()
+    size = list(label.shape[1:])
+    shift = F.interpolate(waves, size=size, mode="bicubic").permute(0, 2, 3, 1) * random.random() * _WARP_PX / size[0]
+    grid = F.affine_grid(torch.eye(2, 3, device=label.device)[None], [1, 1, *size], align_corners=False) + shift
+    return F.grid_sample(label[None], grid, mode="nearest", align_corners=False)[0]
 
 
 def _damaged(embedding: torch.Tensor, random: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
