@@ -3,13 +3,14 @@
 import monai.bundle
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from test_pretraining import BUNDLE, TINY, config, is_same
 
 from components.data.clicks import depth_inside, largest_piece
 from components.networks.click_head import ClickHead
 from components.phantom.dataset import write_phantom_dataset
+from components.phantom.slices import phantom_slices
+from components.pretraining.click_practice import _error_at, _other_truth
 from study.clicks import clicks
 
 SIDE = {"canvas_size": 64, "image_size": 64}
@@ -56,10 +57,34 @@ def test_the_innermost_point_of_the_largest_error_is_found():
     assert np.unravel_index(whole.argmax(), whole.shape) == (2, 2)
 
 
-@pytest.mark.parametrize("bundle", ["linearhead_acdc"])
-def test_simulated_clicks_bring_what_the_table_says(bundle, tmp_path):
+def test_another_experts_labels_differ_in_several_ways():
+    label = phantom_slices(1, seed=1, size=96, field_mm=264.0, width=0.0)[1][0].float()
+    assert label.unique().tolist() == [0, 1, 2, 3]
+    random = np.random.default_rng(0)
+    drawn = [_other_truth(label, random) for _ in range(60)]
+    assert all(each.shape == label.shape and {*each.unique().tolist()} <= {0, 1, 2, 3} for each in drawn)
+    sizes = [[int((each == number).sum()) for each in drawn] for number in (1, 2, 3)]
+    for own, before in zip(sizes, [int((label == number).sum()) for number in (1, 2, 3)], strict=True):
+        assert min(own) == 0  # absent
+        assert any(0 < size < before for size in own)
+        assert any(size > before for size in own)
+    assert 15 < sum(torch.equal(each, label) for each in drawn) < 35
+    empty = torch.zeros_like(label)
+    assert all(torch.equal(_other_truth(empty, random), empty) for _ in range(10))
+
+
+def test_a_click_asks_for_the_error_that_it_lies_in_alone():
+    wrong = torch.zeros(20, 30, dtype=torch.bool)
+    wrong[2:4, 2:4] = wrong[8:15, 10:17] = True
+    nothing = torch.zeros_like(wrong)
+    assert _error_at((12, 9, 1), wrong, nothing).sum() == 7 * 7
+    assert not _error_at((12, 9, 1), wrong, ~nothing).any()
+    assert not _error_at((25, 9, 1), wrong, nothing).any()
+
+
+def test_simulated_clicks_bring_what_the_table_says(tmp_path):
     data = write_phantom_dataset(str(tmp_path / "phantoms"), patients=10, size_hw_d=(64, 56, 3))
-    clicks(bundle, str(tmp_path / "out"), dataset_dir=data, count=4, cases=2)
+    clicks("linearhead_acdc", str(tmp_path / "out"), dataset_dir=data, count=4, cases=2)
     table = pd.read_csv(tmp_path / "out/clicks.csv")
     assert len(table) == 2 * 5 * 3
     means = table.groupby("clicks")[["corrected", "redrawn"]].mean()

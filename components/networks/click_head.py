@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import BasicUNet
+from scipy import ndimage
 from torch import nn
 
 from components.networks.corrector import ClickCorrector, against_rest
@@ -69,7 +71,8 @@ class ClickHead(ClickCorrector):
         scale = torch.tensor([seen[1] / size[1], seen[0] / size[0]], device=points.device)
         marks = click_marks((points * scale).float(), signs, seen)
         mask = self.masks(_resized(embedding, grid)[None], _resized(logits, seen)[None], [number], marks[None])
-        return _resized(mask, size)[0]
+        before, after = against_rest(logits, number), _resized(mask, size)[0]
+        return torch.where(_with_clicks(before > 0, after > 0, points, signs), after, before)
 
     @classmethod
     def pretrained(cls) -> ClickHead:
@@ -77,6 +80,17 @@ class ClickHead(ClickCorrector):
         network = cls()
         network.load_state_dict(torch.load(pretrained_file("click_head.pt"), map_location="cpu", weights_only=True))
         return network.requires_grad_(False).eval()
+
+
+def _with_clicks(before: torch.Tensor, after: torch.Tensor, points: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Return the connected changes of a mask HxW that a click asks for: pixels gained on the class, or lost off it."""
+    asked = torch.zeros_like(before)
+    for sign, changed in ((1, after & ~before), (0, before & ~after)):
+        pieces, _ = ndimage.label(changed.cpu().numpy())
+        columns, rows = points[signs == sign].round().long().cpu().T.numpy()
+        numbers = pieces[rows.clip(0, len(pieces) - 1), columns.clip(0, pieces.shape[1] - 1)]
+        asked |= torch.as_tensor(np.isin(pieces, numbers[numbers > 0]), device=before.device)
+    return asked
 
 
 def _resized(maps: torch.Tensor, size_hw: list[int]) -> torch.Tensor:

@@ -43,7 +43,7 @@ def click_corrector(encoder: SamEncoder, checkpoint: str | None = None) -> nn.Mo
         file = "" if path else ", which has no file"
         raise ValueError(
             f"so far, clicks correct bundles on {PHANTOM_UNET} or a SAM checkpoint only: received the encoder "
-            f"{name}{file}; make such a bundle with autosam new --encoder vit_b --sam_checkpoint FILE"
+            f"{name}{file}; make such a bundle with autosam new --encoder vit_b --checkpoint FILE"
         )
     state = encoder_weights(read_checkpoint(path), name, encoder.image_encoder.state_dict(), path=path)
     of_file = fingerprint(state)

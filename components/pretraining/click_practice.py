@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from monai.engines import IterationEvents, SupervisedEvaluator, SupervisedTrainer
 from monai.utils.enums import CommonKeys
+from scipy import ndimage
 
 from components.base.precision import autocast_to
 from components.data.clicks import depth_inside, largest_piece
@@ -45,8 +46,9 @@ class ClickPractice:
     """Steps of a MONAI engine (`iteration_update`) in which a `ClickHead` learns from simulated clicks, or is scored.
 
     In each slice one class is corrected, and each of a random number of clicks lies inside the largest error that the
-    earlier ones left. Source: Sofiiuk et al., "Reviving Iterative Training with Mask Guidance for Interactive
-    Segmentation", ICIP 2022. Differs: the answer before any click stays the network's input.
+    earlier ones left. The network is to mend the connected errors that have a click, and nothing else. Source: Sofiiuk
+    et al., "Reviving Iterative Training with Mask Guidance for Interactive Segmentation", ICIP 2022. Differs: the
+    answer before any click stays the network's input.
 
     Args:
         segmenter: encoder and head whose answers are corrected; both stay as they are.
@@ -83,14 +85,14 @@ class ClickPractice:
         """Score a stack `image` with `label` 1x1xHxWxD; return masks `before`, `pred`, `label` 1xHxW of each slice."""
         images, labels = (batch[key][0].permute(3, 0, 1, 2) for key in (CommonKeys.IMAGE, CommonKeys.LABEL))
         with torch.no_grad():
-            output = self._practise(engine, images.expand(-1, 3, -1, -1), labels, -engine.state.iteration)
+            output = self._practise(engine, images.expand(-1, 3, -1, -1), labels.float(), -engine.state.iteration)
         output = {key: output[key] > 0 for key in ("before", CommonKeys.PRED, CommonKeys.LABEL)}
         engine.state.output = output
         engine.fire_event(IterationEvents.MODEL_COMPLETED)  # after it, the output is one item per slice
         return engine.state.output
 
     def _practise(self, engine: Any, images: torch.Tensor, labels: torch.Tensor, step: int) -> dict[str, Any]:
-        """Return `before`, `pred` (logits) and `label` of one class Bx1xHxW, after some clicks, and the `loss`."""
+        """Return `before`, `pred` (logits) and `label`, what clicks ask for, of one class Bx1xHxW, and the `loss`."""
         random = np.random.default_rng((self.seed, abs(step), step < 0))
         network = cast(ClickHead, engine.network)
         images, labels = images.to(engine.state.device), labels.to(engine.state.device)
@@ -100,12 +102,15 @@ class ClickPractice:
         numbers = [_class_to_correct(*pair, random) for pair in zip(logits.argmax(1), labels[:, 0], strict=True)]
         targets = torch.stack([labels[i] == number for i, number in enumerate(numbers)])
         before = torch.stack([against_rest(*pair) for pair in zip(logits, numbers, strict=True)])[:, None]
-        pred = before
+        pred, wanted = before, before > 0
         clicks: list[list[tuple[int, int, int]]] = [[] for _ in numbers]
         rounds = int(random.integers(1, self.clicks + 1))
         for round_ in range(rounds):
             for i, of_slice in enumerate(clicks):
                 of_slice.append(_click(pred[i, 0] > 0, targets[i, 0], random))
+                wanted[i, 0] ^= _error_at(
+                    of_slice[-1], (before[i, 0] > 0) != targets[i, 0], wanted[i, 0] == targets[i, 0]
+                )
             marks = torch.stack([_marks(of_slice, images) for of_slice in clicks])
             network.train(step > 0 and round_ == rounds - 1)
             with (
@@ -115,10 +120,10 @@ class ClickPractice:
                 pred = network.masks(embeddings, logits, numbers, marks)[:, None]
         return {
             CommonKeys.IMAGE: images,
-            CommonKeys.LABEL: targets.float(),
+            CommonKeys.LABEL: wanted.float(),
             CommonKeys.PRED: pred,
             "before": before,
-            CommonKeys.LOSS: self.loss(pred, targets.float()),
+            CommonKeys.LOSS: self.loss(pred, wanted.float()),
         }
 
     def _answer(
@@ -230,6 +235,15 @@ def _click(mask: torch.Tensor, target: torch.Tensor, random: np.random.Generator
     if random.random() < _BESIDE:
         place = np.clip(place + random.integers(-_BESIDE_PX, _BESIDE_PX + 1, 2), 0, np.array(truth.shape) - 1)
     return int(place[1]), int(place[0]), is_on
+
+
+def _error_at(click: tuple[int, int, int], wrong: torch.Tensor, is_mended: torch.Tensor) -> torch.Tensor:
+    """Return the connected error HxW that a click lies in, empty if it is mended already or the click lies in none."""
+    column, row, _ = click
+    if not wrong[row, column] or is_mended[row, column]:
+        return torch.zeros_like(wrong)
+    pieces, _ = ndimage.label(wrong.cpu().numpy())
+    return torch.as_tensor(pieces == pieces[row, column], device=wrong.device)
 
 
 def _marks(clicks: list[tuple[int, int, int]], images: torch.Tensor) -> torch.Tensor:
