@@ -74,21 +74,22 @@ def _segment(images: str, bundle: str, workers: int) -> _Run:
     with tempfile.TemporaryDirectory() as output:
         command = [*COMMAND, "segment", images, "-o", output, "--bundle", bundle, "--workers", str(workers)]
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        start, before, peak = time.time(), os.times(), 0.0
+        start, peak, spent = time.time(), 0.0, dict[int, float]()
         with Path(output, "shown").open("w+") as shown:
             process = subprocess.Popen(command, env=os.environ | threads, stdout=shown, stderr=shown)
             while process.poll() is None:
-                peak = max(peak, sum(map(_resident_mib, _tree(process.pid))))
+                used = {pid: usage for pid in _tree(process.pid) if (usage := _usage(pid))}
+                peak = max(peak, sum(mib for mib, _ in used.values()))
+                spent |= {pid: seconds for pid, (_, seconds) in used.items()}
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
             shown.seek(0)
             if process.returncode:
                 raise RuntimeError(f"autosam segment has failed: {shown.read()}")
-        end, after = time.time(), os.times()
+        end = time.time()
         records = list(Path(output, RECORDS).glob("*.json"))
         first = min(path.stat().st_mtime - json.loads(path.read_text())["seconds"] for path in records)
-    cores = after.children_user + after.children_system - before.children_user - before.children_system
-    return _Run((end - first) / len(records), first - start, cores / len(records), peak)
+    return _Run((end - first) / len(records), first - start, sum(spent.values()) / len(records), peak)
 
 
 def _columns(workers: int, runs: list[_Run]) -> dict[str, float | str]:
@@ -98,10 +99,10 @@ def _columns(workers: int, runs: list[_Run]) -> dict[str, float | str]:
     columns: dict[str, float | str] = {
         "cases a minute": rate,
         "a minute and core": rate / cores,
-        "core s": statistics.median(each.core_seconds for each in runs),
         "start-up s": statistics.median(each.start_up for each in runs),
     }
     if peak := max(each.peak_mib for each in runs):
+        columns |= {"core s": statistics.median(each.core_seconds for each in runs)}
         columns |= {"peak MiB": f"{peak:.0f}", "a minute and GiB": rate * 1024 / peak}
     return columns
 
@@ -118,10 +119,12 @@ def _tree(pid: int) -> Iterator[int]:
             yield from _tree(int(child))
 
 
-def _resident_mib(pid: int) -> float:
-    """Return a process's resident memory, 1/n of each page that n processes share; 0 if the system does not tell."""
+def _usage(pid: int) -> tuple[float, float] | None:
+    """Return a process's resident MiB, with 1/n of each page that n share, and its core seconds; None if unknown."""
     try:
         lines = Path("/proc", str(pid), "smaps_rollup").read_text().splitlines()
+        ticks = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[11:13]  # see `man 5 proc`
     except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / MIB
+        return None
+    kib = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kib * 1024 / MIB, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
