@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # it imports MONAI, which is to be imported when the log is s
     from autosam.cohort import Case, CaseSegmenter, Record, Result
 
 _ATTEMPTS = 2
+_LEAST_MB = 400  # of a worker's memory, without what it shares; measured with the smallest volumes and bundles
+_MEMORY = Path("/proc/meminfo")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _DIED = (EOFError, OSError, pickle.UnpicklingError)  # what a broken pipe raises
 _DASK_TASK = threading.Lock()  # a network and the working directory are for one task at a time
@@ -104,12 +106,20 @@ class LocalWorkers:
         """Yield each case when it has ended.
 
         Raises:
+            ValueError: if the memory that is available is less than these processes need at least.
             RuntimeError: if a process cannot start, with its reason.
         """
+        count = min(self._count, len(cases))
+        least, available = count * _LEAST_MB, _available_mb()
+        if available is not None and least > available:
+            raise ValueError(
+                f"{count} workers need at least {least} MB of memory, and {available} MB are available: "
+                f"expected --workers to be at most {max(1, available // _LEAST_MB)}"
+            )
         for case in cases:
             self._waiting.put(case)
-        count = min(self._count, len(cases))
-        tqdm.write(f"{len(cases)} cases, {count} workers of one thread", file=sys.stderr)
+        begin = f"{len(cases)} cases, {count} workers of one thread, which take at least {least} MB"
+        tqdm.write(begin, file=sys.stderr)
         for place in range(count):
             threading.Thread(target=self._serve, args=[place], daemon=True).start()
         is_memory_known = False
@@ -205,6 +215,12 @@ class DaskWorkers:
                     yield case, *future.result()
                 except KilledWorker as error:
                     yield case, _lost(case, f"with its worker: {error}"), False
+
+
+def _available_mb() -> int | None:
+    """Return how much memory new processes can have; None if the system does not tell."""
+    lines = _MEMORY.read_text().splitlines() if _MEMORY.is_file() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _lost(case: Case, how: str) -> Record:

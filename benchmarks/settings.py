@@ -4,10 +4,11 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-SECTIONS = ("encoder", "epoch", "cell", "inference")
+SECTIONS = ("encoder", "epoch", "cell", "inference", "cohort")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class Settings:
     def volume_depths(self) -> tuple[int, int]:
         """Slices of the two volumes that inference is timed on."""
         return (2, 5) if self.quick else (2, 8)
+
+    @property
+    def cohort(self) -> dict[str, Any]:
+        """Arguments of `write_phantom_dataset` for the cohort: patients of two volumes each."""
+        return {"patients": 2, "size_hw_d": (32, 32, 2)} if self.quick else {"patients": 8}
+
+    @property
+    def cohort_workers(self) -> tuple[int, ...]:
+        """Numbers of workers that segment the cohort."""
+        return (1, 2) if self.quick else (1, 2, 4)
 
     @property
     def gemm_size(self) -> int:

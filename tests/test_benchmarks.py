@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from benchmarks import cohort_section
 from benchmarks.__main__ import main
 from benchmarks.bundle import HEADS
 from benchmarks.contenders import hugging_face_name
 from benchmarks.flops import encoder_flops
 from benchmarks.memory import CLEAR_REFS, MIB, peak_mib
 from benchmarks.report import Row, Table, to_markdown, write_report
-from benchmarks.settings import SECTIONS
+from benchmarks.settings import SECTIONS, Settings
 from benchmarks.timing import Contender, Ratio, measure, ratio_of
 from benchmarks.training_costs import Costs, Plan, cached_seconds, every_step_seconds, head_seconds
 from components.sam.image_encoder import Architecture
@@ -130,7 +131,52 @@ def test_peak_memory_is_that_of_the_work_only():
     assert float(here[0]) == 1
 
 
+BUSY = f"import time; kept = b'1' * {300 * MIB}; any(iter(lambda: time.process_time() >= 1, True)); time.sleep(1)"
+STANDS_FOR_AUTOSAM = f"""
+import json, pathlib, subprocess, sys, time
+output = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
+(output / "records").mkdir()
+for case, seconds in enumerate((2, 4)):
+    (output / f"records/{{case}}.json").write_text(json.dumps({{"seconds": seconds}}))
+if sys.argv[-1] == "2":  # a child with memory of its own
+    subprocess.run([sys.executable, "-c", "{BUSY}"])
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Replace `autosam` by a script whose two cases take 2 and 4 seconds, with a child of 300 MiB for two workers."""
+    script = tmp_path / "stands_for_autosam.py"
+    script.write_text(STANDS_FOR_AUTOSAM)
+    monkeypatch.setattr(cohort_section, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(cohort_section, "_POLL_S", 0.1)
+
+
+@pytest.mark.usefixtures("stand_in", "one_thread")
+def test_a_cohorts_costs_are_those_of_its_records_and_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    table = Table("cohort", cohort_section.BASELINE, "", "a case")
+    cohort_section.compare(table, Settings(tmp_path, quick=True, rounds=1), "in", "a bundle")
+    one, two = table.rows
+    assert 2 < one.seconds < two.seconds < 6  # 4 s or more for 2 cases, then the child's second
+    rate = 60 / two.seconds
+    assert math.isclose(two.extra["cases a minute"], rate)
+    assert math.isclose(two.extra["a minute and core"], rate / 2)
+    assert -4 < two.extra["start-up s"] < 0  # the record says that it began before the command
+    if Path("/proc/self/smaps_rollup").exists():
+        assert 300 < float(two.extra["peak MiB"]) < 400
+        assert 0.5 < two.extra["core s"] < 1  # the child's second, for two cases
+        assert math.isclose(two.extra["a minute and GiB"], rate * 1024 / float(two.extra["peak MiB"]), rel_tol=0.01)
+
+
 @pytest.mark.usefixtures("one_thread")
+def test_a_cohort_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(cohort_section, "COMMAND", (sys.executable, "-c", "raise SystemExit('no such bundle')"))
+    with pytest.raises(RuntimeError, match="autosam segment has failed: no such bundle"):
+        cohort_section.run(Settings(tmp_path, quick=True))
+
+
+@pytest.mark.usefixtures("one_thread", "stand_in")
 def test_a_quick_run_writes_table_csv_and_plot(tmp_path, monkeypatch, capsys):
     options = ["--quick", "--threads", "1", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["python -m benchmarks", *options])

@@ -21,7 +21,7 @@ from distributed import LocalCluster
 from filelock import FileLock
 from runs_that_die import Deadly, WithoutModel
 
-from autosam import cohort
+from autosam import cohort, workers
 from autosam.__main__ import main
 from autosam.cohort import RECORDS, Case
 from autosam.workers import Job, LocalWorkers
@@ -274,6 +274,18 @@ def test_each_worker_has_a_device_of_its_own_while_there_are_enough(monkeypatch)
     assert [workers._environment(place)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["3", "5", "3"]
     with pytest.raises(ValueError, match="expected --workers to be 1 or more, received 0"):
         LocalWorkers(Job(Deadly(), Path("log")), 0)
+
+
+def test_more_workers_than_memory_are_refused_before_they_start(monkeypatch, tmp_path, capsys):
+    memory = tmp_path / "meminfo"
+    monkeypatch.setattr(workers, "_MEMORY", memory)
+    memory.write_text("MemTotal: 99999999 kB\nMemAvailable: 819199 kB\n")
+    with pytest.raises(ValueError, match=r"2 workers need at least 800 MB .* 799 MB are .* be at most 1$"):
+        run_workers(Deadly(), ("a", "b"))
+    assert not capsys.readouterr().err
+    memory.write_text("MemTotal: 1 kB\nMemAvailable: 819200 kB\n")
+    assert run_workers(Deadly(), ("a", "b")).keys() == {"a", "b"}
+    assert "2 cases, 2 workers of one thread, which take at least 800 MB" in capsys.readouterr().err
 
 
 @pytest.mark.slow
