@@ -32,7 +32,7 @@ from release.archives import write_archive, write_model_info
 from release.bundles import PACKED, check_release_facts, picture_of
 from release.picture import draw_picture
 
-OF_ANY_OBJECT = ("general_unet.pth", "general_linear_head.pt")
+BESIDE_MODELS = ("general_unet.pth", "general_linear_head.pt", "click_head.pt")
 VERSION = components.__version__
 MODELS = {
     "autosam": "vit_head.pt",
@@ -88,7 +88,7 @@ def test_every_bundle_has_an_archive_in_the_zoos_layout(dist):
         assert all(name.startswith(f"{bundle}/") for name in files)
         assert max(files.values()) <= 25e6
         packed = {name.removeprefix(f"{bundle}/") for name in files if "/components/" in name}
-        weights = {*MODELS.values(), "phantom_unet.pth", *OF_ANY_OBJECT, "record.json"}
+        weights = {*MODELS.values(), "phantom_unet.pth", *BESIDE_MODELS, "record.json"}
         assert packed == {
             *(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "components").rglob("*.py")),
             "components/function/predicted_dice.json",
