@@ -35,7 +35,7 @@ counted once.
 
 @dataclass(frozen=True)
 class _Run:
-    """What one command took: seconds a case, those before the first, processor seconds a case, MiB."""
+    """The cost of one command: seconds a case, start-up, processor seconds a case, and peak MiB."""
 
     seconds: float
     start_up: float

@@ -1,4 +1,4 @@
-"""What clicks bring: simulated clicks on volumes with a truth, and the Dice after each."""
+"""Simulated clicks on volumes with a truth, and the Dice after each click."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def clicks(
     """Correct volumes by simulated clicks, and compare with drawing the same slices anew.
 
     Each click lies where its volume is worst: inside the largest connected error that a class has in a slice. It says
-    the true class of its voxel. All clicks so far correct the network's answer. Beside it, the class is drawn as the
-    truth has it in the worst slices of the uncorrected answer, one slice for a click.
+    the true class of its voxel. All clicks so far correct the network's answer. For comparison, each step also copies
+    one class of the worst slice from the truth.
 
     Args:
         bundle: a bundle's folder, or the name of one that comes with the package.
@@ -102,7 +102,9 @@ class _Session:
         """Yield the Dice of each class of a volume after 0 to `count` clicks."""
         truth = self.load_truth({"label": case["label"]})["label"][0].numpy().astype(np.uint8)
         item = self._segmented(case)
-        labels, axis = self._corrected(item, {}), self._slice_axis(item)
+        plain = self._corrected(item, {})
+        to_canvas = torch.linalg.inv(item["image"].affine) @ plain.affine
+        labels, axis = _as_array(plain), int(to_canvas[2, :3].abs().argmax())
         redrawn = labels.copy()
         given: dict[str, list[list[int]]] = {}
         gain = 0.0
@@ -118,7 +120,7 @@ class _Session:
                 clicked = np.insert(place, axis, slice_)
                 name = [BACKGROUND, *self.names][truth[tuple(clicked)]]
                 given.setdefault(name, []).append(clicked.tolist())
-                after = self._corrected(item, given)
+                after = _as_array(self._corrected(item, given))
                 parts = [each.take(slice_, axis) == label for each in (labels, after, truth)]
                 gain, labels = _dice(parts[1], parts[2]) - _dice(parts[0], parts[2]), after
             label, slice_, _ = _worst(redrawn, truth, axis)
@@ -134,14 +136,13 @@ class _Session:
         item["pred"] = MetaTensor(pred.as_tensor()).copy_meta_from(item["image"])
         return {**self.smoothing(item), EMBEDDINGS: {}}
 
-    def _slice_axis(self, item: dict[str, Any]) -> int:
-        """Return the axis across slices of the volume's own array."""
-        to_canvas = torch.linalg.inv(item["image"].affine) @ self.correction({**item})["pred"].affine
-        return int(to_canvas[2, :3].abs().argmax())
-
-    def _corrected(self, item: dict[str, Any], given: dict[str, Any]) -> np.ndarray:
+    def _corrected(self, item: dict[str, Any], given: dict[str, Any]) -> MetaTensor:
         self.correction.clicks = given
-        return self.correction(item)["pred"][0].cpu().numpy().astype(np.uint8)
+        return self.correction(item)["pred"]
+
+
+def _as_array(labels: MetaTensor) -> np.ndarray:
+    return labels[0].cpu().numpy().astype(np.uint8)
 
 
 def _worst(labels: np.ndarray, truth: np.ndarray, axis: int) -> tuple[int, int, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What the networks that correct a segmentation by clicks have in common."""
+"""The base class of networks that correct a segmentation by clicks."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _other_truth(label: torch.Tensor, random: np.random.Generator) -> torch.Tens
 
 
 def _damaged(embedding: torch.Tensor, random: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
-    """Return an embedding CxHxW of which channels are cleared, shifted and noisy."""
+    """Clear some channels of an embedding CxHxW, shift them and add noise."""
     if random.random() >= _DAMAGED_EMBEDDINGS:
         return embedding
 
