@@ -11,6 +11,7 @@ from monai.networks.nets import BasicUNet
 from scipy import ndimage
 from torch import nn
 
+from components.base.layers import use_faster_layers
 from components.networks.corrector import ClickCorrector, against_rest
 from components.pretrained import pretrained_file
 from components.sam.image_encoder import EMBEDDING_CHANNELS
@@ -38,6 +39,7 @@ class ClickHead(ClickCorrector):
         self.reduce = nn.Conv2d(EMBEDDING_CHANNELS, 4 * _FEATURES, kernel_size=1)
         features = [width * times for times in (1, 2, 3, 4, 4, 1)]
         self.unet = BasicUNet(spatial_dims=2, in_channels=_FEATURES + 5, out_channels=1, features=features)
+        use_faster_layers(self.unet)
 
     def masks(
         self, embeddings: torch.Tensor, logits: torch.Tensor, numbers: Sequence[int], marks: torch.Tensor

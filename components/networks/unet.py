@@ -9,6 +9,7 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import nn
 
+from components.base.layers import use_faster_layers
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
 from components.networks.trained_with import attach_training_record, check_trained_views
@@ -53,6 +54,7 @@ class GreyUNet(nn.Module):
         self.in_channels = in_channels
         features = [width * times for times in (1, 2, 4, 8, 16, 1)]
         self.unet = BasicUNet(spatial_dims=2, in_channels=in_channels, out_channels=out_channels, features=features)
+        use_faster_layers(self.unet)
         attach_training_record(self, trained_with)
         if start_checkpoint is not None:
             self._load_start(start_checkpoint)

@@ -6,6 +6,7 @@ import torch
 from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 from torch import nn
 
+from components.base.layers import use_faster_layers
 from components.sam.image_encoder import EMBEDDING_CHANNELS
 
 WIDTH = 16  # channels at full size; they double with every pooling
@@ -35,6 +36,7 @@ class UNetEncoder(nn.Module):
             nn.Conv2d(FINE_CHANNELS, EMBEDDING_CHANNELS, kernel_size=1, bias=False),
             nn.GroupNorm(1, EMBEDDING_CHANNELS),
         )
+        use_faster_layers(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Encode normalised images.
