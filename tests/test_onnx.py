@@ -1,4 +1,4 @@
-"""`configs/inference_onnx.json`: an exported network that ONNX Runtime computes."""
+"""`configs/inference_onnx.json`: an exported network that ONNX Runtime or OpenVINO computes."""
 
 from pathlib import Path
 
@@ -30,15 +30,27 @@ def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, wei
     inferring = ("run", "inferring", "--dataset_dir", str(volume), "--test_time_views", "1")
     run(*inferring, "--config_file", CONFIG, "--precision", "fp32", "--output_dir", str(tmp_path / "eager"))
     overlaid = f"['{CONFIG}','configs/inference_onnx.json']"
-    onnx = ("--onnx_path", str(tmp_path / "model.onnx"), "--output_dir", str(tmp_path / "onnx"))
-    run(*inferring, "--config_file", overlaid, *onnx)
-
     name = volume.name.replace(".nii.gz", "_pred.nii.gz")
-    eager, exported = (np.asarray(nib.load(tmp_path / folder / name).dataobj) for folder in ("eager", "onnx"))
+    eager = np.asarray(nib.load(tmp_path / "eager" / name).dataobj)
     assert np.unique(eager).tolist() == [0, 1, 2, 3]
-    assert np.count_nonzero(eager != exported) <= 2  # of 23,040
+    onnx = ("--onnx_path", str(tmp_path / "model.onnx"))
+    for engine, precision, most in (("onnxruntime", "fp32", 2), ("openvino", "fp32", 2), ("openvino", "bf16", 60)):
+        folder = tmp_path / f"{engine}-{precision}"
+        how = ("--engine", engine, "--precision", precision, "--output_dir", str(folder))
+        run(*inferring, "--config_file", overlaid, *onnx, *how)
+        exported = np.asarray(nib.load(folder / name).dataobj)
+        assert np.count_nonzero(eager != exported) <= most, folder.name  # of 23,040
 
 
 def test_missing_file_is_named_with_the_way_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no exported network at .*onnx_export.*--onnx_path FILE"):
         OnnxNetwork(str(tmp_path / "model.onnx"))
+
+
+def test_an_engine_that_cannot_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="unknown engine 'torch': expected onnxruntime or openvino"):
+        OnnxNetwork(str(path), "torch")
+    with pytest.raises(ValueError, match=r"ONNX Runtime computes in fp32 here: give --precision auto, or --engine"):
+        OnnxNetwork(str(path), precision="bf16")
