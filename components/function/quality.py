@@ -40,7 +40,8 @@ def expected_dice(probabilities: Tensor) -> Dice:
     Returns:
         the mean over foreground classes, 0 for a class without voxels; for a slice, the mean over classes it shows.
     """
-    chosen = torch.zeros_like(probabilities).scatter_(0, probabilities.argmax(dim=0, keepdim=True), 1)[1:]
+    classes = probabilities.max(dim=0, keepdim=True).indices  # on a CPU several times as fast as argmax
+    chosen = torch.zeros_like(probabilities).scatter_(0, classes, 1)[1:]
     both = (probabilities[1:] * chosen).sum((1, 2))  # CxD
     total = (probabilities[1:] + chosen).sum((1, 2))
     volume = (2 * both.sum(1) / total.sum(1).clamp_min(1e-6)).mean()

@@ -73,13 +73,13 @@ class CloseWalld(MapTransform):
         return items
 
     def _closed(self, outputs: Tensor, pixel_mm: Sequence[float]) -> Tensor:
-        labels = outputs.argmax(0).cpu().numpy()
+        labels = outputs.max(0).indices.cpu().numpy()  # on a CPU several times as fast as argmax
         near = np.zeros(labels.shape, dtype=bool)
         for number in np.flatnonzero((labels == self.cavity).any((0, 1))):
             cavity = binary_fill_holes(labels[..., number] == self.cavity)
             near[..., number] = distance_transform_edt(~cavity, sampling=pixel_mm) <= self.minimum_mm
         near &= labels == _BACKGROUND
-        second = outputs[1:].argmax(0) + 1
+        second = outputs[1:].max(0).indices + 1
         gap = torch.as_tensor(near, device=outputs.device) & (second == self.wall)
         closed = outputs.clone()
         for of, by in ((_BACKGROUND, self.wall), (self.wall, _BACKGROUND)):

@@ -164,6 +164,6 @@ def _disagreement(probabilities: Tensor) -> Tensor:
 
     The foreground is that of either view; a slice without any has the share 0.
     """
-    one, other = probabilities.argmax(dim=2)
+    one, other = probabilities.max(dim=2).indices  # on a CPU several times as fast as argmax
     foreground = ((one > 0) | (other > 0)).sum((1, 2))
     return (one != other).sum((1, 2)) / foreground.clamp_min(1)
