@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cell_section, cohort_section, encoder_section, epoch_section, inference_section
+from benchmarks import cell_section, cohort_section, encoder_section, engine_section, epoch_section, inference_section
 from benchmarks.contenders import silence_random_weights
 from benchmarks.report import Table, write_report
 from benchmarks.settings import SECTIONS, Settings, describe_host
@@ -18,6 +18,7 @@ from components.sam.image_encoder import ARCHITECTURES
 
 RUN: dict[str, Callable[[Settings], Table]] = {
     "encoder": encoder_section.run,
+    "engines": engine_section.run,
     "epoch": epoch_section.run,
     "cell": cell_section.run,
     "inference": inference_section.run,

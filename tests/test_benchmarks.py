@@ -181,6 +181,7 @@ def test_a_quick_run_writes_table_csv_and_plot(tmp_path, monkeypatch, capsys):
     options = ["--quick", "--threads", "1", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["python -m benchmarks", *options])
     monkeypatch.setattr("benchmarks.epoch_section.HEADS", {"LinearHead": HEADS["LinearHead"]})
+    monkeypatch.setattr("benchmarks.engine_section.shutil.which", lambda _: None)  # compiling takes a minute
     main()
     check_report(tmp_path, capsys.readouterr().out)
 

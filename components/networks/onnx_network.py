@@ -35,13 +35,13 @@ class OnnxNetwork(nn.Module):
     def __init__(self, path: str, engine: str = "onnxruntime", precision: str = "auto") -> None:
         super().__init__()
         check_precision(precision)
-        if engine not in _ENGINES:
-            raise ValueError(f"unknown engine {engine!r}: expected {' or '.join(_ENGINES)}")
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}: expected {' or '.join(ENGINES)}")
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"no exported network at {path}: write it by `onnx_export`, or give --onnx_path FILE"
             )
-        self._session = _ENGINES[engine](path, precision)
+        self._session = ENGINES[engine](path, precision)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Segment images.
@@ -88,7 +88,7 @@ def _openvino(path: str, precision: str) -> _Session:
     return run
 
 
-_ENGINES: dict[str, Callable[[str, str], _Session]] = {"onnxruntime": _onnx_runtime, "openvino": _openvino}
+ENGINES: dict[str, Callable[[str, str], _Session]] = {"onnxruntime": _onnx_runtime, "openvino": _openvino}
 
 
 def _installed(name: str) -> ModuleType:
