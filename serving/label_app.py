@@ -36,6 +36,7 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
+from monailabel.transform.writer import Writer
 
 from autosam.worth import WORTH
 from serving.next_image import as_text, from_text, lowest, most_different
@@ -156,8 +157,13 @@ class InferTask(BundleInferTask):
         return answer | {PREDICTIONS: {DICE: dice} | embedding}
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-        """Write the answer, and return its file and notes, with the predictions."""
-        file, notes = super().writer(data, extension, dtype)
+        """Write the answer, and return its file and notes, with the predictions.
+
+        A NIfTI file has exactly the image's affine, which MONAI Label's own writer rounds.
+        """
+        chosen = {"result_extension": extension, "result_dtype": dtype}
+        data |= {name: value for name, value in chosen.items() if value is not None}
+        file, notes = Writer(label=self.output_label_key, json=self.output_json_key, nibabel=True)(data)
         return file, notes | {PREDICTIONS: data.get(PREDICTIONS, {})}
 
     @contextmanager
