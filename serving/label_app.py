@@ -204,7 +204,9 @@ class ClickTask(InferTask):
         files = (Path(str(data["image"])), Path(self.get_path()))
         key = (*((file, file.stat().st_mtime_ns) for file in files), data["device"])
         if key != self._kept[0]:
-            self._kept = (key, super().run_pre_transforms(data, transforms))
+            prepared = super().run_pre_transforms(dict(data), transforms)
+            of_image = {name: prepared[name] for name in prepared if name == self.key_image or name not in data}
+            self._kept = (key, of_image)
         request = {name: value for name, value in data.items() if name != self.key_image}
         return self._kept[1] | request
 
