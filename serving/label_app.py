@@ -25,6 +25,7 @@ import requests
 import torch
 from monai.transforms import LoadImage
 from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
 from monailabel.datastore.utils.convert import binary_to_image
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -498,6 +499,9 @@ class App(MONAILabelApp):
         is_remote = isinstance(store, DICOMWebDatastore)
         for name in _OF_THE_LIST if is_remote else _OF_THE_LIST + _OF_THE_FOLDER:
             setattr(store, name, _one_at_a_time(getattr(store, name), lock))
+        if is_remote:  # its methods call these of its base, which lock a file first: the watcher would wait for ever
+            for name in ("add_image", "save_label"):
+                setattr(LocalDatastore, name, _one_at_a_time(getattr(LocalDatastore, name), lock))
         save, add = store.save_label, store.add_image
 
         def save_checked(image: str, label: str, tag: str, info: dict[str, Any], **more: Any) -> str:
