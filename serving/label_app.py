@@ -192,6 +192,7 @@ class ClickTask(InferTask):
 
     def __init__(self, path: str, conf: dict[str, str]) -> None:
         super().__init__(path, conf, InferType.DEEPEDIT)
+        self.labels["background"] = len(self.labels)  # OHIF takes 0 for missing, and another class for the background
         self._kept: tuple[Any, dict[str, Any]] = (None, {})
 
     def _load_bundle_config(self, path: str, config: str) -> monai.bundle.ConfigParser:

@@ -44,7 +44,7 @@ def test_clicks_correct_their_slices_and_are_replayed_on_the_answer_before_them(
         models = json.loads(client.ask("GET", "/info/"))["models"]
         assert list(models) == ["organ", "organ_clicks"]
         assert (models["organ"]["type"], models["organ_clicks"]["type"]) == ("segmentation", "deepedit")
-        assert models["organ_clicks"]["labels"] == models["organ"]["labels"] | {"background": 0}
+        assert models["organ_clicks"]["labels"] == models["organ"]["labels"] | {"background": 3}  # after both classes
 
         def labels(model: str, name: str = image, **clicks) -> np.ndarray:
             (tmp_path / "answer.nii.gz").write_bytes(client.form(f"/infer/{model}", clicks, image=name, output="image"))

@@ -145,6 +145,15 @@ def test_clicks_in_ohif_correct_the_labels_that_it_shows(orthanc, label_python, 
         assert dice(corrected, truth, 2) > dice(before, truth, 2)
         assert dice(better, truth, 2) > dice(before, truth, 2)
 
+        spurious = largest_error((corrected == 2) & (truth == 0))
+        viewer.click("background", spurious)
+        sent = viewer.run("PointPrompts")
+        clicks = {name: voxels for name, voxels in sent.items() if isinstance(voxels, list)}
+        assert clicks == {"background": [spurious], "myo": [missed]}
+        corrected, better = viewer.shown(), answer("linearhead_acdc_clicks", **clicks)
+        assert corrected[tuple(spurious)] == 0
+        assert np.array_equal(corrected, np.where(before % 2, before, np.where(better == 2, 2, 0)))
+
         label = np.ravel(corrected, order="F").tolist()
         assert page.evaluate(SUBMIT, [series, label]) == 200
         (stored,) = series_of(orthanc, "SEG")
