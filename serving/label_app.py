@@ -25,6 +25,7 @@ import requests
 import torch
 from monai.transforms import LoadImage
 from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
 from monailabel.datastore.utils.convert import binary_to_image
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
@@ -36,6 +37,7 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
+from monailabel.transform.writer import Writer
 
 from autosam.worth import WORTH
 from serving.next_image import as_text, from_text, lowest, most_different
@@ -156,8 +158,13 @@ class InferTask(BundleInferTask):
         return answer | {PREDICTIONS: {DICE: dice} | embedding}
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-        """Write the answer, and return its file and notes, with the predictions."""
-        file, notes = super().writer(data, extension, dtype)
+        """Write the answer, and return its file and notes, with the predictions.
+
+        A NIfTI file has exactly the image's affine, which MONAI Label's own writer rounds.
+        """
+        chosen = {"result_extension": extension, "result_dtype": dtype}
+        data |= {name: value for name, value in chosen.items() if value is not None}
+        file, notes = Writer(label=self.output_label_key, json=self.output_json_key, nibabel=True)(data)
         return file, notes | {PREDICTIONS: data.get(PREDICTIONS, {})}
 
     @contextmanager
@@ -185,6 +192,7 @@ class ClickTask(InferTask):
 
     def __init__(self, path: str, conf: dict[str, str]) -> None:
         super().__init__(path, conf, InferType.DEEPEDIT)
+        self.labels["background"] = len(self.labels)  # OHIF takes 0 for missing, and another class for the background
         self._kept: tuple[Any, dict[str, Any]] = (None, {})
 
     def _load_bundle_config(self, path: str, config: str) -> monai.bundle.ConfigParser:
@@ -198,7 +206,9 @@ class ClickTask(InferTask):
         files = (Path(str(data["image"])), Path(self.get_path()))
         key = (*((file, file.stat().st_mtime_ns) for file in files), data["device"])
         if key != self._kept[0]:
-            self._kept = (key, super().run_pre_transforms(data, transforms))
+            prepared = super().run_pre_transforms(dict(data), transforms)
+            of_image = {name: prepared[name] for name in prepared if name == self.key_image or name not in data}
+            self._kept = (key, of_image)
         request = {name: value for name, value in data.items() if name != self.key_image}
         return self._kept[1] | request
 
@@ -490,6 +500,9 @@ class App(MONAILabelApp):
         is_remote = isinstance(store, DICOMWebDatastore)
         for name in _OF_THE_LIST if is_remote else _OF_THE_LIST + _OF_THE_FOLDER:
             setattr(store, name, _one_at_a_time(getattr(store, name), lock))
+        if is_remote:  # its methods call these of its base, which lock a file first: the watcher would wait for ever
+            for name in ("add_image", "save_label"):
+                setattr(LocalDatastore, name, _one_at_a_time(getattr(LocalDatastore, name), lock))
         save, add = store.save_label, store.add_image
 
         def save_checked(image: str, label: str, tag: str, info: dict[str, Any], **more: Any) -> str:

@@ -22,10 +22,18 @@ class Client:
         self.address = f"http://127.0.0.1:{port}"
         self.headers = {"Authorization": f"Bearer {token}"} if token else {}
 
-    def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json", **query) -> bytes:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        kind: str = "application/json",
+        seconds: float = 600,
+        **query,
+    ) -> bytes:
         url = f"{self.address}{path}?{urllib.parse.urlencode(query)}"
         request = urllib.request.Request(url, data=body, method=method, headers=self.headers | {"Content-Type": kind})
-        with urllib.request.urlopen(request, timeout=600) as answer:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
             return answer.read()
 
     def send(self, method: str, path: str, field: str, file: Path, **query) -> bytes:

@@ -1,4 +1,4 @@
-"""MONAI Label's server corrects segmentations by clicks, as 3D Slicer asks for it."""
+"""MONAI Label's server corrects segmentations by clicks, as 3D Slicer and OHIF ask for it."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_clicks_correct_their_slices_and_are_replayed_on_the_answer_before_them(
         models = json.loads(client.ask("GET", "/info/"))["models"]
         assert list(models) == ["organ", "organ_clicks"]
         assert (models["organ"]["type"], models["organ_clicks"]["type"]) == ("segmentation", "deepedit")
-        assert models["organ_clicks"]["labels"] == models["organ"]["labels"] | {"background": 0}
+        assert models["organ_clicks"]["labels"] == models["organ"]["labels"] | {"background": 3}  # after both classes
 
         def labels(model: str, name: str = image, **clicks) -> np.ndarray:
             (tmp_path / "answer.nii.gz").write_bytes(client.form(f"/infer/{model}", clicks, image=name, output="image"))
@@ -66,6 +66,8 @@ def test_clicks_correct_their_slices_and_are_replayed_on_the_answer_before_them(
         log = (tmp_path / "log.txt").read_text()
         assert log.count("clicks correct") == 6
         assert log.count("PRE - Run Transform") == 2 + 3  # of the plain model twice; image, other image, image again
+
+        assert np.array_equal(labels("organ_clicks"), plain)  # OHIF sends no list of a class without clicks
 
         for wrong, said in (
             ({first_class: [[8, 11, 3]]}, "is outside the image: expected [0, 0, 0] to"),

@@ -5,10 +5,12 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -62,14 +64,29 @@ def orthanc(tmp_path) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def store(orthanc: str, files: list[Path]) -> None:
-    for file in files:
+def write_series(orthanc: str, folder: Path, **phantom) -> dict[str, str]:
+    """Store a synthetic patient as an MR series, and return the files of its image and label."""
+    from test_dicom import write_classic
+
+    root = write_phantom_dataset(str(folder / "phantoms"), patients=1, **phantom)
+    case = next(iter(list_patients(root).values()))[0]
+    volume = nib.load(case["image"])
+    frame = nib.Nifti1Image(np.asarray(volume.dataobj)[..., None].astype(np.int16), volume.affine)
+    write_classic(folder / "series", frame, one_series=True, trigger=None)
+    for file in sorted((folder / "series").iterdir()):
         urllib.request.urlopen(urllib.request.Request(f"{orthanc}/instances", file.read_bytes())).close()
+    return case
 
 
 def series_of(orthanc: str, modality: str) -> list[str]:
     with urllib.request.urlopen(f"{orthanc}/dicom-web/series?Modality={modality}") as answer:
         return [series["0020000E"]["Value"][0] for series in json.loads(answer.read() or "[]")]
+
+
+def study_of(orthanc: str) -> str:
+    with urllib.request.urlopen(f"{orthanc}/dicom-web/studies") as answer:
+        (study,) = json.loads(answer.read())
+    return study["0020000D"]["Value"][0]
 
 
 def segments_of(seg: pydicom.Dataset) -> list[str]:
@@ -78,14 +95,7 @@ def segments_of(seg: pydicom.Dataset) -> list[str]:
 
 @pytest.mark.slow
 def test_mr_series_in_orthanc_is_segmented_labelled_and_trained_on(orthanc, label_python, tmp_path):
-    from test_dicom import write_classic
-
-    root = write_phantom_dataset(str(tmp_path / "phantoms"), patients=1, size_hw_d=(96, 96, 6))
-    case = next(iter(list_patients(root).values()))[0]
-    volume = nib.load(case["image"])
-    frame = nib.Nifti1Image(np.asarray(volume.dataobj)[..., None].astype(np.int16), volume.affine)
-    write_classic(tmp_path / "series", frame, one_series=True, trigger=None)
-    store(orthanc, sorted((tmp_path / "series").iterdir()))
+    volume = nib.load(write_series(orthanc, tmp_path, size_hw_d=(96, 96, 6))["image"])
     (series,) = series_of(orthanc, "MR")
 
     cache = {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(tmp_path / "cache")}
@@ -94,9 +104,8 @@ def test_mr_series_in_orthanc_is_segmented_labelled_and_trained_on(orthanc, labe
         assert client.refusal("POST", "/infer/linearhead_acdc", image="1.2.3", output="image")[0] == 404
         for name in ("../../etc", f"{series}/..", "/etc/passwd", "1" * 65):
             assert client.refusal("POST", "/infer/linearhead_acdc", image=name, output="image")[0] == 404
-        (study,) = json.loads(gzip.decompress(client.ask("GET", "/proxy/dicom/qido/studies")))  # as OHIF asks
-        uid = study["0020000D"]["Value"][0]
-        assert json.loads(gzip.decompress(client.ask("GET", f"/proxy/dicom/wado/studies/{uid}/metadata")))
+        assert json.loads(gzip.decompress(client.ask("GET", "/proxy/dicom/qido/studies")))  # as OHIF asks
+        assert json.loads(gzip.decompress(client.ask("GET", f"/proxy/dicom/wado/studies/{study_of(orthanc)}/metadata")))
         for path in ("../system", "..%2fsystem", "%2e%2e/system", "system", "studies/..%2f..%2fsystem"):
             assert client.refusal("GET", f"/proxy/dicom/qido/{path}")[0] in (404, 422)
         assert client.refusal("PUT", "/datastore/", "file", tmp_path / "phantoms/phantom.json", image="x")[0] == 422
@@ -126,3 +135,28 @@ def test_mr_series_in_orthanc_is_segmented_labelled_and_trained_on(orthanc, labe
         assert model.read_bytes() != before
         (submitted,) = (tmp_path / "cache").rglob(f"{stored}/*.dcm")  # which the training has fetched
         assert segments_of(pydicom.dcmread(submitted)) == ["rv", "myo", "lv"]
+
+
+@pytest.mark.slow
+def test_a_series_is_fetched_while_files_of_the_cache_change(orthanc, label_python, tmp_path):
+    write_series(orthanc, tmp_path, size_hw_d=(96, 96, 6))
+    (series,) = series_of(orthanc, "MR")
+    cache, ended = tmp_path / "cache", threading.Event()
+
+    def change() -> None:
+        (folder,) = cache.iterdir()
+        while not ended.is_set():
+            (folder / "other.nii.gz").touch()
+            (folder / "other.nii.gz").unlink()
+
+    options = {"MONAI_LABEL_DICOMWEB_CACHE_PATH": str(cache)}
+    with (
+        served(label_python, tmp_path, f"{orthanc}/dicom-web", "--bundle", "linearhead_acdc", **options) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        changing = pool.submit(change)
+        try:
+            client.ask("POST", "/infer/linearhead_acdc", seconds=60, image=series, output="json")
+        finally:
+            ended.set()
+        changing.result()
