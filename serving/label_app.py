@@ -503,6 +503,9 @@ class App(MONAILabelApp):
         if is_remote:  # its methods call these of its base, which lock a file first: the watcher would wait for ever
             for name in ("add_image", "save_label"):
                 setattr(LocalDatastore, name, _one_at_a_time(getattr(LocalDatastore, name), lock))
+        else:  # these leave the list to the watcher, so that a later request might still see what they removed
+            for name in ("remove_image", "remove_label"):
+                setattr(store, name, _one_at_a_time(_and_refreshes(getattr(store, name), store), lock))
         save, add = store.save_label, store.add_image
 
         def save_checked(image: str, label: str, tag: str, info: dict[str, Any], **more: Any) -> str:
@@ -670,6 +673,17 @@ def _takes_clicks(bundle: str) -> bool:
         return False
     model_type = json.loads((configs / "inference.json").read_text()).get("model_type")
     return model_type is None or has_click_corrector(model_type)  # without an encoder, the overlay brings one
+
+
+def _and_refreshes(method: Callable, store: LocalDatastore) -> Callable:
+    """Return a method of a store after which its list is that of the folder."""
+
+    def followed(*arguments: Any, **options: Any) -> Any:
+        result = method(*arguments, **options)
+        store.refresh()
+        return result
+
+    return followed
 
 
 def _one_at_a_time(method: Callable, lock: threading.RLock) -> Callable:
