@@ -58,7 +58,7 @@ def click_corrector(encoder: SamEncoder, checkpoint: str | None = None) -> nn.Mo
     if encoder.trainable:
         check_encoder()
     corrector: ClickCorrector = (
-        ClickHead.pretrained() if name in SHIPPED else ClickCorrectedSam(path, encoder.image_size)
+        ClickHead(start_checkpoint=pretrained_file("click_head.pt")).requires_grad_(False).eval() if name in SHIPPED else ClickCorrectedSam(path, encoder.image_size)
     )
     corrector.to(encoder.pixel_mean.device).register_forward_pre_hook(check_encoder)
     return corrector
