@@ -9,14 +9,20 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from conftest import REPOSITORY, messages_of
+from PIL import Image
 from test_front_door import SHORT, autosam_says, elsewhere, phantoms, refusal, values, volume  # noqa: F401
 
 import autosam
 from autosam.runner import LOG
 from components.data.volume_search import find_volumes
 from components.phantom.degraded import SPACING_MM, degraded_phantom
+from components.phantom.shapes import random_shapes
+from components.pretrained import pretrained_file
+from study.clicks import clicks as simulated_clicks
 
 ONE_VIEW = ("--test_time_views", "1")
 
@@ -102,12 +108,23 @@ def test_shipped_bundles_take_clicks_too(name, autosam_says, volume):  # noqa: F
     assert np.array_equal(corrected[..., others], plain[..., others])
 
 
-def test_a_bundle_on_the_general_encoder_is_refused(autosam_says, volume):  # noqa: F811
-    clicks = clicks_file(LV=[[30, 25, 1]])
-    knobs = ("--model_type", "general_unet")
-    said = refusal(autosam_says, "correct", volume, "--clicks", clicks, "--bundle", "linearhead_acdc", *knobs)
-    assert "so far, clicks correct bundles on phantom_unet or a SAM checkpoint only: received" in said
-    assert not list(Path("corrected").glob("*_pred*"))
+def test_clicks_mend_pictures_whose_encoder_was_trained_along(autosam_says, elsewhere):  # noqa: F811
+    """Of random shapes that no training has seen; each click lies inside the largest error."""
+    for folder in ("images", "labels"):
+        (elsewhere / "shapes" / folder).mkdir(parents=True)
+    for seed in range(8):
+        picture, label = random_shapes(96, np.random.default_rng([20230613, seed]))
+        Image.fromarray(picture.transpose(1, 2, 0)).save(elsewhere / f"shapes/images/{seed}.png")
+        Image.fromarray(label).save(elsewhere / f"shapes/labels/{seed}.png")
+    autosam_says("new", "blobs", "shapes")
+    autosam_says("train", "blobs", "--labelled", 2, "--steps", 2, *ONE_VIEW)
+    model = torch.load("blobs/models/model.pt", weights_only=True)
+    shipped = torch.load(pretrained_file("general_unet.pth"), weights_only=True)
+    name = "image_encoder.neck.0.weight"
+    assert not torch.equal(model[f"encoder.{name}"], shipped[name].float())
+    simulated_clicks("blobs", "out", count=3, labelled=2)
+    means = pd.read_csv("out/clicks.csv").groupby("clicks")["corrected"].mean()
+    assert means[3] > means[0] + 0.005
 
 
 def test_two_clicks_mend_most_of_a_slice_of_a_hard_phantom():

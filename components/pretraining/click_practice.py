@@ -1,4 +1,4 @@
-"""Practice of corrections: a network segments drawn pictures with errors, and another one learns to mend them by clicks."""
+"""Practice of corrections: a network errs on drawn pictures, and another one learns to mend the errors by clicks."""
 
 from __future__ import annotations
 
