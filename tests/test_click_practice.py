@@ -15,10 +15,10 @@ from components.phantom.slices import phantom_slices
 from components.pretraining.click_practice import _error_at, _other_truth
 from study.clicks import clicks
 
-FEW = {"batch_size": 4, "steps_per_epoch": 2, "epochs": 2, "val_interval": 1, "val_stacks": 1}
+FEW = {"batch_size": 4, "steps_per_epoch": 2, "epochs": 2, "val_interval": 1}
 SMALL = {
-    "phantom_encoder": {**FEW, "canvas_size": 64, "image_size": 64, "slices_per_stack": 3},
-    "general_encoder": {**FEW, "patch_size": 64, "pictures_per_stack": 3},
+    "phantom_encoder": {**FEW, "canvas_size": 64, "image_size": 64, "val_stacks": 1, "slices_per_stack": 3},
+    "general_encoder": {**FEW, "patch_size": 64, "validate#dataset#data#stacks": 1},
 }
 
 
