@@ -54,8 +54,6 @@ class ClickPractice:
         segmenter: encoder and head whose answers are corrected; both stay as they are.
         loss: from logits Bx1xHxW and targets Bx1xHxW.
         clicks: the largest number of clicks in a slice.
-        asked_weight: weight of a further loss, the binary cross-entropy of the pixels that the clicks ask to change.
-            Without it, errors of few pixels count for little.
         seed: of damages and clicks; a step depends on it and the step's number only.
     """
 
@@ -65,13 +63,11 @@ class ClickPractice:
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         *,
         clicks: int = 4,
-        asked_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.segmenter = segmenter.requires_grad_(False).eval()
         self.loss = loss
         self.clicks = clicks
-        self.asked_weight = asked_weight
         self.seed = seed
 
     def training_step(self, engine: SupervisedTrainer, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -122,17 +118,12 @@ class ClickPractice:
                 autocast_to(self.segmenter.precision, images.device.type),
             ):
                 pred = network.masks(embeddings, logits, numbers, marks)[:, None]
-        loss = self.loss(pred, wanted.float())
-        if self.asked_weight:
-            asked = wanted != (before > 0)
-            errors = F.binary_cross_entropy_with_logits(pred, wanted.float(), reduction="none") * asked
-            loss = loss + self.asked_weight * (errors.sum((1, 2, 3)) / asked.sum((1, 2, 3)).clamp_min(1)).mean()
         return {
             CommonKeys.IMAGE: images,
             CommonKeys.LABEL: wanted.float(),
             CommonKeys.PRED: pred,
             "before": before,
-            CommonKeys.LOSS: loss,
+            CommonKeys.LOSS: self.loss(pred, wanted.float()),
         }
 
     def _answer(
