@@ -477,8 +477,8 @@ class App(MONAILabelApp):
     def init_infers(self) -> dict[str, InferTask]:
         """Return the bundles' inference by name, and as `<name>_clicks` that with clicks where a bundle has it."""
         tasks = {name: InferTask(bundle, self.conf) for name, bundle in self.bundles.items()}
-        of_clicks = {name: path for name, path in self.bundles.items() if Path(path, "configs", CORRECT).is_file()}
-        return tasks | {f"{name}_clicks": ClickTask(path, self.conf) for name, path in of_clicks.items()}
+        of_clicks = {f"{name}_clicks": bundle for name, bundle in self.bundles.items() if _takes_clicks(bundle)}
+        return tasks | {name: ClickTask(bundle, self.conf) for name, bundle in of_clicks.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """Return the bundles' training by name."""
@@ -659,6 +659,19 @@ def _seconds_per_dice(bundle: str) -> float:
     """Return what bundles are sorted by; those for a user's own data come first."""
     _, dice, seconds = WORTH.get(bundle, ("", 1.0, 0.0))
     return seconds / dice
+
+
+def _takes_clicks(bundle: str) -> bool:
+    """Return whether the segmentation of volumes by a bundle in a folder can be corrected by clicks."""
+    from components.networks.click_networks import has_own_corrector
+    from components.sam.encoders import SHIPPED
+
+    inference, correct = (Path(bundle, "configs", name) for name in ("inference.json", CORRECT))
+    if not correct.is_file():
+        return False
+    model_type = json.loads(inference.read_text()).get("model_type")
+    brought = json.loads(correct.read_text()).get("click_encoder_def", {}).get("shipped")
+    return brought in SHIPPED or (model_type is not None and has_own_corrector(model_type))
 
 
 def _one_at_a_time(method: Callable, lock: threading.RLock) -> Callable:

@@ -192,6 +192,8 @@ def test_the_package_has_a_head_for_each_of_its_encoders(shipped, file):
 def test_a_network_on_sam_is_corrected_on_its_own_embeddings(tiny_sam_checkpoint):
     encoder = SamEncoder("vit_tiny", tiny_sam_checkpoint, SIZE)
     assert click_encoder("phantom_unet", crop_size=SIDE, encoder=encoder) is encoder
+    with pytest.raises(ValueError, match="received volumes of another kind, on which they did not help; make"):
+        click_encoder(None, crop_size=SIDE, encoder=SamEncoder("general_unet"))
     with pytest.raises(ValueError, match="no encoder 'vit_b' for clicks comes with the package: expected phantom_unet"):
         click_encoder("vit_b", crop_size=SIDE)
 

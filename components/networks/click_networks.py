@@ -18,22 +18,32 @@ from components.sam.encoders import GENERAL_UNET, PHANTOM_UNET, SHIPPED, encoder
 _HEADS = {PHANTOM_UNET: "click_head.pt", GENERAL_UNET: "general_click_head.pt"}
 
 
-def click_encoder(shipped: str, *, crop_size: int, encoder: SamEncoder | None = None) -> SamEncoder:
+def has_own_corrector(model_type: str) -> bool:
+    """Return whether SAM's decoder is in the file of an encoder, one of `components.sam.encoders.ENCODERS`."""
+    return model_type not in SHIPPED and encoder_type(model_type).has_sam_decoder
+
+
+def click_encoder(shipped: str | None, *, crop_size: int, encoder: SamEncoder | None = None) -> SamEncoder:
     """Return the encoder on whose embeddings clicks correct a network's segmentation.
 
     It is the network's own if SAM's decoder is in its file. Else it is one that comes with the package, frozen, and the
     network's own encoder may be any, or be trained.
 
     Args:
-        shipped: one of `components.sam.encoders.SHIPPED`.
+        shipped: one of `components.sam.encoders.SHIPPED`; None if no head of the package corrects the bundle's images.
         crop_size: side in pixels of the slices as the network is shown them.
         encoder: the network's own; None if it has none.
 
     Raises:
-        ValueError: if there is no such encoder.
+        ValueError: if there is no such encoder, or none for the bundle's images.
     """
-    if encoder is not None and encoder.model_type not in SHIPPED and encoder_type(encoder.model_type).has_sam_decoder:
+    if encoder is not None and has_own_corrector(encoder.model_type):
         return encoder
+    if shipped is None:
+        raise ValueError(
+            "clicks correct hearts, pictures, and bundles on a SAM checkpoint: received volumes of another kind, on "
+            "which they did not help; make the bundle with autosam new --encoder vit_b --checkpoint FILE"
+        )
     if shipped not in SHIPPED:
         raise ValueError(f"no encoder {shipped!r} for clicks comes with the package: expected {' or '.join(SHIPPED)}")
     return SamEncoder(shipped, pretrained_file(f"{shipped}.pth"), default_image_size(shipped, crop_size))
@@ -57,7 +67,7 @@ def click_corrector(encoder: SamEncoder, checkpoint: str | None = None) -> nn.Mo
     """
     name = encoder.model_type
     path = pretrained_file(f"{name}.pth") if name in SHIPPED else checkpoint
-    if path is None or (name not in SHIPPED and not encoder_type(name).has_sam_decoder):
+    if path is None or not (name in SHIPPED or has_own_corrector(name)):
         file = "" if path else ", which has no file"
         raise ValueError(
             f"clicks are corrected on {', '.join(SHIPPED)} or a SAM checkpoint: received the encoder {name}{file}; "
