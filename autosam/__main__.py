@@ -80,11 +80,11 @@ def correct(
         Path, Option(help='file of voxels on each class: {"LV": [[60, 71, 4]], "background": [[20, 33, 4]]}')
     ],
     output: Annotated[Path, Option("--output", "-o", help="folder of the results")] = Path("corrected"),
-    bundle: Annotated[str, Option(help="a bundle's folder or name, on a SAM checkpoint")] = "autosam_acdc",
+    bundle: Annotated[str, Option(help="a bundle's folder or name")] = "autosam_acdc",
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Segment an image, and correct the slices that you have clicked in, by SAM's own decoder."""
+    """Segment an image, and correct the slices that you have clicked in."""
     from autosam import workflows
 
     workflows.correct(image, output, bundle, typed_knobs(context.args), clicks, dry_run=dry_run, verbose=verbose)

@@ -13,7 +13,6 @@ DEFAULT = "linearhead_acdc"
 INFERENCE, TRAIN, CORRECT = "inference.json", "train.json", "correct.json"
 DATA_FILE = "configs/data.json"  # only in bundles for a user's own data
 MODEL = "models/model.pt"
-_SUCH_AS = {CORRECT: "autosam_acdc on a SAM checkpoint"}  # bundles that have a config
 
 
 def shipped_bundles() -> list[str]:
@@ -57,9 +56,7 @@ def find_bundle(bundle: str | Path, needs: str = INFERENCE) -> Path:
             f"there is no bundle {bundle}: expected a bundle's folder or one of {', '.join(shipped_bundles())}{hint}"
         )
     if not (folder / "configs" / needs).is_file():
-        raise ValueError(
-            f"{folder} has no configs/{needs}: choose another bundle, such as {_SUCH_AS.get(needs, DEFAULT)}"
-        )
+        raise ValueError(f"{folder} has no configs/{needs}: choose another bundle, such as {DEFAULT}")
     return folder
 
 

@@ -665,14 +665,16 @@ def _seconds_per_dice(bundle: str) -> float:
 
 
 def _takes_clicks(bundle: str) -> bool:
-    """Return whether the segmentation of a bundle in a folder can be corrected by clicks."""
-    from components.networks.click_networks import has_click_corrector
+    """Return whether the segmentation of volumes by a bundle in a folder can be corrected by clicks."""
+    from components.networks.click_networks import has_own_corrector
+    from components.sam.encoders import SHIPPED
 
-    configs = Path(bundle, "configs")
-    if not (configs / CORRECT).is_file():
+    inference, correct = (Path(bundle, "configs", name) for name in ("inference.json", CORRECT))
+    if not correct.is_file():
         return False
-    model_type = json.loads((configs / "inference.json").read_text()).get("model_type")
-    return model_type is None or has_click_corrector(model_type)  # without an encoder, the overlay brings one
+    model_type = json.loads(inference.read_text()).get("model_type")
+    brought = json.loads(correct.read_text()).get("click_encoder_def", {}).get("shipped")
+    return brought in SHIPPED or (model_type is not None and has_own_corrector(model_type))
 
 
 def _and_refreshes(method: Callable, store: LocalDatastore) -> Callable:

@@ -13,11 +13,11 @@ import torch
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, Transform
 
 from autosam.folders import CORRECT, INFERENCE, find_bundle
 from components.base.volume_metadata import case_name
-from components.data import LoadVolumed, list_cases
+from components.data import list_cases
 from components.data.clicks import BACKGROUND, depth_inside, largest_piece
 from components.inference.correction import EMBEDDINGS
 
@@ -27,7 +27,14 @@ _SUBSETS = ("training", "validation", "test")
 
 
 def clicks(
-    bundle: str, output_dir: str, dataset_dir: str = "", count: int = 15, cases: int | None = None, seed: int = 0
+    bundle: str,
+    output_dir: str,
+    dataset_dir: str = "",
+    count: int = 15,
+    cases: int | None = None,
+    seed: int = 0,
+    labelled: int = 0,
+    encoder: str | None = None,
 ) -> None:
     """Correct volumes by simulated clicks, and compare with drawing the same slices anew.
 
@@ -42,14 +49,17 @@ def clicks(
         count: clicks on each volume.
         cases: number of volumes; all by default.
         seed: of the order in which volumes are taken.
+        labelled: number of cases on which the bundle was trained with `split_seed` 0; they are left out.
+        encoder: the shipped encoder whose click head corrects; by default the one that the bundle names.
     """
     folder = find_bundle(Path(bundle), CORRECT).absolute()
-    chosen = _cases(folder, dataset_dir)
+    training = _training_config(folder, dataset_dir)
+    chosen = _cases(training.get_parsed_content("data"), labelled)
     chosen = [chosen[number] for number in np.random.default_rng(seed).permutation(len(chosen))[:cases]]
     table = pd.DataFrame()
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    session = _Session(folder)
+    session = _Session(folder, training.get_parsed_content("load"), encoder)
     for case in chosen:
         table = pd.concat([table, pd.DataFrame(session.rows(case, count))])
         table.to_csv(output / "clicks.csv", index=False)
@@ -64,15 +74,19 @@ def clicks(
     )
 
 
-def _cases(folder: Path, dataset_dir: str) -> list[dict[str, Any]]:
-    """Return all cases of a bundle that have a truth."""
+def _training_config(folder: Path, dataset_dir: str) -> ConfigParser:
     config = ConfigParser()
     config.read_config(str(folder / "configs/train.json"))
     config["bundle_root"] = str(folder)
     if dataset_dir:
         config["dataset_dir"] = str(Path(dataset_dir).resolve())
-    data = config.get_parsed_content("data")
-    return [case for subset in _SUBSETS for case in list_cases(data, subset=subset, split_seed=0)]
+    return config
+
+
+def _cases(data: dict[str, Any], labelled: int) -> list[dict[str, Any]]:
+    """Return all cases of a data description that have a truth, without those that a training has seen."""
+    seen = list_cases(data, "training", labelled_cases=labelled)
+    return [case for subset in _SUBSETS for case in list_cases(data, subset) if case not in seen]
 
 
 class _Session:
@@ -80,15 +94,19 @@ class _Session:
 
     Args:
         folder: of the bundle.
+        load: loads a case with its truth.
+        encoder: as for `clicks`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, load: Transform, encoder: str | None) -> None:
         config = ConfigParser()
         config.read_config([str(folder / "configs" / name) for name in (INFERENCE, CORRECT)])
         config.update({"bundle_root": str(folder), "clicks": {}})
+        if encoder is not None:
+            config["click_encoder_def#shipped"] = encoder
         self.names: list[str] = config.get_parsed_content("settings")["class_names"]
         self.preprocessing = config.get_parsed_content("preprocessing")
-        self.load_truth = LoadVolumed(keys="label", channels=1)
+        self.load = load
         self.network: Any = config.get_parsed_content("network").eval()
         self.device = config.get_parsed_content("device")
         engine = Engine(lambda _engine, _batch: None)
@@ -100,7 +118,7 @@ class _Session:
 
     def rows(self, case: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
         """Yield the Dice of each class of a volume after 0 to `count` clicks."""
-        truth = self.load_truth({"label": case["label"]})["label"][0].numpy().astype(np.uint8)
+        truth = self.load(case)["label"][0].numpy().astype(np.uint8)
         item = self._segmented(case)
         plain = self._corrected(item, {})
         to_canvas = torch.linalg.inv(item["image"].affine) @ plain.affine

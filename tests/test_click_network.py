@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from components.networks.click_corrected_sam import ClickCorrectedSam
 from components.networks.click_head import ClickHead, click_marks
-from components.networks.click_networks import click_corrector
+from components.networks.click_networks import click_corrector, click_encoder
 from components.networks.corrector import ClickCorrector, against_rest
 from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
@@ -124,14 +124,8 @@ def test_a_class_against_the_rest_has_the_odds_of_its_probability(logits):
 @pytest.mark.parametrize(
     ("model_type", "has_file", "trainable", "said"),
     [
-        (
-            "general_unet",
-            True,
-            False,
-            "or a SAM checkpoint only: received the encoder general_unet; make",
-        ),
-        ("phantom_unet", True, False, "the encoder was trained further than"),
-        ("vit_tiny", False, False, "received the encoder vit_tiny, which has no file"),
+        ("general_unet", True, False, "the encoder was trained further than"),
+        ("vit_tiny", False, False, "or a SAM checkpoint: received the encoder vit_tiny, which has no file"),
         ("vit_tiny", True, "neck", "the encoder was trained further than"),
     ],
 )
@@ -178,12 +172,30 @@ def test_the_head_sees_slices_of_another_size_than_the_encoder(logits):
     assert torch.nonzero(on_class).float().mean(0).tolist() == pytest.approx([30, 10], abs=0.6)
 
 
-def test_the_package_has_a_head_for_its_encoder():
-    encoder = SamEncoder("phantom_unet", pretrained_file("phantom_unet.pth"), 176)
+@pytest.mark.parametrize(
+    ("shipped", "file"), [("phantom_unet", "click_head.pt"), ("general_unet", "general_click_head.pt")]
+)
+def test_the_package_has_a_head_for_each_of_its_encoders(shipped, file):
+    """Whatever the network's own encoder is, as long as SAM's decoder is not in its file."""
+    trained = SamEncoder("general_unet", image_size=SIZE, trainable=True)
+    encoder = click_encoder(shipped, crop_size=SIDE + 1, encoder=trained)
+    assert (encoder.model_type, encoder.image_size, encoder.trainable) == (shipped, SIZE, False)
     network = click_corrector(encoder)
     assert isinstance(network, ClickHead)
     assert sum(weight.numel() for weight in network.parameters()) < 1e6
-    assert not any(weight.requires_grad for weight in network.parameters())
+    assert not any(weight.requires_grad for weight in (*network.parameters(), *encoder.parameters()))
+    for name, value in torch.load(pretrained_file(file), weights_only=True).items():
+        assert torch.equal(network.state_dict()[name], value.float()), name
+    network(torch.zeros(1, 256, 16, 16), torch.zeros(1, 2, SIZE, SIZE), [{1: clicked((9.0, 9.0, 1))}])
+
+
+def test_a_network_on_sam_is_corrected_on_its_own_embeddings(tiny_sam_checkpoint):
+    encoder = SamEncoder("vit_tiny", tiny_sam_checkpoint, SIZE)
+    assert click_encoder("phantom_unet", crop_size=SIDE, encoder=encoder) is encoder
+    with pytest.raises(ValueError, match="received volumes of another kind, on which they did not help; make"):
+        click_encoder(None, crop_size=SIDE, encoder=SamEncoder("general_unet"))
+    with pytest.raises(ValueError, match="no encoder 'vit_b' for clicks comes with the package: expected phantom_unet"):
+        click_encoder("vit_b", crop_size=SIDE)
 
 
 def test_only_changes_that_a_click_asks_for_are_taken(monkeypatch):

@@ -3,8 +3,10 @@
 import monai.bundle
 import numpy as np
 import pandas as pd
+import pytest
 import torch
-from test_pretraining import BUNDLE, TINY, config, is_same
+from conftest import REPOSITORY
+from test_pretraining import is_same
 
 from components.data.clicks import depth_inside, largest_piece
 from components.networks.click_head import ClickHead
@@ -13,32 +15,37 @@ from components.phantom.slices import phantom_slices
 from components.pretraining.click_practice import _error_at, _other_truth
 from study.clicks import clicks
 
-SIDE = {"canvas_size": 64, "image_size": 64}
+FEW = {"batch_size": 4, "steps_per_epoch": 2, "epochs": 2, "val_interval": 1}
+SMALL = {
+    "phantom_encoder": {**FEW, "canvas_size": 64, "image_size": 64, "val_stacks": 1, "slices_per_stack": 3},
+    "general_encoder": {**FEW, "patch_size": 64, "validate#dataset#data#stacks": 1},
+}
 
 
-def practise(folder, **overrides) -> None:
-    small = {**{key: value for key, value in TINY.items() if key != "model_type"}, **SIDE}
-    folders = {"bundle_root": str(BUNDLE), "ckpt_dir": str(folder), "output_dir": str(folder / "eval")}
-    monai.bundle.run("training", config_file=config("train", "clicks"), **{**small, **folders, **overrides})
+def run(name: str, bundle: str, folder, **overrides) -> None:
+    root = REPOSITORY / "bundles" / bundle
+    folders = {"bundle_root": str(root), "ckpt_dir": str(folder), "output_dir": str(folder / "eval")}
+    config = [str(root / "configs" / file) for file in ("train.json", "clicks.json")]
+    monai.bundle.run(name, config_file=config, **{**SMALL[bundle], **folders, **overrides})
 
 
 def weights(folder, epoch: int = 2) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"checkpoint_epoch={epoch}.pt", weights_only=True)["model"]
 
 
-def test_a_run_trains_the_click_head_alone_resumes_and_exports(tmp_path):
+@pytest.mark.parametrize("bundle", SMALL)
+def test_a_run_trains_the_click_head_alone_resumes_and_exports(bundle, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    practise(whole)
+    run("training", bundle, whole)
     trained = weights(whole)
     assert trained.keys() == ClickHead().state_dict().keys()
-    practise(killed, epochs=1)
+    run("training", bundle, killed, epochs=1)
     assert not is_same(weights(killed, 1), trained)
-    practise(killed, resume=True)
+    run("training", bundle, killed, resume=True)
     assert is_same(weights(killed), trained)
 
     file = tmp_path / "click_head.pt"
-    paths = {"bundle_root": str(BUNDLE), "ckpt_dir": str(whole), "export_path": str(file)}
-    monai.bundle.run("exporting", config_file=config("train", "clicks"), **paths)
+    run("exporting", bundle, whole, export_path=str(file))
     exported = torch.load(file, weights_only=True)
     assert {value.dtype for value in exported.values()} == {torch.float16}
     ClickHead().load_state_dict(exported)

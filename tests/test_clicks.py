@@ -158,6 +158,7 @@ class Corrector:
         small |= {
             "bundle_root": str(bundle),
             "network": self.network,
+            "click_encoder": self.network.encoder,
             "correction#corrector": self.painter,
             "output_dir": str(folder),
         }

@@ -10,13 +10,19 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, messages_of
+from PIL import Image
+from test_custom_data import decathlon
 from test_front_door import SHORT, autosam_says, elsewhere, phantoms, refusal, values, volume  # noqa: F401
+from test_release import trained
 
 import autosam
+from adapt.new import new_bundle
 from autosam.runner import LOG
 from components.data.volume_search import find_volumes
 from components.phantom.degraded import SPACING_MM, degraded_phantom
+from components.pretrained import pretrained_file
 
 ONE_VIEW = ("--test_time_views", "1")
 
@@ -102,11 +108,38 @@ def test_shipped_bundles_take_clicks_too(name, autosam_says, volume):  # noqa: F
     assert np.array_equal(corrected[..., others], plain[..., others])
 
 
-def test_a_bundle_on_the_general_encoder_is_refused(autosam_says, volume):  # noqa: F811
-    clicks = clicks_file(LV=[[30, 25, 1]])
-    knobs = ("--model_type", "general_unet")
-    said = refusal(autosam_says, "correct", volume, "--clicks", clicks, "--bundle", "linearhead_acdc", *knobs)
-    assert "so far, clicks correct bundles on phantom_unet or a SAM checkpoint only: received" in said
+def test_a_click_takes_an_object_off_a_picture_whose_encoder_was_trained_along(autosam_says, elsewhere):  # noqa: F811
+    rows, columns = np.mgrid[:96, :96]
+    for folder in ("images", "labels"):
+        (elsewhere / "discs" / folder).mkdir(parents=True)
+    for number in range(8):
+        discs = [np.hypot(rows - 30 - number, columns - x) < 10 for x in (25, 70)]
+        noise = np.random.default_rng(number).uniform(0, 40, (96, 96))
+        Image.fromarray((noise + 150 * (discs[0] | discs[1])).astype(np.uint8)).save(f"discs/images/{number}.png")
+        Image.fromarray((discs[0] | discs[1]).astype(np.uint8)).save(f"discs/labels/{number}.png")
+    autosam_says("new", "blobs", "discs")
+    autosam_says("train", "blobs", "--labelled", 2, "--steps", 4)
+    last = torch.load("blobs/models/checkpoint_epoch=1.pt", weights_only=True)["model"]
+    shipped = torch.load(pretrained_file("general_unet.pth"), weights_only=True)["image_encoder.neck.0.weight"]
+    assert not torch.equal(last["encoder.image_encoder.neck.0.weight"], shipped.float())
+    torch.save(last, "blobs/models/model.pt")  # whether or not it is the best
+
+    segmenter = autosam.load("blobs")
+    before = segmenter("discs/images/7.png")[0].numpy().squeeze()
+    after = segmenter.correct("discs/images/7.png", {"background": [[70, 37]]})[0].numpy().squeeze()
+    where = np.s_[:48], np.s_[48:]  # x comes first
+    assert [np.count_nonzero(before[half]) > 200 for half in where] == [True, True]
+    assert np.count_nonzero(after[where[1]]) < 0.1 * np.count_nonzero(before[where[1]])
+    assert np.array_equal(after[where[0]], before[where[0]])
+
+
+@pytest.mark.parametrize("network", ["unet", "linearhead"])
+def test_clicks_on_volumes_of_other_organs_are_refused(network, autosam_says, elsewhere):  # noqa: F811
+    data = decathlon(elsewhere / "data", real=False)
+    bundle = trained(new_bundle("organ", data, elsewhere, network=network)[0])
+    image = next((data / "imagesTr").glob("*.nii.gz"))
+    said = refusal(autosam_says, "correct", image, "--clicks", clicks_file(), "--bundle", bundle)
+    assert "received volumes of another kind, on which they did not help; make the bundle with autosam new" in said
     assert not list(Path("corrected").glob("*_pred*"))
 
 

@@ -32,7 +32,7 @@ from release.archives import write_archive, write_model_info
 from release.bundles import PACKED, check_release_facts, picture_of
 from release.picture import draw_picture
 
-BESIDE_MODELS = ("general_unet.pth", "general_linear_head.pt", "click_head.pt")
+BESIDE_MODELS = ("general_unet.pth", "general_linear_head.pt", "click_head.pt", "general_click_head.pt")
 VERSION = components.__version__
 MODELS = {
     "autosam": "vit_head.pt",

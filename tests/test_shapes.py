@@ -116,4 +116,4 @@ def test_the_encoder_and_its_head_are_exported_and_every_class_starts_as_the_obj
 
 
 def test_readme_explains_the_knobs():
-    assert_readme_explains_knobs(BUNDLE, "train", except_for=("dataset_dir",))
+    assert_readme_explains_knobs(BUNDLE, "train", "clicks", except_for=("dataset_dir",))

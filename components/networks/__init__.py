@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "box_prompted_sam": ["BoxPromptedSam"],
         "click_head": ["ClickHead"],
-        "click_networks": ["click_corrector"],
+        "click_networks": ["click_corrector", "click_encoder"],
         "contrastive": ["ContrastiveUNet", "TwoViews"],
         "heads": ["CNNHead", "DeepLabHead", "LinearHead", "ViTHead"],
         "onnx_network": ["OnnxNetwork"],

@@ -13,7 +13,6 @@ from torch import nn
 
 from components.base.layers import use_faster_layers
 from components.networks.corrector import ClickCorrector, against_rest
-from components.pretrained import pretrained_file
 from components.sam.image_encoder import EMBEDDING_CHANNELS
 
 DISC_RADIUS_PX = 3.0  # of the mark of a click, on the slice as the encoder was shown it
@@ -32,14 +31,17 @@ class ClickHead(ClickCorrector):
 
     Args:
         width: channels of the UNet's first level.
+        start_checkpoint: file of weights to start from, such as `click_head.pt` of `components.pretrained`.
     """
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 16, start_checkpoint: str | None = None) -> None:
         super().__init__()
         self.reduce = nn.Conv2d(EMBEDDING_CHANNELS, 4 * _FEATURES, kernel_size=1)
         features = [width * times for times in (1, 2, 3, 4, 4, 1)]
         self.unet = BasicUNet(spatial_dims=2, in_channels=_FEATURES + 5, out_channels=1, features=features)
         use_faster_layers(self.unet)
+        if start_checkpoint is not None:
+            self.load_state_dict(torch.load(start_checkpoint, map_location="cpu", weights_only=True))
 
     def masks(
         self, embeddings: torch.Tensor, logits: torch.Tensor, numbers: Sequence[int], marks: torch.Tensor
@@ -75,13 +77,6 @@ class ClickHead(ClickCorrector):
         mask = self.masks(_resized(embedding, grid)[None], _resized(logits, seen)[None], [number], marks[None])
         before, after = against_rest(logits, number), _resized(mask, size)[0]
         return torch.where(_with_clicks(before > 0, after > 0, points, signs), after, before)
-
-    @classmethod
-    def pretrained(cls) -> ClickHead:
-        """Return the network of the package, for the encoder `phantom_unet`."""
-        network = cls()
-        network.load_state_dict(torch.load(pretrained_file("click_head.pt"), map_location="cpu", weights_only=True))
-        return network.requires_grad_(False).eval()
 
 
 def _with_clicks(before: torch.Tensor, after: torch.Tensor, points: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

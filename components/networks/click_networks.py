@@ -1,4 +1,4 @@
-"""The network that corrects the segmentations of an encoder by clicks."""
+"""The networks that correct segmentations by clicks: an encoder, and a corrector on its embeddings."""
 
 from __future__ import annotations
 
@@ -9,26 +9,54 @@ from torch import nn
 
 from components.networks.click_corrected_sam import ClickCorrectedSam
 from components.networks.click_head import ClickHead
-from components.networks.corrector import ClickCorrector
 from components.pretrained import pretrained_file
 from components.sam.checkpoint import read_checkpoint
+from components.sam.defaults import default_image_size
 from components.sam.encoder import SamEncoder, fingerprint
-from components.sam.encoders import PHANTOM_UNET, SHIPPED, encoder_type, encoder_weights
+from components.sam.encoders import GENERAL_UNET, PHANTOM_UNET, SHIPPED, encoder_type, encoder_weights
+
+_HEADS = {PHANTOM_UNET: "click_head.pt", GENERAL_UNET: "general_click_head.pt"}
 
 
-def has_click_corrector(model_type: str) -> bool:
-    """Return whether `click_corrector` has a network for an encoder, one of `components.sam.encoders.ENCODERS`."""
-    return model_type == PHANTOM_UNET or (model_type not in SHIPPED and encoder_type(model_type).has_sam_decoder)
+def has_own_corrector(model_type: str) -> bool:
+    """Return whether SAM's decoder is in the file of an encoder, one of `components.sam.encoders.ENCODERS`."""
+    return model_type not in SHIPPED and encoder_type(model_type).has_sam_decoder
+
+
+def click_encoder(shipped: str | None, *, crop_size: int, encoder: SamEncoder | None = None) -> SamEncoder:
+    """Return the encoder on whose embeddings clicks correct a network's segmentation.
+
+    It is the network's own if SAM's decoder is in its file. Else it is one that comes with the package, frozen, and the
+    network's own encoder may be any, or be trained.
+
+    Args:
+        shipped: one of `components.sam.encoders.SHIPPED`; None if no head of the package corrects the bundle's images.
+        crop_size: side in pixels of the slices as the network is shown them.
+        encoder: the network's own; None if it has none.
+
+    Raises:
+        ValueError: if there is no such encoder, or none for the bundle's images.
+    """
+    if encoder is not None and has_own_corrector(encoder.model_type):
+        return encoder
+    if shipped is None:
+        raise ValueError(
+            "clicks correct hearts, pictures, and bundles on a SAM checkpoint: received volumes of another kind, on "
+            "which they did not help; make the bundle with autosam new --encoder vit_b --checkpoint FILE"
+        )
+    if shipped not in SHIPPED:
+        raise ValueError(f"no encoder {shipped!r} for clicks comes with the package: expected {' or '.join(SHIPPED)}")
+    return SamEncoder(shipped, pretrained_file(f"{shipped}.pth"), default_image_size(shipped, crop_size))
 
 
 def click_corrector(encoder: SamEncoder, checkpoint: str | None = None) -> nn.Module:
-    """Return the network that corrects the slices of an encoder by clicks.
+    """Return the network that corrects slices by clicks, on the embeddings of an encoder.
 
-    It is a `ClickHead` with the weights of the package for `phantom_unet`, and SAM's own decoder for SAM's encoders.
+    It is a `ClickHead` with weights of the package for encoders of the package, and SAM's own decoder for SAM's.
 
     Args:
-        encoder: the encoder.
-        checkpoint: its file. For `phantom_unet` it is that of the package.
+        encoder: as `click_encoder` returns it.
+        checkpoint: its file; not needed for an encoder of the package.
 
     Returns:
         a `ClickCorrector` on the encoder's device. It raises ValueError if the encoder has other weights than its file.
@@ -39,11 +67,11 @@ def click_corrector(encoder: SamEncoder, checkpoint: str | None = None) -> nn.Mo
     """
     name = encoder.model_type
     path = pretrained_file(f"{name}.pth") if name in SHIPPED else checkpoint
-    if not has_click_corrector(name) or path is None:
+    if path is None or not (name in SHIPPED or has_own_corrector(name)):
         file = "" if path else ", which has no file"
         raise ValueError(
-            f"so far, clicks correct bundles on {PHANTOM_UNET} or a SAM checkpoint only: received the encoder "
-            f"{name}{file}; make such a bundle with autosam new --encoder vit_b --checkpoint FILE"
+            f"clicks are corrected on {', '.join(SHIPPED)} or a SAM checkpoint: received the encoder {name}{file}; "
+            "make the bundle anew with autosam new, whose configs/correct.json brings an encoder"
         )
     state = encoder_weights(read_checkpoint(path), name, encoder.image_encoder.state_dict(), path=path)
     of_file = fingerprint(state)
@@ -57,8 +85,11 @@ def click_corrector(encoder: SamEncoder, checkpoint: str | None = None) -> nn.Mo
 
     if encoder.trainable:
         check_encoder()
-    corrector: ClickCorrector = (
-        ClickHead.pretrained() if name in SHIPPED else ClickCorrectedSam(path, encoder.image_size)
+    corrector = (
+        ClickHead(start_checkpoint=pretrained_file(_HEADS[name]))
+        if name in SHIPPED
+        else ClickCorrectedSam(path, encoder.image_size)
     )
-    corrector.to(encoder.pixel_mean.device).register_forward_pre_hook(check_encoder)
+    corrector.requires_grad_(False).eval().to(encoder.pixel_mean.device)
+    corrector.register_forward_pre_hook(check_encoder)
     return corrector

@@ -8,8 +8,8 @@ def pretrained_file(name: str) -> str:
 
     Args:
         name: `phantom_unet.pth` (in SAM's own layout), `vit_head.pt`, `cnn_head.pt`, `linear_head.pt`,
-            `deeplab_head.pt`, `click_head.pt`, `unet.pt`; or `general_unet.pth` or `general_linear_head.pt`, for
-            objects of any kind.
+            `deeplab_head.pt`, `click_head.pt`, `unet.pt`; or `general_unet.pth`, `general_linear_head.pt` or
+            `general_click_head.pt`, for objects of any kind.
 
     Returns:
         its path.

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "optimization": ["GradientClipping", "parameter_groups"],
         "phantom_stream": ["PhantomStream", "phantom_stacks"],
         "record": ["TrainingRecord"],
-        "shape_stream": ["ShapeStream"],
+        "shape_stream": ["ShapeStream", "shape_stacks"],
         "stream": ["StreamPosition"],
     },
 )

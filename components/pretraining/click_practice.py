@@ -1,4 +1,4 @@
-"""Practice of corrections: a network segments phantoms with errors, and another one learns to mend them by clicks."""
+"""Practice of corrections: a network errs on drawn pictures, and another one learns to mend the errors by clicks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SMALLEST_LOGIT = -8.0  # of a class's probability
 _DAMAGED_EMBEDDINGS = 0.35
 _DROPPED_CHANNELS = 0.5  # share of the embeddings' channels that are cleared
 _CHANNEL_SHIFT, _EMBEDDING_NOISE = 0.8, 0.5  # relative to the deviation of the embeddings
-_OTHER_PLACE = 0.2  # chance of the answer that belongs to a heart of another size and place
+_OTHER_PLACE = 0.2  # chance of the answer that belongs to a picture of another size and place
 _ZOOM, _SHIFT = 0.2, 0.1  # shift relative to half of the slice
-_BLOB = 0.3  # chance of a piece of any class, also of background, near the heart
+_BLOB = 0.3  # chance of a piece of any class, also of background, near an object
 _BLOB_PX = (6.0, 24.0)
-_SWAPPED = 0.1  # chance that two classes are taken for each other
+_SWAPPED = 0.1  # chance that two of more than two classes are taken for each other
 _WAVES = 2.5  # amplitude of smooth noise in the logits
 _WAVE_CELLS = (4, 16)
 _SEEN_DAMAGED = 0.5  # chance that the click head gets the damaged embeddings, too
@@ -143,7 +143,7 @@ class ClickPractice:
                 answer.copy_(_elsewhere(answer, random))
             if random.random() < _BLOB:
                 _add_blob(answer, label, random)
-            if random.random() < _SWAPPED:
+            if random.random() < _SWAPPED and len(answer) > 2:
                 one, other = random.permutation(len(answer))[:2].tolist()
                 answer[[one, other]] = answer[[other, one]]
             cells = int(random.integers(*_WAVE_CELLS))

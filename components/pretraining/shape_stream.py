@@ -1,4 +1,4 @@
-"""Data of pre-training beyond hearts: an endless stream of pictures of random shapes."""
+"""Data of pre-training beyond hearts: an endless stream of pictures of random shapes, and fixed ones for validation."""
 
 from __future__ import annotations
 
@@ -32,3 +32,20 @@ class ShapeStream(EndlessStream):
             "image": torch.from_numpy(np.stack(images)).float(),
             "label": torch.from_numpy(np.stack(labels)[:, None]).float(),
         }
+
+
+def shape_stacks(stacks: int, pictures: int, *, seed: int, size: int) -> list[dict[str, torch.Tensor]]:
+    """Draw fixed pictures of random shapes for validation, in stacks like volumes.
+
+    Args:
+        stacks: number of stacks.
+        pictures: number of pictures D of a stack.
+        seed: seed of the stream they are drawn from, different from the training's.
+        size: side of a picture in pixels.
+
+    Returns:
+        `image` 3x`size`x`size`xD of each stack, colours 0..255, and `label` 1x`size`x`size`xD.
+    """
+    stream = ShapeStream(pictures, seed=seed, size=size)
+    batches = [stream.batch(index) for index in range(stacks)]
+    return [{key: value.permute(1, 2, 3, 0) for key, value in batch.items()} for batch in batches]
