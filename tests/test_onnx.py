@@ -5,7 +5,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import DYNAMIC_BATCH, REPOSITORY, run_monai_bundle_here
+from conftest import DYNAMIC_BATCH, REPOSITORY, run_monai_bundle, run_monai_bundle_here
 
 from components.networks.onnx_network import OnnxNetwork
 from components.phantom.dataset import write_phantom_dataset
@@ -37,7 +37,11 @@ def test_exported_network_segments_like_the_one_it_was_exported_from(bundle, wei
     for engine, precision, most in (("onnxruntime", "fp32", 2), ("openvino", "fp32", 2), ("openvino", "bf16", 60)):
         folder = tmp_path / f"{engine}-{precision}"
         how = ("--engine", engine, "--precision", precision, "--output_dir", str(folder))
-        run(*inferring, "--config_file", overlaid, *onnx, *how)
+        options = ("--config_file", overlaid, *onnx, *how)
+        if engine == "openvino":  # in a process of its own, as a fault of its C++ code would end this one
+            run_monai_bundle(*inferring, *options, cwd=REPOSITORY / "bundles" / bundle).check_returncode()
+        else:
+            run(*inferring, *options)
         exported = np.asarray(nib.load(folder / name).dataobj)
         assert np.count_nonzero(eager != exported) <= most, folder.name  # of 23,040
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,18 +76,23 @@ def _onnx_runtime(path: str, precision: str) -> _Session:
 
 
 def _openvino(path: str, precision: str) -> _Session:
-    openvino = _installed("openvino")
     in_bf16 = precision == "bf16" or (precision == "auto" and auto_is_bf16("cpu"))
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32",
     }
-    model = openvino.Core().compile_model(path, "CPU", settings)
+    model = _openvino_core().compile_model(path, "CPU", settings)
 
     def run(images: np.ndarray) -> np.ndarray:
         return model(images)[0].copy()  # the next call overwrites it
 
     return run
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """Return the only core of the process, since several can crash it (ultralytics pull request 25864)."""
+    return _installed("openvino").Core()
 
 
 ENGINES: dict[str, Callable[[str, str], _Session]] = {"onnxruntime": _onnx_runtime, "openvino": _openvino}
