@@ -339,8 +339,13 @@ def test_model_of_a_head_fits_its_encoder(trainable_encoder, phantoms, tmp_path)
 
 
 @pytest.mark.parametrize("head", ["autosam_acdc", "cnnhead_acdc", "linearhead_acdc"])
-def test_overlay_is_the_same_for_every_head_and_the_unet_has_no_cache(head):
+def test_overlay_is_the_same_for_every_head_and_the_unet_has_no_cache_but_half_phantoms(head):
     ours, unet = (
         json.loads((REPOSITORY / f"bundles/{name}/configs/unlabelled.json").read_text()) for name in (head, "unet_acdc")
     )
+    assert (
+        unet.pop("phantom_share")
+        == 0.5
+        == json.loads((REPOSITORY / f"bundles/{head}/configs/train.json").read_text())["phantom_share"]
+    )  # that of the UNet's train.json counts the slices, of which these have no label
     assert ours == {**unet, "cache_dir": None, "views": 0}
