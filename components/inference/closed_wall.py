@@ -13,6 +13,8 @@ from monai.transforms import MapTransform
 from scipy.ndimage import binary_fill_holes, distance_transform_edt
 from torch import Tensor
 
+from components.base.layers import largest_channel
+
 _BACKGROUND = 0
 
 
@@ -73,13 +75,13 @@ class CloseWalld(MapTransform):
         return items
 
     def _closed(self, outputs: Tensor, pixel_mm: Sequence[float]) -> Tensor:
-        labels = outputs.max(0).indices.cpu().numpy()  # on a CPU several times as fast as argmax
+        labels = largest_channel(outputs, 0).cpu().numpy()
         near = np.zeros(labels.shape, dtype=bool)
         for number in np.flatnonzero((labels == self.cavity).any((0, 1))):
             cavity = binary_fill_holes(labels[..., number] == self.cavity)
             near[..., number] = distance_transform_edt(~cavity, sampling=pixel_mm) <= self.minimum_mm
         near &= labels == _BACKGROUND
-        second = outputs[1:].max(0).indices + 1
+        second = largest_channel(outputs[1:], 0) + 1
         gap = torch.as_tensor(near, device=outputs.device) & (second == self.wall)
         closed = outputs.clone()
         for of, by in ((_BACKGROUND, self.wall), (self.wall, _BACKGROUND)):

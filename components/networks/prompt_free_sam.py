@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from components.base.export import in_export
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import key_test, load_starting_weights, read_starting_weights
 from components.networks.any_object import for_classes, is_of_any_object
@@ -89,7 +90,7 @@ class PromptFreeSam(nn.Module):
     @torch.jit.unused
     def _segment(self, images: torch.Tensor) -> torch.Tensor:
         """Run encoder and head in this network's precision."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if in_export():
             return self.head(self.encoder(images))
         with autocast_to(self.precision, images.device.type):
             logits = self.head(self.encoder(images))

@@ -9,6 +9,7 @@ import torch
 from monai.networks.nets import BasicUNet
 from torch import nn
 
+from components.base.export import in_export
 from components.base.layers import use_faster_layers
 from components.base.precision import autocast_to, check_precision
 from components.base.weights import load_starting_weights, read_starting_weights
@@ -79,7 +80,7 @@ class GreyUNet(nn.Module):
     @torch.jit.unused
     def _segment(self, values: torch.Tensor) -> torch.Tensor:
         """Run the UNet in this network's precision."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if in_export():
             return self.unet(values)
         with autocast_to(self.precision, values.device.type):
             logits = self.unet(values)

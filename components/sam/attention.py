@@ -6,6 +6,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
+from components.base.export import in_export
 from components.base.precision import has_amx
 from components.sam.segment_anything_import import import_from_segment_anything
 
@@ -106,7 +107,7 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         on_cpu = q.device.type == "cpu"
         if on_cpu and q.dtype == torch.bfloat16 and self.has_amx:
             return _attend_with_folded_bias(q, k, v, bias_h, bias_w, self.tile_dims)
-        if not on_cpu or _in_export():
+        if not on_cpu or in_export():
             limit = self.block_elements_export if on_cpu else self.block_elements_gpu
             return _attend_in_blocks(q, k, v, bias_h, bias_w, limit)
         q, k, v, bias_h, bias_w = [part.flatten(0, 1) for part in (q, k, v, bias_h, bias_w)]
@@ -131,13 +132,6 @@ class RelPosAttention(sam_image_encoder.Attention):  # type: ignore[name-defined
         bias_h = torch.einsum("gnhwc,hkc->gnhwk", q, table_h)
         bias_w = torch.einsum("gnhwc,wkc->gnhwk", q, table_w)
         return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
-
-
-def _in_export() -> bool:
-    """Return whether a graph is being recorded, by tracing or compiling."""
-    if torch.jit.is_scripting():
-        return False
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _split_remainder(x: torch.Tensor, size: int, dim: int) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from components.base.export import in_export
 from components.base.weights import fixed_random_weights
 from components.embeddings.cache import BlankImageCache, EmbeddingCache
 from components.sam.checkpoint import load_part, read_checkpoint
@@ -182,7 +183,7 @@ class SamEncoder(nn.Module):
             embeddings, as `forward`.
         """
         weights_dtype = next(self.image_encoder.parameters()).dtype
-        if torch.jit.is_tracing() or torch.compiler.is_compiling() or weights_dtype != torch.float32:
+        if in_export() or weights_dtype != torch.float32:
             return self._encode(images)
         images = images.as_subclass(torch.Tensor)  # MONAI's tensors copy their metadata in every operation
         namespace = self._namespace(images.device.type)
