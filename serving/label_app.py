@@ -498,14 +498,14 @@ class App(MONAILabelApp):
         store = super().init_datastore()
         lock = threading.RLock()  # requests and the watcher of the folder have a thread each
         is_remote = isinstance(store, DICOMWebDatastore)
+        if not is_remote:  # these leave the list to the watcher, so that a later request might still see the removed
+            for name in ("remove_image", "remove_label"):
+                setattr(store, name, _and_refreshes(getattr(store, name), store))
         for name in _OF_THE_LIST if is_remote else _OF_THE_LIST + _OF_THE_FOLDER:
             setattr(store, name, _one_at_a_time(getattr(store, name), lock))
         if is_remote:  # its methods call these of its base, which lock a file first: the watcher would wait for ever
             for name in ("add_image", "save_label"):
                 setattr(LocalDatastore, name, _one_at_a_time(getattr(LocalDatastore, name), lock))
-        else:  # these leave the list to the watcher, so that a later request might still see what they removed
-            for name in ("remove_image", "remove_label"):
-                setattr(store, name, _one_at_a_time(_and_refreshes(getattr(store, name), store), lock))
         save, add = store.save_label, store.add_image
 
         def save_checked(image: str, label: str, tag: str, info: dict[str, Any], **more: Any) -> str:
