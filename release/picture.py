@@ -11,7 +11,7 @@ from monai.bundle import run
 from monai.transforms import LoadImage
 
 import autosam
-from components.data.clicks import BACKGROUND, depth_inside, largest_piece
+from components.data.clicks import BACKGROUND, innermost_pixel, largest_piece
 from components.data.pictures import CLASS_COLOURS
 from components.evaluation.overlays import draw_overlay
 from components.phantom.dataset import write_phantom_dataset
@@ -81,8 +81,7 @@ def draw_correction(path: Path) -> Path:
     number = int((before != truth).sum((0, 1)).argmax())
     for _ in range(_CLICKS):
         errors = [largest_piece((after == label)[..., number] != (truth == label)[..., number]) for label in (1, 2, 3)]
-        depth = depth_inside(max(errors, key=np.count_nonzero))
-        voxel = [*map(int, np.unravel_index(depth.argmax(), depth.shape)), number]
+        voxel = [*innermost_pixel(max(errors, key=np.count_nonzero)), number]
         clicks.setdefault(names[truth[tuple(voxel)]], []).append(voxel)
         after = segmenter.correct(voxels, clicks, affine=affine)[0].numpy()
     image, label = (np.stack([each[..., number]] * 2, axis=-1) for each in (voxels, truth))

@@ -18,7 +18,7 @@ from monai.transforms import Compose, Transform
 from autosam.folders import CORRECT, INFERENCE, find_bundle
 from components.base.volume_metadata import case_name
 from components.data import list_cases
-from components.data.clicks import BACKGROUND, depth_inside, largest_piece
+from components.data.clicks import BACKGROUND, innermost_pixel, largest_piece
 from components.inference.correction import EMBEDDINGS
 
 logger = logging.getLogger("study")
@@ -171,8 +171,7 @@ def _worst(labels: np.ndarray, truth: np.ndarray, axis: int) -> tuple[int, int, 
             piece = largest_piece(wrong)
             if np.count_nonzero(piece) > np.count_nonzero(error):
                 found, error = (label, number), piece
-    depth = depth_inside(error)
-    return *found, np.array(np.unravel_index(depth.argmax(), depth.shape) if found[0] else (0, 0))
+    return *found, np.array(innermost_pixel(error) if found[0] else (0, 0))
 
 
 def _dice(mask: np.ndarray, truth: np.ndarray) -> float:

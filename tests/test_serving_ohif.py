@@ -9,9 +9,10 @@ import numpy as np
 import pydicom
 import pytest
 from label_server import Client, served
-from scipy import ndimage
 from test_page import CHROMIUM
 from test_serving_dicom import orthanc, segments_of, series_of, study_of, write_series  # noqa: F401 - a fixture
+
+from components.data.clicks import innermost_pixel, largest_piece
 
 CLASSES = ["background", "rv", "myo", "lv"]
 SOFTWARE_GPU = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
@@ -109,10 +110,9 @@ def dice(labels: np.ndarray, truth: np.ndarray, index: int) -> float:
 
 def largest_error(wrong: np.ndarray) -> list[int]:
     """A voxel in the middle of the largest connected part of a mask, of those within a slice."""
-    parts, _ = ndimage.label(wrong, structure=ndimage.generate_binary_structure(3, 1) * [[[0, 1, 0]]])
-    part = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    depth = np.stack([ndimage.distance_transform_edt(one) for one in np.moveaxis(np.pad(part, 1), 2, 0)], 2)
-    return [int(index) - 1 for index in np.unravel_index(depth.argmax(), depth.shape)]
+    pieces = [largest_piece(of_slice) for of_slice in np.moveaxis(wrong, 2, 0)]
+    number = max(range(len(pieces)), key=lambda each: np.count_nonzero(pieces[each]))
+    return [*innermost_pixel(pieces[number]), number]
 
 
 @pytest.mark.slow

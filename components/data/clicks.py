@@ -95,6 +95,13 @@ def depth_inside(mask: np.ndarray) -> np.ndarray:
     return ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
 
 
+def innermost_pixel(mask: np.ndarray) -> tuple[int, int]:
+    """Return the row and column of a mask HxW's pixel farthest from the outside."""
+    depth = depth_inside(mask)
+    row, column = np.unravel_index(depth.argmax(), depth.shape)
+    return int(row), int(column)
+
+
 def _content(source: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return what a file of clicks holds."""
     if isinstance(source, Mapping):
