@@ -132,7 +132,7 @@ def test_peak_memory_is_that_of_the_work_only():
     assert float(here[0]) == 1
 
 
-BUSY = f"import time; kept = b'1' * {300 * MIB}; any(iter(lambda: time.process_time() >= 1, True)); time.sleep(1)"
+BUSY = f"import time; kept = b'1' * {300 * MIB}; any(iter(lambda: time.process_time() >= 1.05, True)); time.sleep(1)"
 STANDS_FOR_AUTOSAM = f"""
 import json, pathlib, subprocess, sys, time
 output = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
@@ -166,7 +166,7 @@ def test_a_cohorts_costs_are_those_of_its_records_and_processes(tmp_path, monkey
     assert -4 < two.extra["start-up s"] < 0  # the record says that it began before the command
     if Path("/proc/self/smaps_rollup").exists():
         assert 300 < float(two.extra["peak MiB"]) < 400
-        assert 0.49 < two.extra["core s"] < 1  # the child's second, for two cases, by another clock
+        assert 0.5 < two.extra["core s"] < 1  # the child's second, for two cases
         assert math.isclose(two.extra["a minute and GiB"], rate * 1024 / float(two.extra["peak MiB"]), rel_tol=0.01)
 
 
