@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -110,22 +109,35 @@ def build_encoder(
         module = ImageEncoder(ARCHITECTURES[model_type])
         module.load_state_dict(weights)
     module = module.eval().to(device)
-    if name == OURS_BF16 and device.type == "cpu":
-        module = with_cast_weights(module, torch.bfloat16)  # as `SamEncoder` does
+    if name in (OURS, OURS_BF16):
+        return as_ours(module, "bf16" if name == OURS_BF16 else "fp32", device)
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), _precision(name, device.type):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=name.endswith(BF16)):
             output = module(images)
         return output.last_hidden_state if name in HUGGING_FACE else output
 
     return encode
 
 
-def _precision(name: str, device_type: str) -> AbstractContextManager:
-    """Return the autocast context of a contender; only ours chooses the library of matrix products."""
-    if name == OURS:
-        return autocast_to("fp32", device_type)
-    return torch.autocast(device_type, torch.bfloat16, enabled=name.endswith(BF16))
+def as_ours(module: nn.Module, precision: str, device: torch.device) -> Encode:
+    """Return the forward pass of one of this project's encoders on a device, as `SamEncoder` runs it.
+
+    On a CPU its weights are cast to bf16 once.
+    """
+    if precision == "bf16" and device.type == "cpu":
+        module = with_cast_weights(module, torch.bfloat16)
+    return in_precision(module, precision)
+
+
+def in_precision(module: Callable[[torch.Tensor], torch.Tensor], precision: str) -> Encode:
+    """Return a forward pass without gradients in `fp32` or `bf16`, with this project's library of products in fp32."""
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), autocast_to(precision, images.device.type):
+            return module(images)
+
+    return encode
 
 
 def segment_anything_encoder(model_type: str, weights: Mapping[str, torch.Tensor], *, image_size: int) -> nn.Module:

@@ -3,7 +3,7 @@
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,10 @@ from torch import nn
 from benchmarks.contenders import (
     OURS,
     REFERENCE,
+    Encode,
+    as_ours,
+    build_encoder,
+    in_precision,
     precisions,
     random_state_dict,
     segment_anything_encoder,
@@ -20,9 +24,8 @@ from benchmarks.contenders import (
 from benchmarks.report import Row, Table
 from benchmarks.settings import Settings
 from benchmarks.timing import Contender, clock_of, measure, synchronizer
-from components.base.precision import autocast_to
 from components.networks.onnx_network import ENGINES, OnnxNetwork
-from components.sam.image_encoder import ARCHITECTURES, ImageEncoder, with_cast_weights
+from components.sam.image_encoder import ARCHITECTURES, ImageEncoder
 from components.sam.unet_encoder import UNetEncoder
 
 COMPILED = "torch.compile"
@@ -35,21 +38,23 @@ SAM's encoder from `segment_anything`'s module. `error` is the largest differenc
 output's range. Exporting and compiling are not counted. On one thread of a CPU, time is the process's own.
 """
 
-Encode = Callable[[torch.Tensor], torch.Tensor]
-
 
 def run(settings: Settings) -> Table:
     """Measure both encoders by all engines that are installed; on a GPU by torch and `torch.compile` only."""
     table = Table("engines", BASELINE, NOTE, "a batch")
+    device = settings.device
     size, batch = settings.shipped_case
-    shipped = UNetEncoder().eval()
-    _compare(table, settings, f"{SHIPPED}, {size} px x {batch}", shipped, shipped, torch.randn(batch, 3, size, size))
+    shipped = UNetEncoder().eval().to(device)
+    case = f"{SHIPPED}, {size} px x {batch}"
+    _compare(table, settings, case, _by_torch(shipped, device), shipped, torch.randn(batch, 3, size, size))
     size = settings.image_size
     weights = random_state_dict(settings.model_type)
-    ours = ImageEncoder(ARCHITECTURES[settings.model_type]).eval()
+    ours = ImageEncoder(ARCHITECTURES[settings.model_type]).eval().to(device)
     ours.load_state_dict(weights)
+    encoders = _by_torch(ours, device)
+    encoders[REFERENCE] = build_encoder(REFERENCE, settings.model_type, weights, image_size=size, device=device)
     theirs = segment_anything_encoder(settings.model_type, weights, image_size=size).eval()
-    _compare(table, settings, f"{settings.model_type}, {size} px", ours, theirs, torch.randn(1, 3, size, size))
+    _compare(table, settings, f"{settings.model_type}, {size} px", encoders, theirs, torch.randn(1, 3, size, size))
     for engine in ENGINES:
         if importlib.util.find_spec(engine) is None:
             table.rows.append(Row("all", f"{engine}: not installed", None, None))
@@ -57,24 +62,26 @@ def run(settings: Settings) -> Table:
 
 
 def _compare(
-    table: Table, settings: Settings, case: str, ours: nn.Module, exported: nn.Module, images: torch.Tensor
+    table: Table,
+    settings: Settings,
+    case: str,
+    encoders: Mapping[str, Encode],
+    exported: nn.Module,
+    images: torch.Tensor,
 ) -> None:
-    """Time an encoder by all engines, in turns.
+    """Time an encoder by torch and by all engines, in turns.
 
     Args:
         table: the results are added to it.
         settings: sizes of the run.
         case: names the comparison.
-        ours: this project's module.
+        encoders: the ways of torch, `BASELINE` among them.
         exported: the module that other engines compute, of the same weights.
         images: BxCxHxW.
     """
-    images = images.to(settings.device)
-    encoders = _by_torch(ours.to(settings.device), settings.device)
-    if exported is not ours:
-        encoders[REFERENCE] = _in("fp32", exported.to(settings.device))
     if settings.device.type == "cpu":
-        encoders |= _by_engines(exported, images)
+        encoders = {**encoders, **_by_engines(exported, images)}
+    images = images.to(settings.device)
     expected = encoders[BASELINE](images)
     span = float(expected.max() - expected.min())
     errors = {name: float((encode(images).float() - expected).abs().max()) / span for name, encode in encoders.items()}
@@ -90,24 +97,14 @@ def _compare(
 
 def _by_torch(module: nn.Module, device: torch.device) -> dict[str, Encode]:
     """Return ways for torch to compute a module: as it is, and compiled where there is a C++ compiler."""
-    encoders = {f"{OURS} {precision}": _in(precision, module) for precision in precisions(device)}
-    if device.type == "cpu" and f"{OURS} bf16" in encoders:
-        encoders[f"{OURS} bf16"] = _in("bf16", with_cast_weights(module, torch.bfloat16))  # as `SamEncoder` does
+    encoders = {f"{OURS} {precision}": as_ours(module, precision, device) for precision in precisions(device)}
     if shutil.which("c++") is not None:
         compiled = torch.compile(module)
-        encoders |= {f"{COMPILED} {precision}": _in(precision, compiled) for precision in precisions(device)}
+        encoders |= {f"{COMPILED} {precision}": in_precision(compiled, precision) for precision in precisions(device)}
     return encoders
 
 
-def _in(precision: str, module: Callable) -> Encode:
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), autocast_to(precision, images.device.type):
-            return module(images)
-
-    return encode
-
-
-def _by_engines(module: nn.Module, images: torch.Tensor) -> Mapping[str, Encode]:
+def _by_engines(module: nn.Module, images: torch.Tensor) -> dict[str, Encode]:
     """Export a module, and return the ways for the installed engines to compute it."""
     installed = [engine for engine in ENGINES if importlib.util.find_spec(engine) is not None]
     if not installed:
