@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autosam.api import Segmenter, load, measure, segment
+    from autosam.api import Correction, Segmenter, load, measure, segment
 
-__all__ = ["Segmenter", "load", "measure", "segment"]
+__all__ = ["Correction", "Segmenter", "load", "measure", "segment"]
 
 
 def __getattr__(name: str) -> Any:  # torch and MONAI take seconds to import, which `autosam --help` does not need

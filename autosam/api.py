@@ -19,10 +19,10 @@ from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 from PIL import Image
 
+from autosam.correction import Correction
 from autosam.folders import CORRECT, DEFAULT, find_bundle
 from autosam.record import inference_settings
 
-CLICKS_FIT = "clicks_fit"  # what a config checks before a correction
 _TEXTS = ("case", "ed_es_by", "flag", "reason")
 
 Measures = dict[str, float | str]
@@ -36,6 +36,9 @@ class Segmenter:
         bundle: a bundle's folder; or a name, of a folder in the working directory or else of a bundle that comes with
             the package.
         knobs: knobs of the bundle's `inference.json`, such as `test_time_views=4`.
+
+    Attributes:
+        class_names: the classes without the background, in the order of their labels.
 
     Raises:
         FileNotFoundError: if there is no such bundle, or it has no trained model.
@@ -51,7 +54,9 @@ class Segmenter:
         if unknown := sorted(set(knobs) - set(parser.get())):
             raise ValueError(f"{self.bundle.name} has no knob {', '.join(unknown)}: see its configs/inference.json")
         self._network = parser.get_parsed_content("network")
-        self._pictures: bool = parser.get_parsed_content("settings")["pictures"]
+        settings = parser.get_parsed_content("settings")
+        self.class_names: list[str] = settings["class_names"]
+        self._pictures: bool = settings["pictures"]
         loader = parser.get_parsed_content("handlers")[0]
         engine = Engine(lambda _engine, _batch: None)
         loader.attach(engine)  # it loads the weights when an engine starts
@@ -73,7 +78,13 @@ class Segmenter:
             FileNotFoundError: if the path does not exist.
             ValueError: if the image cannot be segmented, there are several, or an array has no affine.
         """
-        return self._labels(image, affine, {})
+        with self._file(image, affine) as path, tempfile.TemporaryDirectory() as folder:
+            labels = _Labels()
+            self._run(path, self._parser({"saving": [], "handlers": [labels], "output_dir": folder}))
+        if len(labels.frames) == 1:
+            return labels.frames[0]
+        stacked = torch.stack([frame.as_tensor() for frame in labels.frames], dim=-1)
+        return MetaTensor(stacked, affine=labels.frames[0].affine, meta=labels.frames[0].meta)
 
     def correct(
         self, image: AnyImage, clicks: Mapping[str, Any] | str, *, affine: np.ndarray | None = None
@@ -91,12 +102,31 @@ class Segmenter:
 
         Raises:
             FileNotFoundError: as for a call.
-            ValueError: as for a call.
-            RuntimeError: MONAI's, whose cause says that a click does not fit the image, that this is a cine, or that
-                clicks cannot correct this bundle.
+            ValueError: as for a call, a click does not fit the image, or this is a cine.
+            RuntimeError: as for `correction`.
+        """
+        return self.correction(image, affine=affine)(clicks)
+
+    def correction(self, image: AnyImage, *, affine: np.ndarray | None = None) -> Correction:
+        """Prepare one volume or picture, to correct it by clicks again and again.
+
+        Args:
+            image: as for a call.
+            affine: as for a call.
+
+        Returns:
+            a function from all clicks so far to the labels. It segments the image once.
+
+        Raises:
+            FileNotFoundError: as for a call.
+            ValueError: as for a call, or this is a cine.
+            RuntimeError: MONAI's, whose cause says that clicks cannot correct this bundle.
         """
         find_bundle(self.bundle, CORRECT)
-        return self._labels(image, affine, {"clicks": clicks}, f"{self.bundle}/configs/{CORRECT}")
+        with self._file(image, affine) as path:
+            parser = self._parser({"saving": [], "clicks": {}}, f"{self.bundle}/configs/{CORRECT}")
+            self._check_one(path, parser)
+            return Correction(parser)
 
     def measure(
         self, image: AnyImage, *, affine: np.ndarray | None = None, heart_rate: float | None = None
@@ -123,19 +153,6 @@ class Segmenter:
                 (row,) = csv.DictReader(file)
         return {name: value if name in _TEXTS else float(value or "nan") for name, value in row.items()}
 
-    def _labels(
-        self, image: AnyImage, affine: np.ndarray | None, overrides: Mapping[str, Any], *further: str
-    ) -> MetaTensor:
-        """Return the labels that inference makes of an image, with further configs."""
-        with self._file(image, affine) as path, tempfile.TemporaryDirectory() as folder:
-            labels = _Labels()
-            given = {"saving": [], "handlers": [labels], "output_dir": folder, **overrides}
-            self._run(path, self._parser(given, *further))
-        if len(labels.frames) == 1:
-            return labels.frames[0]
-        stacked = torch.stack([frame.as_tensor() for frame in labels.frames], dim=-1)
-        return MetaTensor(stacked, affine=labels.frames[0].affine, meta=labels.frames[0].meta)
-
     def _parser(self, overrides: Mapping[str, Any], *further: str) -> ConfigParser:
         """Return the configs with the network that is loaded, if it is."""
         parser = ConfigParser()
@@ -146,13 +163,14 @@ class Segmenter:
 
     def _run(self, path: Path, parser: ConfigParser) -> None:
         """Run inference on the image of a path."""
+        self._check_one(path, parser)
+        parser.get_parsed_content("evaluator").run()
+
+    def _check_one(self, path: Path, parser: ConfigParser) -> None:
         parser["dataset_dir"] = str(path)
         files = parser.get_parsed_content("dataset").files
         if files != 1:
             raise ValueError(f"{path} has {files} images: expected one; `autosam segment` takes a folder of them")
-        if CLICKS_FIT in parser.get():
-            parser.get_parsed_content(CLICKS_FIT)
-        parser.get_parsed_content("evaluator").run()
 
     @contextmanager
     def _file(self, image: AnyImage, affine: np.ndarray | None) -> Iterator[Path]:

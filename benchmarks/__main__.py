@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cell_section, cohort_section, encoder_section, engine_section, epoch_section, inference_section
+from benchmarks import (
+    cell_section,
+    click_section,
+    cohort_section,
+    encoder_section,
+    engine_section,
+    epoch_section,
+    inference_section,
+)
 from benchmarks.contenders import silence_random_weights
 from benchmarks.report import Table, write_report
 from benchmarks.settings import SECTIONS, Settings, describe_host
@@ -22,6 +30,7 @@ RUN: dict[str, Callable[[Settings], Table]] = {
     "epoch": epoch_section.run,
     "cell": cell_section.run,
     "inference": inference_section.run,
+    "clicks": click_section.run,
     "cohort": cohort_section.run,
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-SECTIONS = ("encoder", "engines", "epoch", "cell", "inference", "cohort")
+SECTIONS = ("encoder", "engines", "epoch", "cell", "inference", "clicks", "cohort")
 
 
 @dataclass(frozen=True)

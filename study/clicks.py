@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from monai.transforms import Compose, Transform
+from monai.transforms import Transform
 
-from autosam.folders import CORRECT, INFERENCE, find_bundle
+import autosam
+from autosam import Segmenter
+from autosam.folders import CORRECT, find_bundle
 from components.base.volume_metadata import case_name
 from components.data import list_cases
 from components.data.clicks import BACKGROUND, innermost_pixel, largest_piece
-from components.inference.correction import EMBEDDINGS
 
 logger = logging.getLogger("study")
 
@@ -34,7 +34,6 @@ def clicks(
     cases: int | None = None,
     seed: int = 0,
     labelled: int = 0,
-    encoder: str | None = None,
 ) -> None:
     """Correct volumes by simulated clicks, and compare with drawing the same slices anew.
 
@@ -50,7 +49,6 @@ def clicks(
         cases: number of volumes; all by default.
         seed: of the order in which volumes are taken.
         labelled: number of cases on which the bundle was trained with `split_seed` 0; they are left out.
-        encoder: the shipped encoder whose click head corrects; by default the one that the bundle names.
     """
     folder = find_bundle(Path(bundle), CORRECT).absolute()
     training = _training_config(folder, dataset_dir)
@@ -59,9 +57,9 @@ def clicks(
     table = pd.DataFrame()
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    session = _Session(folder, training.get_parsed_content("load"), encoder)
+    segmenter, load = autosam.load(folder), training.get_parsed_content("load")
     for case in chosen:
-        table = pd.concat([table, pd.DataFrame(session.rows(case, count))])
+        table = pd.concat([table, pd.DataFrame(_rows(case, load, segmenter, count))])
         table.to_csv(output / "clicks.csv", index=False)
         logger.info("%s", case_name(case["image"]))
     logger.info("%s", table.groupby("clicks")[["corrected", "redrawn"]].mean().mul(100).round(2).to_string())
@@ -89,78 +87,39 @@ def _cases(data: dict[str, Any], labelled: int) -> list[dict[str, Any]]:
     return [case for subset in _SUBSETS for case in list_cases(data, subset) if case not in seen]
 
 
-class _Session:
-    """A bundle that segments volumes and corrects them.
-
-    Args:
-        folder: of the bundle.
-        load: loads a case with its truth.
-        encoder: as for `clicks`.
-    """
-
-    def __init__(self, folder: Path, load: Transform, encoder: str | None) -> None:
-        config = ConfigParser()
-        config.read_config([str(folder / "configs" / name) for name in (INFERENCE, CORRECT)])
-        config.update({"bundle_root": str(folder), "clicks": {}})
-        if encoder is not None:
-            config["click_encoder_def#shipped"] = encoder
-        self.names: list[str] = config.get_parsed_content("settings")["class_names"]
-        self.preprocessing = config.get_parsed_content("preprocessing")
-        self.load = load
-        self.network: Any = config.get_parsed_content("network").eval()
-        self.device = config.get_parsed_content("device")
-        engine = Engine(lambda _engine, _batch: None)
-        config.get_parsed_content("handlers")[0].attach(engine)  # it loads the weights when an engine starts
-        engine.run([None])
-        self.inferer: Any = config.get_parsed_content("inferer")
-        self.smoothing = Compose(config.get_parsed_content("smoothing"))
-        self.correction: Any = config.get_parsed_content("correction")
-
-    def rows(self, case: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:
-        """Yield the Dice of each class of a volume after 0 to `count` clicks."""
-        truth = self.load(case)["label"][0].numpy().astype(np.uint8)
-        item = self._segmented(case)
-        plain = self._corrected(item, {})
-        to_canvas = torch.linalg.inv(item["image"].affine) @ plain.affine
-        labels, axis = _as_array(plain), int(to_canvas[2, :3].abs().argmax())
-        redrawn = labels.copy()
-        given: dict[str, list[list[int]]] = {}
-        gain = 0.0
-        for number in range(count + 1):
-            for label, name in enumerate(self.names, start=1):
-                scores = {
-                    key: _dice(each == label, truth == label)
-                    for key, each in (("corrected", labels), ("redrawn", redrawn))
-                }
-                yield {"case": case_name(case["image"]), "clicks": number, "class": name, **scores, "gain": gain}
-            label, slice_, place = _worst(labels, truth, axis)
-            if label:
-                clicked = np.insert(place, axis, slice_)
-                name = [BACKGROUND, *self.names][truth[tuple(clicked)]]
-                given.setdefault(name, []).append(clicked.tolist())
-                after = _as_array(self._corrected(item, given))
-                parts = [each.take(slice_, axis) == label for each in (labels, after, truth)]
-                gain, labels = _dice(parts[1], parts[2]) - _dice(parts[0], parts[2]), after
-            label, slice_, _ = _worst(redrawn, truth, axis)
-            if label:
-                part, right = (np.moveaxis(each, axis, 0)[slice_] for each in (redrawn, truth))
-                part[part == label] = 0
-                part[right == label] = label
-
-    def _segmented(self, case: dict[str, Any]) -> dict[str, Any]:
-        item = self.preprocessing({"image": case["image"]})
-        with torch.no_grad():
-            (pred,) = self.inferer(item["image"][None].to(self.device), self.network)
-        item["pred"] = MetaTensor(pred.as_tensor()).copy_meta_from(item["image"])
-        return {**self.smoothing(item), EMBEDDINGS: {}}
-
-    def _corrected(self, item: dict[str, Any], given: dict[str, Any]) -> MetaTensor:
-        self.correction.clicks = given
-        return self.correction(item)["pred"]
+def _rows(case: dict[str, Any], load: Transform, segmenter: Segmenter, count: int) -> Iterator[dict[str, Any]]:
+    """Yield the Dice of each class of a volume after 0 to `count` clicks."""
+    truth = load(case)["label"][0].numpy().astype(np.uint8)
+    correction = segmenter.correction(case["image"])
+    plain = correction({})
+    to_canvas = torch.linalg.inv(correction.image.affine) @ plain.affine
+    labels, axis = _as_array(plain), int(to_canvas[2, :3].abs().argmax())
+    redrawn = labels.copy()
+    given: dict[str, list[list[int]]] = {}
+    gain = 0.0
+    for number in range(count + 1):
+        for label, name in enumerate(segmenter.class_names, start=1):
+            scores = {
+                key: _dice(each == label, truth == label) for key, each in (("corrected", labels), ("redrawn", redrawn))
+            }
+            yield {"case": case_name(case["image"]), "clicks": number, "class": name, **scores, "gain": gain}
+        label, slice_, place = _worst(labels, truth, axis)
+        if label:
+            clicked = np.insert(place, axis, slice_)
+            name = [BACKGROUND, *segmenter.class_names][truth[tuple(clicked)]]
+            given.setdefault(name, []).append(clicked.tolist())
+            after = _as_array(correction(given))
+            parts = [each.take(slice_, axis) == label for each in (labels, after, truth)]
+            gain, labels = _dice(parts[1], parts[2]) - _dice(parts[0], parts[2]), after
+        label, slice_, _ = _worst(redrawn, truth, axis)
+        if label:
+            part, right = (np.moveaxis(each, axis, 0)[slice_] for each in (redrawn, truth))
+            part[part == label] = 0
+            part[right == label] = label
 
 
 def _as_array(labels: MetaTensor) -> np.ndarray:
-    return labels[0].cpu().numpy().astype(np.uint8)
+    return labels[0].numpy()
 
 
 def _worst(labels: np.ndarray, truth: np.ndarray, axis: int) -> tuple[int, int, np.ndarray]:

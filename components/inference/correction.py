@@ -156,7 +156,7 @@ def merge_slice(before: np.ndarray, redrawn: np.ndarray, clicks: OfSlice) -> np.
 
 def check_clicks(
     clicks: str | Mapping[str, Any], class_names: Sequence[str], dataset: Dataset, dataset_dir: str
-) -> None:
+) -> dict[Hashable, Any]:
     """Check that clicks fit the image to segment, before this takes its time.
 
     Args:
@@ -165,8 +165,11 @@ def check_clicks(
         dataset: of one image, prepared for the network.
         dataset_dir: where it was found, for messages.
 
+    Returns:
+        the dataset's only item.
+
     Raises:
-        ValueError: if they do not, or there are several images or the frames of a cine.
+        ValueError: if a click does not fit, or there are several images or the frames of a cine.
         FileNotFoundError: if there is no file of clicks.
     """
     if len(dataset) != 1:
@@ -176,6 +179,7 @@ def check_clicks(
         )
     item: Any = dataset[0]
     read_clicks(clicks, class_names, [int(size) for size in item["image"].meta[MetaKeys.SPATIAL_SHAPE]])
+    return item
 
 
 def _within(of_slice: OfSlice, axis: int) -> OfSlice:
