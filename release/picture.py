@@ -11,7 +11,8 @@ from monai.bundle import run
 from monai.transforms import LoadImage
 
 import autosam
-from components.data.clicks import BACKGROUND, innermost_pixel, largest_piece
+from components.base.masks import innermost_pixel, largest_piece
+from components.data.clicks import BACKGROUND
 from components.data.pictures import CLASS_COLOURS
 from components.evaluation.overlays import draw_overlay
 from components.phantom.dataset import write_phantom_dataset

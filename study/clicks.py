@@ -17,9 +17,10 @@ from monai.transforms import Transform
 import autosam
 from autosam import Segmenter
 from autosam.folders import CORRECT, find_bundle
+from components.base.masks import innermost_pixel, largest_piece
 from components.base.volume_metadata import case_name
 from components.data import list_cases
-from components.data.clicks import BACKGROUND, innermost_pixel, largest_piece
+from components.data.clicks import BACKGROUND
 
 logger = logging.getLogger("study")
 

@@ -8,7 +8,7 @@ import torch
 from conftest import REPOSITORY
 from test_pretraining import is_same
 
-from components.data.clicks import depth_inside, largest_piece
+from components.base.masks import depth_inside, largest_piece
 from components.networks.click_head import ClickHead
 from components.phantom.dataset import write_phantom_dataset
 from components.phantom.slices import phantom_slices

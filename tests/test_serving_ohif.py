@@ -12,7 +12,7 @@ from label_server import Client, served
 from test_page import CHROMIUM
 from test_serving_dicom import orthanc, segments_of, series_of, study_of, write_series  # noqa: F401 - a fixture
 
-from components.data.clicks import innermost_pixel, largest_piece
+from components.base.masks import innermost_pixel, largest_piece
 
 CLASSES = ["background", "rv", "myo", "lv"]
 SOFTWARE_GPU = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 BACKGROUND = "background"
 _FORM = 'one list of voxels per class, such as {"LV": [[60, 71, 4]], "background": [[20, 33, 4]]}'
@@ -82,24 +81,6 @@ def clicks_by_slice(
         if signs:
             corrected[number] = signs
     return corrected
-
-
-def largest_piece(mask: np.ndarray) -> np.ndarray:
-    """Return the largest connected piece of a mask HxW, as a mask; it is empty if the mask is."""
-    pieces, count = ndimage.label(mask)
-    return pieces == 1 + np.bincount(pieces.ravel())[1:].argmax() if count else np.zeros_like(mask, bool)
-
-
-def depth_inside(mask: np.ndarray) -> np.ndarray:
-    """Return the distance HxW of each pixel of a mask to the nearest pixel outside, beyond the image too; else 0."""
-    return ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-
-
-def innermost_pixel(mask: np.ndarray) -> tuple[int, int]:
-    """Return the row and column of a mask HxW's pixel farthest from the outside."""
-    depth = depth_inside(mask)
-    row, column = np.unravel_index(depth.argmax(), depth.shape)
-    return int(row), int(column)
 
 
 def _content(source: str | Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -11,9 +11,9 @@ import torch
 from monai.data import Dataset, MetaTensor
 from monai.transforms import Compose, Transform
 from monai.utils import MetaKeys
-from scipy import ndimage
 from torch import nn
 
+from components.base.masks import pieces_at
 from components.base.precision import autocast_to
 from components.data.clicks import Voxel, clicks_by_slice, read_clicks
 
@@ -148,9 +148,10 @@ def merge_slice(before: np.ndarray, redrawn: np.ndarray, clicks: OfSlice) -> np.
     is_lost = np.isin(before, list(clicks)) & (redrawn != before)
     after[is_lost] = np.where(np.isin(redrawn, list(clicks)), 0, redrawn)[is_lost]
     for label, pixels in clicks.items():
-        pieces, _ = ndimage.label(redrawn == label)
-        kept = {*pieces[before == label].tolist(), *(int(pieces[pixel]) for pixel, is_on in pixels if is_on)}
-        after[np.isin(pieces, list(kept - {0}))] = label
+        known = before == label
+        for pixel, is_on in pixels:
+            known[pixel] |= is_on
+        after[pieces_at(redrawn == label, *np.nonzero(known))] = label
     return after
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import BasicUNet
-from scipy import ndimage
 from torch import nn
 
 from components.base.layers import use_faster_layers
+from components.base.masks import pieces_at
 from components.networks.corrector import ClickCorrector, against_rest
 from components.sam.image_encoder import EMBEDDING_CHANNELS
 
@@ -81,13 +81,14 @@ class ClickHead(ClickCorrector):
 
 def _with_clicks(before: torch.Tensor, after: torch.Tensor, points: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     """Return the connected changes of a mask HxW that a click asks for: pixels gained on the class, or lost off it."""
-    asked = torch.zeros_like(before)
+    columns, rows = points.round().long().cpu().T
+    last_row, last_column = (size - 1 for size in before.shape)
+    rows, columns = rows.clamp(0, last_row).numpy(), columns.clamp(0, last_column).numpy()
+    asked = np.zeros(before.shape, bool)
     for sign, changed in ((1, after & ~before), (0, before & ~after)):
-        pieces, _ = ndimage.label(changed.cpu().numpy())
-        columns, rows = points[signs == sign].round().long().cpu().T.numpy()
-        numbers = pieces[rows.clip(0, len(pieces) - 1), columns.clip(0, pieces.shape[1] - 1)]
-        asked |= torch.as_tensor(np.isin(pieces, numbers[numbers > 0]), device=before.device)
-    return asked
+        of_sign = (signs == sign).cpu().numpy()
+        asked |= pieces_at(changed.cpu().numpy(), rows[of_sign], columns[of_sign])
+    return torch.as_tensor(asked, device=before.device)
 
 
 def _resized(maps: torch.Tensor, size_hw: list[int]) -> torch.Tensor:

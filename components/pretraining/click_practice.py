@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from monai.engines import IterationEvents, SupervisedEvaluator, SupervisedTrainer
 from monai.utils.enums import CommonKeys
-from scipy import ndimage
 
+from components.base.masks import depth_inside, largest_piece, pieces_at
 from components.base.precision import autocast_to
-from components.data.clicks import depth_inside, largest_piece
 from components.networks.click_head import ClickHead, click_marks
 from components.networks.corrector import against_rest
 from components.networks.prompt_free_sam import PromptFreeSam
@@ -242,8 +241,7 @@ def _error_at(click: tuple[int, int, int], wrong: torch.Tensor, is_mended: torch
     column, row, _ = click
     if not wrong[row, column] or is_mended[row, column]:
         return torch.zeros_like(wrong)
-    pieces, _ = ndimage.label(wrong.cpu().numpy())
-    return torch.as_tensor(pieces == pieces[row, column], device=wrong.device)
+    return torch.as_tensor(pieces_at(wrong.cpu().numpy(), row, column), device=wrong.device)
 
 
 def _marks(clicks: list[tuple[int, int, int]], images: torch.Tensor) -> torch.Tensor:
