@@ -1,4 +1,4 @@
-"""Networks that correct single classes by clicks: SAM's promptable decoder, and the head on the shipped encoder."""
+"""Networks that correct single classes by clicks: SAM's promptable decoders, and the head on the shipped encoder."""
 
 import copy
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from components.networks.click_corrected_sam import ClickCorrectedSam
+from components.networks.click_corrected_sam import ClickCorrectedSam, ClickCorrectedSam2
 from components.networks.click_head import ClickHead, click_marks
 from components.networks.click_networks import click_corrector, click_encoder
 from components.networks.corrector import ClickCorrector, against_rest
@@ -24,9 +24,14 @@ def corrector(sam_checkpoint) -> ClickCorrectedSam:
     return ClickCorrectedSam(sam_checkpoint, SIZE)
 
 
-@pytest.fixture(params=["SAM", "head"])
-def any_corrector(request, corrector) -> ClickCorrector:
-    return corrector if request.param == "SAM" else ClickHead().eval()
+@pytest.fixture(params=["SAM", "SAM 2.1", "head"])
+def any_corrector(request, embeddings) -> tuple[ClickCorrector, torch.Tensor]:
+    """A network and embeddings of two slices for it."""
+    if request.param == "SAM":
+        return request.getfixturevalue("corrector"), embeddings
+    if request.param == "SAM 2.1":
+        return ClickCorrectedSam2(request.getfixturevalue("sam2_checkpoint"), SIZE), torch.randn(2, 336, 16, 16)
+    return ClickHead().eval(), embeddings
 
 
 @pytest.fixture
@@ -89,8 +94,8 @@ def test_the_prompt_of_a_mask_on_its_own_grid_is_the_mask(corrector, embeddings)
     assert seen[0]["points"][0].tolist() == [[[3.0 * SIZE / (4 * GRID), 2.0 * SIZE / (4 * GRID)]]]
 
 
-def test_classes_and_slices_without_a_click_stay_bit_for_bit(any_corrector, embeddings, logits):
-    corrector, before = any_corrector, logits.clone()
+def test_classes_and_slices_without_a_click_stay_bit_for_bit(any_corrector, logits):
+    (corrector, embeddings), before = any_corrector, logits.clone()
     corrected = corrector(embeddings, logits, [{}, {MYO: clicked((20.0, 20.0, 1))}])
     assert torch.equal(logits, before)
     assert torch.equal(corrected[0], before[0])
@@ -125,7 +130,7 @@ def test_a_class_against_the_rest_has_the_odds_of_its_probability(logits):
     ("model_type", "has_file", "trainable", "said"),
     [
         ("general_unet", True, False, "the encoder was trained further than"),
-        ("vit_tiny", False, False, "or a SAM checkpoint: received the encoder vit_tiny, which has no file"),
+        ("vit_tiny", False, False, "or a SAM or SAM 2.1 checkpoint: received the encoder vit_tiny, which has no file"),
         ("vit_tiny", True, "neck", "the encoder was trained further than"),
     ],
 )

@@ -143,6 +143,23 @@ def test_clicks_on_volumes_of_other_organs_are_refused(network, autosam_says, el
     assert not list(Path("corrected").glob("*_pred*"))
 
 
+def test_volumes_of_other_organs_take_clicks_on_sam_2(sam2_checkpoint, autosam_says, elsewhere):  # noqa: F811
+    data = decathlon(elsewhere / "data", real=False)
+    on_sam2 = {"model_type": "sam2.1_hiera_tiny", "sam_checkpoint": sam2_checkpoint}
+    bundle = trained(new_bundle("organ", data, elsewhere, network="linearhead", **on_sam2)[0])
+    image = next((data / "imagesTr").glob("*.nii.gz"))
+    name = f"{image.name.removesuffix('.nii.gz')}_pred.nii.gz"
+    (_, said, *_) = autosam_says("segment", image, "--bundle", bundle)
+    assert said.startswith("segmented 1 image")
+    before = values(Path("segmented", name))
+    voxel = [size // 2 for size in before.shape]
+    wanted = "Anterior" if before[tuple(voxel)] != 1 else "Posterior"
+    autosam_says("correct", image, "--clicks", clicks_file(**{wanted: [voxel]}), "--bundle", bundle)
+    after = values(Path("corrected", name))
+    changed = np.flatnonzero((before != after).any((0, 1)))
+    assert changed.tolist() == [voxel[2]]
+
+
 def test_two_clicks_mend_most_of_a_slice_of_a_hard_phantom():
     """Of a seed that no training has seen: a false RV beside the heart."""
     voxels, truth = degraded_phantom(1, 14)

@@ -1,7 +1,8 @@
-"""SAM 2.1's image encoders: equal to Meta's code, and files of several programs that hold one."""
+"""SAM 2.1's image encoders and its decoder for clicks: equal to others' code, and files of several programs."""
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import types
@@ -17,7 +18,10 @@ from torch import nn
 
 from adapt.new import new_bundle
 from adapt.template import Instance
+from components.networks.click_networks import click_corrector, click_encoder
+from components.networks.corrector import against_rest
 from components.networks.heads import ViTHead
+from components.sam.checkpoint import read_checkpoint
 from components.sam.encoder import SamEncoder
 from components.sam.encoders import IMAGENET_MEAN, IMAGENET_STD
 from components.sam.sam2_encoder import SAM2_ARCHITECTURES, Sam2Encoder
@@ -32,6 +36,28 @@ META_FROM_OURS = (  # written apart from the code under test
     ("mlp.proj_in", "mlp.layers.0"),
     ("mlp.proj_out", "mlp.layers.1"),
 )
+
+METAS_DECODER = (  # likewise
+    (r"^(prompt_encoder|mask_decoder)\.", r"sam_\1."),
+    (r"^no_memory_embedding$", "no_mem_embed"),
+    (r"layer_norm(\d|_final_attn)\.(?=weight|bias)", r"norm\1."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"(transformer\.layers\.\d\.mlp)\.proj_in", r"\1.layers.0"),
+    (r"(transformer\.layers\.\d\.mlp)\.proj_out", r"\1.layers.1"),
+    (r"(mlps\.\d|_head)\.layers\.0", r"\1.layers.1"),
+    (r"(mlps\.\d|_head)\.proj_in", r"\1.layers.0"),
+    (r"(mlps\.\d|_head)\.proj_out", r"\1.layers.2"),
+    (r"upscale_conv1", "output_upscaling.0"),
+    (r"upscale_layer_norm", "output_upscaling.1"),
+    (r"upscale_conv2", "output_upscaling.3"),
+    (r"mask_embed\.conv1", "mask_downscaling.0"),
+    (r"mask_embed\.norm1", "mask_downscaling.1"),
+    (r"mask_embed\.conv2", "mask_downscaling.3"),
+    (r"mask_embed\.norm2", "mask_downscaling.4"),
+    (r"mask_embed\.conv3", "mask_downscaling.6"),
+    (r"shared_embedding\.positional_embedding", "pe_layer.positional_encoding_gaussian_matrix"),
+)
+CLICKS = torch.tensor([[10.0, 30.5], [40.25, 3.0], [0.0, 47.0]]), torch.tensor([1, 0, 1])
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +220,132 @@ def test_files_that_do_not_fit_are_refused(encoder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no encoder checkpoint at .*/empty/model.safetensors"):
         SamEncoder(TINY, str(tmp_path / "empty"), image_size=64)
+
+
+@pytest.fixture
+def metas_whole_file(sam2_checkpoint, tmp_path) -> str:
+    """A checkpoint of `transformers` as Meta's file, whose parts for videos are not read."""
+    state = read_checkpoint(sam2_checkpoint)
+    encoder = {key.removeprefix("vision_encoder."): state[key] for key in state if key.startswith("vision_encoder.")}
+    others: dict = {"memory_encoder.out_proj.weight": torch.ones(2, 2), "no_mem_pos_enc": torch.ones(1, 1, 256)}
+    for key in (
+        state.keys() - {f"vision_encoder.{key}" for key in encoder} - {"shared_image_embedding.positional_embedding"}
+    ):
+        name = key
+        for pattern, replacement in METAS_DECODER:
+            name = re.sub(pattern, replacement, name)
+        if name == "sam_prompt_encoder.point_embed.weight":
+            others |= {
+                f"sam_prompt_encoder.point_embeddings.{row}.weight": state[key][row : row + 1] for row in range(4)
+            }
+        else:
+            others[name] = state[key]
+    torch.save(
+        {"model": others | {f"image_encoder.{key}": value for key, value in metas_keys(encoder).items()}},
+        tmp_path / "whole.pt",
+    )
+    return str(tmp_path / "whole.pt")
+
+
+def test_metas_names_are_those_of_its_file(metas_whole_file):
+    """Some of each kind, typed from Meta's code."""
+    names = read_checkpoint(metas_whole_file).keys()
+    for name in (
+        "no_mem_embed",
+        "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "sam_prompt_encoder.mask_downscaling.4.bias",
+        "sam_prompt_encoder.not_a_point_embed.weight",
+        "sam_mask_decoder.transformer.layers.1.cross_attn_token_to_image.out_proj.bias",
+        "sam_mask_decoder.transformer.layers.0.norm4.weight",
+        "sam_mask_decoder.transformer.layers.0.mlp.layers.1.weight",
+        "sam_mask_decoder.transformer.norm_final_attn.weight",
+        "sam_mask_decoder.output_upscaling.1.weight",
+        "sam_mask_decoder.output_hypernetworks_mlps.3.layers.2.weight",
+        "sam_mask_decoder.iou_prediction_head.layers.1.bias",
+        "sam_mask_decoder.pred_obj_score_head.layers.0.weight",
+        "sam_mask_decoder.conv_s1.weight",
+        "sam_mask_decoder.obj_score_token.weight",
+    ):
+        assert name in names, name
+    assert not any(re.search("layer_norm|proj_in|o_proj|embed\\.conv|upscale|shared", name) for name in names)
+
+
+def with_click(path: str, image_size: int, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    encoder = click_encoder(None, crop_size=48, encoder=SamEncoder(TINY, path, image_size))
+    corrected = click_corrector(encoder, path)(encoder(images), logits, [{2: CLICKS}])
+    return against_rest(corrected[0], 2)
+
+
+@pytest.mark.parametrize("image_size", [64, 96])
+def test_a_class_with_clicks_has_the_logits_that_transformers_gives_it(image_size, sam2_checkpoint, metas_whole_file):
+    import transformers
+
+    images, logits = torch.rand(1, 3, 48, 48) * 255, 4 * torch.randn(1, 4, 48, 48)
+    sizes = [[image_size // stride] * 2 for stride in (4, 8, 16)]
+    vision = transformers.Sam2VisionConfig(backbone_feature_sizes=sizes)
+    config = transformers.Sam2Config(vision_config=vision, prompt_encoder_config={"image_size": image_size})
+    model = transformers.Sam2Model(config).eval()
+    model.load_state_dict(read_checkpoint(sam2_checkpoint))
+    (points, signs), encoder = CLICKS, SamEncoder(TINY, sam2_checkpoint, image_size)
+    prompts = {
+        "pixel_values": encoder.preprocess(images),
+        "input_points": points[None, None] * (image_size / 48),
+        "input_labels": signs[None, None],
+        "input_masks": against_rest(logits[0], 2)[None, None],
+        "multimask_output": False,
+    }
+    with torch.no_grad():
+        expected = F.interpolate(model(**prompts).pred_masks[0], size=[48, 48], mode="bilinear")[0, 0]
+        model.mask_decoder.dynamic_multimask_via_stability = False
+        first = F.interpolate(model(**prompts).pred_masks[0], size=[48, 48], mode="bilinear")[0, 0]
+    assert expected.std() > 0.1
+    assert not torch.allclose(first, expected, rtol=0, atol=0.1)  # of the other three masks
+    for path in (sam2_checkpoint, metas_whole_file):
+        torch.testing.assert_close(with_click(path, image_size, images, logits), expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_for_clicks_are_not_taken_from_the_cache_or_put_there(sam2_checkpoint, tmp_path):
+    encoder = SamEncoder(TINY, sam2_checkpoint, 64, cache_dir=str(tmp_path), cache_dtype="float32")
+    images = torch.rand(1, 3, 64, 64) * 255
+    for_clicks = click_encoder("general_unet", crop_size=64, encoder=encoder)
+    first, plain, again = for_clicks(images), encoder(images), for_clicks(images)
+    assert plain.shape == (1, 256, 16, 16)
+    assert first.shape == (1, 336, 16, 16)
+    assert torch.equal(first, again)
+    assert torch.equal(encoder(images), plain)
+
+
+def test_clicks_need_the_whole_file_from_which_the_encoder_comes(sam2_checkpoint, tmp_path):
+    def corrector(encoder, path):
+        return click_corrector(click_encoder(None, crop_size=48, encoder=encoder), path)
+
+    encoder = SamEncoder(TINY, sam2_checkpoint, 64)
+    state = read_checkpoint(sam2_checkpoint)
+    of_encoder = {key: value for key, value in state.items() if key.startswith("vision_encoder.")}
+    torch.save(of_encoder, tmp_path / "encoder.pth")
+    with pytest.raises(
+        ValueError,
+        match=r"has no mask decoder of SAM 2\.1: expected also the keys of Meta's file \(sam_mask_decoder\.\*\) or of "
+        r"transformers \(mask_decoder\.\*\); received only keys that begin with vision_encoder; give --sam_checkpoint",
+    ):
+        corrector(encoder, str(tmp_path / "encoder.pth"))
+    torch.save({key: value for key, value in state.items() if "conv_s0" not in key}, tmp_path / "partial.pth")
+    with pytest.raises(ValueError, match=r"missing: decoder\.mask_decoder\.conv_s0\.weight"):
+        corrector(encoder, str(tmp_path / "partial.pth"))
+    with pytest.raises(FileNotFoundError, match="no encoder checkpoint at"):
+        corrector(encoder, str(tmp_path / "none.pth"))
+    with pytest.raises(ValueError, match=f"received the encoder {TINY}, which has no file"):
+        corrector(encoder, None)
+    with pytest.raises(ValueError, match="the encoder was trained further than"):
+        corrector(SamEncoder(TINY, sam2_checkpoint, 64, trainable="neck"), sam2_checkpoint)
+
+    network = corrector(encoder, sam2_checkpoint)
+    assert not any(weight.requires_grad for weight in network.parameters())
+    network(torch.zeros(0), torch.zeros(0), [])
+    with torch.no_grad():
+        encoder.image_encoder.neck.convs[0].weight += 0.1  # as by the weights of a bundle
+    with pytest.raises(ValueError, match="give a bundle that was trained with --trainable_encoder False"):
+        network(torch.zeros(0), torch.zeros(0), [])
 
 
 @pytest.mark.parametrize("image_size", [16, 176])
