@@ -5,8 +5,9 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from components.networks.heads import ViTHead
 from components.sam.checkpoint import read_checkpoint
 from components.sam.encoder import SamEncoder
 from components.sam.encoders import IMAGENET_MEAN, IMAGENET_STD
+from components.sam.sam2_decoder import Sam2Decoder
 from components.sam.sam2_encoder import SAM2_ARCHITECTURES, Sam2Encoder
 
 pytest.importorskip("transformers", reason="needs pip install -c constraints.txt -e '.[encoders]'")
@@ -37,6 +39,7 @@ META_FROM_OURS = (  # written apart from the code under test
     ("mlp.proj_out", "mlp.layers.1"),
 )
 
+POSITIONS = "positional_embedding"
 METAS_DECODER = (  # likewise
     (r"^(prompt_encoder|mask_decoder)\.", r"sam_\1."),
     (r"^no_memory_embedding$", "no_mem_embed"),
@@ -55,7 +58,7 @@ METAS_DECODER = (  # likewise
     (r"mask_embed\.conv2", "mask_downscaling.3"),
     (r"mask_embed\.norm2", "mask_downscaling.4"),
     (r"mask_embed\.conv3", "mask_downscaling.6"),
-    (r"shared_embedding\.positional_embedding", "pe_layer.positional_encoding_gaussian_matrix"),
+    (rf"shared_embedding\.{POSITIONS}", "pe_layer.positional_encoding_gaussian_matrix"),
 )
 CLICKS = torch.tensor([[10.0, 30.5], [40.25, 3.0], [0.0, 47.0]]), torch.tensor([1, 0, 1])
 
@@ -89,15 +92,17 @@ def metas_keys(state: dict) -> dict:
     return renamed
 
 
+def metas_modules(monkeypatch, *names: str) -> list[Any]:
+    """Modules of Meta's own package, if it is installed; of the packages it needs it uses none here."""
+    for name in ("hydra", "hydra.core", "hydra.core.global_hydra", "iopath", "iopath.common", "iopath.common.file_io"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    return [pytest.importorskip(f"sam2.modeling.{name}", reason="needs pip install --no-deps sam2") for name in names]
+
+
 def metas_encoder(model_type: str, monkeypatch) -> nn.Module:
-    """Meta's own module, if its package is installed; of the packages it needs it uses none here."""
-    hydra = types.ModuleType("hydra")
-    hydra.initialize_config_module = lambda *_args, **_options: None
-    monkeypatch.setitem(sys.modules, "hydra", hydra)
-    reason = "needs pip install --no-deps sam2"
-    hieradet = pytest.importorskip("sam2.modeling.backbones.hieradet", reason=reason)
-    pyramid = pytest.importorskip("sam2.modeling.backbones.image_encoder", reason=reason)
-    positions = pytest.importorskip("sam2.modeling.position_encoding", reason=reason)
+    """Meta's own module, as `metas_modules` finds it."""
+    names = ("backbones.hieradet", "backbones.image_encoder", "position_encoding")
+    hieradet, pyramid, positions = metas_modules(monkeypatch, *names)
     # the arguments in Meta's `sam2.1_hiera_*.yaml`
     small = {"window_pos_embed_bkg_spatial_size": (7, 7)}
     arguments: dict = {
@@ -228,46 +233,53 @@ def metas_whole_file(sam2_checkpoint, tmp_path) -> str:
     state = read_checkpoint(sam2_checkpoint)
     encoder = {key.removeprefix("vision_encoder."): state[key] for key in state if key.startswith("vision_encoder.")}
     others: dict = {"memory_encoder.out_proj.weight": torch.ones(2, 2), "no_mem_pos_enc": torch.ones(1, 1, 256)}
-    for key in (
-        state.keys() - {f"vision_encoder.{key}" for key in encoder} - {"shared_image_embedding.positional_embedding"}
-    ):
+    for key in state.keys() - {f"vision_encoder.{key}" for key in encoder} - {"shared_image_embedding." + POSITIONS}:
         name = key
         for pattern, replacement in METAS_DECODER:
             name = re.sub(pattern, replacement, name)
-        if name == "sam_prompt_encoder.point_embed.weight":
-            others |= {
-                f"sam_prompt_encoder.point_embeddings.{row}.weight": state[key][row : row + 1] for row in range(4)
-            }
-        else:
-            others[name] = state[key]
-    torch.save(
-        {"model": others | {f"image_encoder.{key}": value for key, value in metas_keys(encoder).items()}},
-        tmp_path / "whole.pt",
-    )
+        others[name] = state[key]
+    points = others.pop("sam_prompt_encoder.point_embed.weight").split(1)
+    others |= {f"sam_prompt_encoder.point_embeddings.{row}.weight": point for row, point in enumerate(points)}
+    others |= {f"image_encoder.{key}": value for key, value in metas_keys(encoder).items()}
+    torch.save({"model": others}, tmp_path / "whole.pt")
     return str(tmp_path / "whole.pt")
 
 
-def test_metas_names_are_those_of_its_file(metas_whole_file):
-    """Some of each kind, typed from Meta's code."""
-    names = read_checkpoint(metas_whole_file).keys()
-    for name in (
-        "no_mem_embed",
-        "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
-        "sam_prompt_encoder.mask_downscaling.4.bias",
-        "sam_prompt_encoder.not_a_point_embed.weight",
-        "sam_mask_decoder.transformer.layers.1.cross_attn_token_to_image.out_proj.bias",
-        "sam_mask_decoder.transformer.layers.0.norm4.weight",
-        "sam_mask_decoder.transformer.layers.0.mlp.layers.1.weight",
-        "sam_mask_decoder.transformer.norm_final_attn.weight",
-        "sam_mask_decoder.output_upscaling.1.weight",
-        "sam_mask_decoder.output_hypernetworks_mlps.3.layers.2.weight",
-        "sam_mask_decoder.iou_prediction_head.layers.1.bias",
-        "sam_mask_decoder.pred_obj_score_head.layers.0.weight",
-        "sam_mask_decoder.conv_s1.weight",
-        "sam_mask_decoder.obj_score_token.weight",
-    ):
-        assert name in names, name
-    assert not any(re.search("layer_norm|proj_in|o_proj|embed\\.conv|upscale|shared", name) for name in names)
+def test_the_decoder_is_that_of_meta(metas_whole_file, monkeypatch):
+    decoders, encoders, transformers = metas_modules(
+        monkeypatch, "sam.mask_decoder", "sam.prompt_encoder", "sam.transformer"
+    )
+    prompts = encoders.PromptEncoder(256, (6, 6), (96, 96), mask_in_chans=16).eval()
+    decoder = decoders.MaskDecoder(  # the arguments in Meta's `sam2_base.py` and, for SAM 2.1, its `.yaml`
+        transformer_dim=256,
+        transformer=transformers.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048),
+        use_high_res_features=True,
+        iou_prediction_use_sigmoid=True,
+        dynamic_multimask_via_stability=True,
+        dynamic_multimask_stability_delta=0.05,
+        dynamic_multimask_stability_thresh=0.98,
+        pred_obj_scores=True,
+        pred_obj_scores_mlp=True,
+    ).eval()
+    state = read_checkpoint(metas_whole_file)
+    for part, module in (("sam_prompt_encoder.", prompts), ("sam_mask_decoder.", decoder)):
+        module.load_state_dict({key.removeprefix(part): state[key] for key in state if key.startswith(part)})
+    fine, middle, coarse = (torch.randn(1, 256, side, side) for side in (24, 12, 6))
+    (points, signs), mask = CLICKS, 4 * torch.randn(1, 1, 24, 24)
+    with torch.no_grad():
+        sparse, dense = prompts(points=(points[None], signs[None]), boxes=None, masks=mask)
+        expected, *_ = decoder(
+            image_embeddings=coarse + state["no_mem_embed"].view(1, -1, 1, 1),
+            image_pe=prompts.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=False,
+            high_res_features=[decoder.conv_s0(fine), decoder.conv_s1(middle)],
+        )
+        packed = torch.cat([fine, F.pixel_shuffle(middle, 2), F.pixel_shuffle(coarse, 4)], dim=1)
+        received = Sam2Decoder(96, metas_whole_file).eval()(packed, points[None], signs[None], mask)
+    torch.testing.assert_close(received, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def with_click(path: str, image_size: int, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
