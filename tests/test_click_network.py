@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from components.networks.click_corrected_sam import ClickCorrectedSam, ClickCorrectedSam2
 from components.networks.click_head import ClickHead, click_marks
-from components.networks.click_networks import click_corrector, click_encoder
+from components.networks.click_networks import click_corrector, click_encoder, has_own_corrector
 from components.networks.corrector import ClickCorrector, against_rest
 from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
+from components.sam.encoders import ENCODERS
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES
 
 SIDE, SIZE = 48, 64  # of a slice as the network is shown it, and of the encoder's images
 GRID = SIZE // 16
@@ -139,6 +141,11 @@ def test_encoders_whose_decoder_is_not_at_hand_are_refused(model_type, has_file,
     with pytest.raises(ValueError, match=said):
         corrector = click_corrector(encoder, tiny_sam_checkpoint if has_file else None)
         corrector(None, None, [])  # an encoder with random weights is noticed here
+
+
+def test_the_files_of_sam_and_sam_2_bring_their_own_corrector():
+    own = {name for name in ENCODERS if has_own_corrector(name)}
+    assert own == {"vit_b", "vit_l", "vit_h", "vit_t", "vit_tiny", *SAM2_ARCHITECTURES}
 
 
 def test_the_corrector_of_a_sam_encoder_is_the_decoder_of_its_file(tiny_sam_checkpoint, sam_vit_b, embeddings, logits):

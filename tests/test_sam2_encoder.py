@@ -341,6 +341,8 @@ def test_clicks_need_the_whole_file_from_which_the_encoder_comes(sam2_checkpoint
         r"transformers \(mask_decoder\.\*\); received only keys that begin with vision_encoder; give --sam_checkpoint",
     ):
         corrector(encoder, str(tmp_path / "encoder.pth"))
+    torch.save({key: value for key, value in state.items() if "t_encoder.shared" not in key}, tmp_path / "once.pth")
+    corrector(encoder, str(tmp_path / "once.pth"))  # as where the two equal positional embeddings are saved once
     torch.save({key: value for key, value in state.items() if "conv_s0" not in key}, tmp_path / "partial.pth")
     with pytest.raises(ValueError, match=r"missing: decoder\.mask_decoder\.conv_s0\.weight"):
         corrector(encoder, str(tmp_path / "partial.pth"))

@@ -62,8 +62,8 @@ class Sam2FeatureMaps(nn.Module):
             images: Bx3xHxW in 0..255, any height and width.
 
         Returns:
-            Bx336xhxw, h and w a quarter of the encoder's image size. The 256 channels of the map at stride 4 are
-            followed by those at stride 8 as 64 and those at stride 16 as 16, each position's values as pixels.
+            Bx336xhxw, h and w a quarter of the encoder's image size. The first 256 channels are the map at stride 4.
+            Then come 64 of that at stride 8 and 16 of that at stride 16, with their channels spread over pixels.
         """
         encoder = cast(Sam2Encoder, self.encoder.image_encoder)
         fine, middle, coarse = encoder.feature_maps(self.encoder.preprocess(images))
@@ -73,9 +73,9 @@ class Sam2FeatureMaps(nn.Module):
 class Sam2Decoder(nn.Module):
     """SAM 2.1's prompt encoder and mask decoder, from feature maps and prompts to one mask.
 
-    The numbers are those of `Sam2Model` of `transformers` and of Meta's `SAM2ImagePredictor` for one mask: that of the
-    first token or, if it is not stable, the one of the other three with the best predicted score. Source: Ravi et al.,
-    "SAM 2: Segment Anything in Images and Videos", ICLR 2025.
+    The numbers are those of `Sam2Model` of `transformers` and of Meta's `SAM2ImagePredictor` for one mask. This is the
+    first token's or, where that is not stable, the one of the other three with the best predicted score.
+    Source: Ravi et al., "SAM 2: Segment Anything in Images and Videos", ICLR 2025.
 
     Args:
         image_size: side in pixels of the encoder's images, a multiple of 32.
