@@ -212,6 +212,22 @@ def tiny_sam_checkpoint(sam_vit_b, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def sam2_checkpoint(tmp_path_factory) -> str:
+    """A folder as `transformers` saves SAM 2.1 with the tiny encoder, without a weight that is 0 or 1."""
+    transformers = pytest.importorskip("transformers", reason="needs pip install -c constraints.txt -e '.[encoders]'")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = transformers.Sam2Model(transformers.Sam2Config())  # by default the tiny one
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.shared_image_embedding.load_state_dict(model.prompt_encoder.shared_embedding.state_dict())  # as published
+    folder = tmp_path_factory.mktemp("sam2")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def acdc_dir() -> str:
     """Real ACDC patients: the folder named by ACDC_DIR, or one shared beside the checkout."""
     path = Path(os.environ.get("ACDC_DIR", REPOSITORY.parent / "shared" / "data" / "acdc"))

@@ -1,4 +1,4 @@
-"""Networks that correct single classes by clicks: SAM's promptable decoder, and the head on the shipped encoder."""
+"""Networks that correct single classes by clicks: SAM's promptable decoders, and the head on the shipped encoder."""
 
 import copy
 
@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from components.networks.click_corrected_sam import ClickCorrectedSam
+from components.networks.click_corrected_sam import ClickCorrectedSam, ClickCorrectedSam2
 from components.networks.click_head import ClickHead, click_marks
-from components.networks.click_networks import click_corrector, click_encoder
+from components.networks.click_networks import click_corrector, click_encoder, has_own_corrector
 from components.networks.corrector import ClickCorrector, against_rest
 from components.pretrained import pretrained_file
 from components.sam.encoder import SamEncoder
+from components.sam.encoders import ENCODERS
+from components.sam.sam2_encoder import SAM2_ARCHITECTURES
 
 SIDE, SIZE = 48, 64  # of a slice as the network is shown it, and of the encoder's images
 GRID = SIZE // 16
@@ -24,9 +26,14 @@ def corrector(sam_checkpoint) -> ClickCorrectedSam:
     return ClickCorrectedSam(sam_checkpoint, SIZE)
 
 
-@pytest.fixture(params=["SAM", "head"])
-def any_corrector(request, corrector) -> ClickCorrector:
-    return corrector if request.param == "SAM" else ClickHead().eval()
+@pytest.fixture(params=["SAM", "SAM 2.1", "head"])
+def any_corrector(request, embeddings) -> tuple[ClickCorrector, torch.Tensor]:
+    """A network and embeddings of two slices for it."""
+    if request.param == "SAM":
+        return request.getfixturevalue("corrector"), embeddings
+    if request.param == "SAM 2.1":
+        return ClickCorrectedSam2(request.getfixturevalue("sam2_checkpoint"), SIZE), torch.randn(2, 336, 16, 16)
+    return ClickHead().eval(), embeddings
 
 
 @pytest.fixture
@@ -89,8 +96,8 @@ def test_the_prompt_of_a_mask_on_its_own_grid_is_the_mask(corrector, embeddings)
     assert seen[0]["points"][0].tolist() == [[[3.0 * SIZE / (4 * GRID), 2.0 * SIZE / (4 * GRID)]]]
 
 
-def test_classes_and_slices_without_a_click_stay_bit_for_bit(any_corrector, embeddings, logits):
-    corrector, before = any_corrector, logits.clone()
+def test_classes_and_slices_without_a_click_stay_bit_for_bit(any_corrector, logits):
+    (corrector, embeddings), before = any_corrector, logits.clone()
     corrected = corrector(embeddings, logits, [{}, {MYO: clicked((20.0, 20.0, 1))}])
     assert torch.equal(logits, before)
     assert torch.equal(corrected[0], before[0])
@@ -125,7 +132,7 @@ def test_a_class_against_the_rest_has_the_odds_of_its_probability(logits):
     ("model_type", "has_file", "trainable", "said"),
     [
         ("general_unet", True, False, "the encoder was trained further than"),
-        ("vit_tiny", False, False, "or a SAM checkpoint: received the encoder vit_tiny, which has no file"),
+        ("vit_tiny", False, False, "or a SAM or SAM 2.1 checkpoint: received the encoder vit_tiny, which has no file"),
         ("vit_tiny", True, "neck", "the encoder was trained further than"),
     ],
 )
@@ -134,6 +141,11 @@ def test_encoders_whose_decoder_is_not_at_hand_are_refused(model_type, has_file,
     with pytest.raises(ValueError, match=said):
         corrector = click_corrector(encoder, tiny_sam_checkpoint if has_file else None)
         corrector(None, None, [])  # an encoder with random weights is noticed here
+
+
+def test_the_files_of_sam_and_sam_2_bring_their_own_corrector():
+    own = {name for name in ENCODERS if has_own_corrector(name)}
+    assert own == {"vit_b", "vit_l", "vit_h", "vit_t", "vit_tiny", *SAM2_ARCHITECTURES}
 
 
 def test_the_corrector_of_a_sam_encoder_is_the_decoder_of_its_file(tiny_sam_checkpoint, sam_vit_b, embeddings, logits):

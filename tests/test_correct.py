@@ -160,6 +160,21 @@ def test_clicks_on_volumes_of_other_organs_are_refused(network, autosam_says, el
     assert not list(Path("corrected").glob("*_pred*"))
 
 
+def test_volumes_of_other_organs_take_clicks_on_sam_2(sam2_checkpoint, autosam_says, elsewhere):  # noqa: F811
+    data = decathlon(elsewhere / "data", real=False)
+    encoder = {"model_type": "sam2.1_hiera_tiny", "sam_checkpoint": sam2_checkpoint}
+    torch.manual_seed(0)
+    bundle = trained(new_bundle("organ", data, elsewhere, network="linearhead", **encoder)[0], image_size=32, planes=1)
+    image = next((data / "imagesTr").glob("*.nii.gz"))
+    clicks = clicks_file(Anterior=[[8, 10, 1]], background=[[15, 20, 1]])
+    autosam_says("segment", image, "--bundle", bundle, *ONE_VIEW)
+    autosam_says("correct", image, "--clicks", clicks, "--bundle", bundle, *ONE_VIEW)
+    assert "2 clicks correct 1 slices" in Path("corrected", LOG).read_text()
+    name = f"{image.name.removesuffix('.nii.gz')}_pred.nii.gz"
+    before, after = (values(Path(folder, name)) for folder in ("segmented", "corrected"))
+    assert (before != after).any((0, 1)).tolist() == [False, True, False]
+
+
 def test_two_clicks_mend_most_of_a_slice_of_a_hard_phantom():
     """Of a seed that no training has seen: a false RV beside the heart."""
     voxels, truth = degraded_phantom(1, 14)

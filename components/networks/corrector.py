@@ -19,8 +19,8 @@ class ClickCorrector(nn.Module, ABC):
         """Correct slices.
 
         Args:
-            embeddings: Bx256xhxw, of the encoder for which this network was trained.
-            logits: BxCxHxW, those of a softmax; HxW is the slice as the encoder was shown it.
+            embeddings: BxExhxw, of the encoder for which this network was trained.
+            logits: BxCxHxW, those of a softmax over C classes; HxW is the slice as the encoder was shown it.
             clicks: for each slice, the clicks of each class to correct. Points are Nx2, x along W and y along H, in
                 pixels from the centre of the first one. A sign is 1 on the class and 0 off it.
 
@@ -44,7 +44,7 @@ class ClickCorrector(nn.Module, ABC):
         """Return the corrected logits HxW of one class against all others.
 
         Args:
-            embedding: 256xhxw.
+            embedding: Exhxw.
             logits: CxHxW, those so far.
             number: the class.
             points: Nx2 as (x, y), in pixels.

@@ -71,6 +71,7 @@ class EncoderType:
         pixel_std: of each colour; images are divided by it.
         neck: parts that `trainable_encoder neck` trains: what makes embeddings of the last block's features.
         has_sam_decoder: whether its file holds SAM's mask decoder.
+        has_sam2_decoder: whether its file holds SAM 2.1's.
         file: name of the published file; None if none can be downloaded without an account.
         url: address of that file.
         sha256: its checksum.
@@ -92,6 +93,7 @@ class EncoderType:
     pixel_std: Colour = IMAGENET_STD
     neck: tuple[str, ...] = ("neck",)
     has_sam_decoder: bool = False
+    has_sam2_decoder: bool = False
     file: str | None = None
     url: str = ""
     sha256: str = ""
@@ -122,6 +124,7 @@ def _sam2(name: str, sha256: str) -> EncoderType:
         stride=4,
         size_multiple=SIZE_MULTIPLE,
         default_size=None,
+        has_sam2_decoder=True,
         file=f"{name}.pt",
         url=f"https://dl.fbaipublicfiles.com/segment_anything_2/092824/{name}.pt",
         sha256=sha256,

@@ -88,12 +88,26 @@ class Sam2Encoder(TransformersEncoder):
         Returns:
             embeddings Bx256x(H/4)x(W/4).
         """
-        *finer, coarsest = self.backbone(x).intermediate_hidden_states
-        project, *others = self.neck.convs  # from coarse to fine
-        embeddings = project(coarsest.permute(0, 3, 1, 2))
-        for project, features in zip(others, reversed(finer), strict=True):
-            embeddings = project(features.permute(0, 3, 1, 2)) + F.interpolate(embeddings, scale_factor=2.0)
-        return embeddings
+        fine, middle, coarse = self.feature_maps(x)
+        middle = middle + F.interpolate(coarse, scale_factor=2.0)
+        return fine + F.interpolate(middle, scale_factor=2.0)
+
+    def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return SAM 2's own feature maps of normalised images, which its mask decoder takes.
+
+        Args:
+            x: images Bx3xHxW, H and W multiples of 32.
+
+        Returns:
+            three maps Bx256xhxw, at strides 4, 8 and 16.
+        """
+        states = self.backbone(x).intermediate_hidden_states  # from fine to coarse, as the maps
+        maps = [
+            project(features.permute(0, 3, 1, 2))
+            for project, features in zip(reversed(self.neck.convs), states, strict=True)
+        ]
+        *finer, coarse, coarsest = maps
+        return [*finer, coarse + F.interpolate(coarsest, scale_factor=2.0)]
 
 
 def sam2_image_encoder(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
