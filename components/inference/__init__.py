@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "model_loader": ["ModelCheckpointLoader"],
         "segmentation": ["SegmentationEvaluator"],
         "slice_inferer": ["TestTimeAugmentationInferer"],
+        "valve": ["EndAtValved"],
     },
 )
