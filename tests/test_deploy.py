@@ -48,7 +48,13 @@ def test_nothing_is_saved_by_the_overlay(bundle):
         parser = ConfigParser()
         parser.read_config([REPOSITORY / "bundles" / bundle / f"configs/{name}.json" for name in names])
         trained = {"out_channels": 4, "class_names": ["a"], "slice_smoothing": 0, "largest_component": False}
-        trained |= {"channels": 1, "slice_axis": None, "minimum_wall_mm": 0}
+        trained |= {
+            "channels": 1,
+            "slice_axis": None,
+            "minimum_rv_score": 0,
+            "minimum_wall_mm": 0,
+            "test_time_views": 1,
+        }
         parser.update({"settings": trained, "output_dir": "", "preprocessing#transforms": []})
         return [type(transform).__name__ for transform in parser.get_parsed_content("postprocessing").transforms]
 

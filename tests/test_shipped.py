@@ -256,6 +256,10 @@ def test_trained_model_wins_over_the_start_and_a_given_one_over_both(adapted, we
         assert re.findall(r"Restored all variables from (\S+)", caplog.text) == [str(chosen)]
 
 
+MENDING = ("EndAtValved", "CloseWalld")
+NO_ANATOMY = {"minimum_rv_score": 0, "minimum_wall_mm": 0}
+
+
 @pytest.mark.parametrize("switch", [True, False])
 @pytest.mark.parametrize(
     ("names", "key", "others"),
@@ -267,7 +271,7 @@ def test_trained_model_wins_over_the_start_and_a_given_one_over_both(adapted, we
     ids=["train", "evaluate", "infer"],
 )
 def test_largest_component_is_a_switch(names, key, others, switch):
-    parser = parsed("linearhead_acdc", names, largest_component=switch, slice_smoothing=0, minimum_wall_mm=0)
+    parser = parsed("linearhead_acdc", names, largest_component=switch, slice_smoothing=0, **NO_ANATOMY)
     transforms = parser.get_parsed_content(key).transforms
     assert len(transforms) == others + switch
     assert ("KeepLargestConnectedComponentd" in {type(transform).__name__ for transform in transforms}) == switch
@@ -283,13 +287,13 @@ def test_largest_component_is_a_switch(names, key, others, switch):
     ],
     ids=["train", "paper", "evaluate", "infer"],
 )
-def test_walls_are_closed_unless_a_knob_or_the_papers_recipe_says_no(names, key):
-    def closes(**options: float) -> bool:
+def test_anatomy_is_mended_unless_a_knob_or_the_papers_recipe_says_no(names, key):
+    def mended_by(**options: float) -> list[str]:
         transforms = parsed("linearhead_acdc", names, **options).get_parsed_content(key).transforms
-        return "CloseWalld" in {type(transform).__name__ for transform in transforms}
+        return [each for each in (type(transform).__name__ for transform in transforms) if each in MENDING]
 
-    assert closes() == ("sam" not in names)
-    assert not closes(minimum_wall_mm=0)
+    assert mended_by() == ([] if "sam" in names else [*MENDING])
+    assert not mended_by(**NO_ANATOMY)
 
 
 @pytest.mark.parametrize(("typed", "kept"), [("true", True), ("FALSE", False)])
@@ -302,7 +306,7 @@ def test_largest_component_is_a_switch_in_whatever_letters_it_is_typed(names, ty
 
 
 def test_smaller_component_of_a_class_goes_and_an_absent_class_is_no_matter():
-    parser = parsed("linearhead_acdc", ("inference",), largest_component=True, slice_smoothing=0, minimum_wall_mm=0)
+    parser = parsed("linearhead_acdc", ("inference",), largest_component=True, slice_smoothing=0, **NO_ANATOMY)
     transform = parser.get_parsed_content("postprocessing").transforms[2]
     labels = torch.zeros(1, 6, 6, 2)
     labels[0, :3, :3, 0] = 1  # nine voxels and two, apart; of another class two, that touch the nine
@@ -328,7 +332,7 @@ def test_a_slice_follows_its_neighbours_where_they_are_surer(names, key):
     scores[1, ..., 1] = 0.45
 
     def middle(slice_smoothing: float) -> torch.Tensor:
-        parser = parsed("linearhead_acdc", names, slice_smoothing=slice_smoothing)
+        parser = parsed("linearhead_acdc", names, slice_smoothing=slice_smoothing, **NO_ANATOMY)
         first = parser.get_parsed_content(key).transforms[0]
         smoothed = first({"pred": scores})["pred"] if type(first).__name__ == "GaussianSmoothd" else scores
         return smoothed.argmax(dim=0)[..., 1]

@@ -22,11 +22,11 @@ _DESCENT_MM = 15.0  # of the valve from end-diastole to end-systole
 class EndAtValved(MapTransform):
     """Clear the right ventricle (RV) in slices at the base that show its atrium and outflow tract instead.
 
-    A slice through the ventricle shows one convex pool beside the left ventricle, and the network is sure of it. A slice
-    beyond the valve shows two pools with fat between them, on which networks are unsure. So a slice is judged by the
-    RV's solidity times its mean probability. The solidity is its area over that of its convex hull, without the left
-    ventricle and its wall. Slices are judged from the base on, up to the first one that is a ventricle's. Where a slice
-    is cleared, the outputs of RV and background are swapped.
+    A slice through the ventricle shows one convex pool beside the left ventricle, and networks are sure of it. A slice
+    beyond the valve shows two pools with fat between them, and networks are unsure. So the RV of a slice is judged by
+    its solidity times its mean probability. The solidity is its area over that of its convex hull, without the left
+    ventricle and its wall. Slices are judged from the base on, up to the first one that is a ventricle's. In slices
+    that are cleared, the outputs of RV and background are swapped.
 
     The base is the end of the stack towards which the RV widens.
 
