@@ -25,8 +25,8 @@ class EndAtValved(MapTransform):
     A slice through the ventricle shows one convex pool beside the left ventricle, and networks are sure of it. A slice
     beyond the valve shows two pools with fat between them, and networks are unsure. So the RV of a slice is judged by
     its solidity times its mean probability. The solidity is its area over that of its convex hull, without the left
-    ventricle and its wall. Slices are judged from the base on, up to the first one that is a ventricle's. In slices
-    that are cleared, the outputs of RV and background are swapped.
+    ventricle and its wall. Slices are judged from the base on, up to the first one that is a ventricle's. One
+    slice with an RV stays in any case. In slices that are cleared, the outputs of RV and background are swapped.
 
     The base is the end of the stack towards which the RV widens.
 
@@ -34,7 +34,7 @@ class EndAtValved(MapTransform):
         keys: items with a network's outputs CxHxWxD, background first, slices last.
         class_names: names of the foreground classes, in the order of their labels; RV, Myo and LV are among them.
         minimum_score: solidity times mean probability that a ventricle has at least; 0 to 1.
-        is_probability: whether the outputs are probabilities, else they are logits.
+        is_probability: whether the outputs are probabilities, of any sum, else they are logits.
         image_key: item with the image 1xHxWxD, whose affine gives the distance between slices.
 
     Raises:
@@ -57,7 +57,7 @@ class EndAtValved(MapTransform):
                 f"{', '.join(class_names)}: no valve can be found, set minimum_rv_score to 0"
             )
         if not 0 <= minimum_score <= 1:
-            raise ValueError(f"expected minimum_rv_score from 0 to 1, received {minimum_score}: give for example 0.85")
+            raise ValueError(f"expected minimum_rv_score from 0 to 1, received {minimum_score}: give for example 0.8")
         self.ventricle, *left = (list(class_names).index(name) + 1 for name in ("RV", "Myo", "LV"))
         self.left = left
         self.minimum_score = minimum_score
@@ -92,12 +92,13 @@ class EndAtValved(MapTransform):
         labels = largest_channel(outputs, 0).cpu().numpy()
         area = (labels == self.ventricle).sum((0, 1))
         stack = np.flatnonzero(area)
-        if not len(stack):
+        if len(stack) < 2:
             return outputs
         if np.average(stack, weights=area[stack]) > stack.mean():
             stack = stack[::-1]
         cleared = outputs.clone()
-        for number in stack[: max(1, int(_DESCENT_MM / slice_mm))].tolist():
+        judged = max(1, int(_DESCENT_MM / slice_mm))
+        for number in stack[:-1][:judged].tolist():  # one slice with an RV stays
             of_slice = outputs[..., number]
             if self._score(of_slice, labels[..., number]) >= self.minimum_score:
                 break
@@ -110,5 +111,6 @@ class EndAtValved(MapTransform):
         """Return the solidity times the mean probability of the RV in a slice, of outputs CxHxW and labels HxW."""
         mask = labels == self.ventricle
         hull = convex_hull_image(mask) & ~np.isin(labels, self.left)
-        probability = (outputs if self.is_probability else outputs.softmax(0))[self.ventricle].cpu().numpy()
+        sums_to_1 = outputs / outputs.sum(0) if self.is_probability else outputs.softmax(0)
+        probability = sums_to_1[self.ventricle].cpu().numpy()
         return float(probability[mask].mean() * mask.sum() / hull.sum())
