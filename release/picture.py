@@ -23,7 +23,7 @@ CORRECTION = Path(__file__).parents[1] / "docs/correction.png"
 _SIZE = (256, 216, 6)  # six slices fit in one row
 _DPI, _JPEG_QUALITY = 80, 80  # some 45 kB
 _TITLE = "a synthetic patient, from base to apex"
-_CORRECTED = (1, 14)  # seed and number of a degraded phantom
+_CORRECTED = (1, 21)  # seed and number of a degraded phantom
 _CLICKS = 2
 _STAR_SIZE = 120
 
