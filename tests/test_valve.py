@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import GaussianSmooth
 
 from components.inference.valve import EndAtValved
 
@@ -38,11 +39,13 @@ def probabilities(*sure: float | None, radii: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.stack(slices, axis=-1)).float()
 
 
-def ended(outputs: torch.Tensor, *, slice_mm: float = 10.0, minimum: float = 0.87, is_probability: bool = True):
+def ended(outputs: torch.Tensor, *, slice_mm: float = 10.0, minimum: float = 0.93, is_probability: bool = True):
     affine = torch.diag(torch.tensor([1.5, 1.5, slice_mm, 1.0]))
     image = MetaTensor(torch.zeros(1, *outputs.shape[1:]), affine=affine)
     transform = EndAtValved("pred", class_names=CLASSES, minimum_probability=minimum, is_probability=is_probability)
-    return transform({"image": image, "pred": outputs})["pred"]
+    items = transform({"image": image, "pred": outputs, "unsmoothed": outputs})
+    assert items.keys() == {"image", "pred"}
+    return items["pred"]
 
 
 def slices_with_rv(outputs: torch.Tensor) -> list[int]:
@@ -77,13 +80,19 @@ def test_no_more_is_cleared_than_the_valve_descends(slice_mm, cleared):
     assert slices_with_rv(ended(before, slice_mm=slice_mm)) == [*range(cleared, 10)]
 
 
-def test_logits_and_unscaled_probabilities_are_judged_like_probabilities():
+def test_logits_are_judged_like_probabilities():
     before = probabilities(UNSURE, SURE, SURE)
     by_logits = ended(before.log() + 3, is_probability=False)
+    assert slices_with_rv(by_logits) == [1, 2]
     assert torch.allclose(by_logits.softmax(0), ended(before), atol=1e-6)
-    at_the_end = before * torch.tensor([1.0, 1.0, 0.8])  # as smoothing across slices leaves it
-    assert slices_with_rv(ended(at_the_end)) == slices_with_rv(by_logits) == [1, 2]
-    assert slices_with_rv(ended(probabilities(SURE, SURE) * 0.8)) == [0, 1]
+
+
+def test_what_smoothing_makes_unsure_stays():
+    before = probabilities(None, SURE, SURE, SURE)
+    transform = EndAtValved("pred", class_names=CLASSES, minimum_probability=0.93, is_probability=True)
+    smoothed = GaussianSmooth((0, 0, 0.6))(before)
+    items = {"image": MetaTensor(torch.zeros(1, SIZE, SIZE, 4)), "pred": smoothed, "unsmoothed": before}
+    assert torch.equal(transform(items)["pred"], smoothed)
 
 
 @pytest.mark.parametrize("sure", [None, UNSURE], ids=["none", "one slice"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import takewhile
 
 import torch
 from monai.config import KeysCollection
@@ -25,13 +26,15 @@ class EndAtValved(MapTransform):
     The first slice of which the network is sure ends the search, and the last slice with an RV stays in any case. In
     slices that are cleared, the outputs of RV and background are swapped.
 
-    The base is the end of the stack towards which the RV widens.
+    The base is the end of the stack towards which the RV widens. Outputs are judged before they are smoothed across
+    slices, since smoothing makes each end of the ventricle unsure.
 
     Args:
-        keys: items with a network's outputs CxHxWxD, background first, slices last.
+        keys: item with a network's outputs CxHxWxD, background first, slices last.
         class_names: names of the foreground classes, in the order of their labels; RV is among them.
         minimum_probability: mean probability of the RV in a slice of which the network is sure; 0 to 1.
-        is_probability: whether the outputs are probabilities, of any sum, else they are logits.
+        is_probability: whether the outputs are probabilities, else they are logits.
+        unsmoothed_key: item with the outputs before smoothing; it is removed.
         image_key: item with the image 1xHxWxD, whose affine gives the distance between slices.
 
     Raises:
@@ -45,6 +48,7 @@ class EndAtValved(MapTransform):
         class_names: Sequence[str],
         minimum_probability: float,
         is_probability: bool,
+        unsmoothed_key: str = "unsmoothed",
         image_key: str = "image",
     ) -> None:
         super().__init__(keys)
@@ -55,21 +59,22 @@ class EndAtValved(MapTransform):
             )
         if not 0 <= minimum_probability <= 1:
             raise ValueError(
-                f"expected minimum_rv_probability from 0 to 1, received {minimum_probability}: give for example 0.87"
+                f"expected minimum_rv_probability from 0 to 1, received {minimum_probability}: give for example 0.93"
             )
         self.ventricle = list(class_names).index("RV") + 1
         self.minimum_probability = minimum_probability
         self.is_probability = is_probability
+        self.unsmoothed_key = unsmoothed_key
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
-        """Clear the slices of each item.
+        """Clear the slices.
 
         Args:
-            data: the items and the image.
+            data: the outputs, those before smoothing and the image.
 
         Returns:
-            the data with new outputs of the same shape and type.
+            the data with new outputs of the same shape and type, without those before smoothing.
 
         Raises:
             ValueError: if the image has no affine.
@@ -82,22 +87,28 @@ class EndAtValved(MapTransform):
                 f"{type(image).__name__}; load the image by LoadVolumed, or set minimum_rv_probability to 0"
             )
         slice_mm = float(affine_to_spacing(image.affine, r=3)[2])
+        beyond = self._beyond(items.pop(self.unsmoothed_key), max(1, int(_DESCENT_MM / slice_mm)))
         for key in self.key_iterator(items):
-            items[key] = self._cleared(items[key], max(1, int(_DESCENT_MM / slice_mm)))
+            items[key] = self._cleared(items[key], beyond)
         return items
 
-    def _cleared(self, outputs: Tensor, judged: int) -> Tensor:
+    def _beyond(self, outputs: Tensor, judged: int) -> list[int]:
+        """Return the slices that lie beyond the valve, at most as many as are to be judged."""
         mask = largest_channel(outputs, 0) == self.ventricle  # HxWxD
         area = mask.sum((0, 1))
         stack = area.nonzero()[:, 0]
         if (stack * area[stack]).sum() / area.sum() > stack.double().mean():
             stack = stack.flip(0)
-        probability = (outputs / outputs.sum(0) if self.is_probability else outputs.softmax(0))[self.ventricle]
+        probability = (outputs if self.is_probability else outputs.softmax(0))[self.ventricle]
+        means = [probability[..., number][mask[..., number]].mean() for number in stack[:-1][:judged].tolist()]
+        unsure = takewhile(lambda mean: mean < self.minimum_probability, means)
+        return stack[: len(list(unsure))].tolist()
+
+    def _cleared(self, outputs: Tensor, beyond: list[int]) -> Tensor:
+        is_cleared = torch.zeros_like(outputs[0], dtype=torch.bool)
+        is_cleared[..., beyond] = True
+        is_cleared &= largest_channel(outputs, 0) == self.ventricle
         cleared = outputs.clone()
-        for number in stack[:-1][:judged].tolist():
-            of_slice, where = outputs[..., number], mask[..., number]
-            if probability[..., number][where].mean() >= self.minimum_probability:
-                break
-            for of, by in ((_BACKGROUND, self.ventricle), (self.ventricle, _BACKGROUND)):
-                cleared[of, ..., number] = torch.where(where, of_slice[by], of_slice[of])
+        for of, by in ((_BACKGROUND, self.ventricle), (self.ventricle, _BACKGROUND)):
+            cleared[of] = torch.where(is_cleared, outputs[by], outputs[of])
         return cleared
