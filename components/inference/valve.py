@@ -7,12 +7,11 @@ from itertools import takewhile
 
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform
 from torch import Tensor
 
 from components.base.layers import largest_channel
+from components.data.geometry import spacing_mm
 
 _BACKGROUND = 0
 _DESCENT_MM = 15.0  # of the valve from end-diastole to end-systole
@@ -80,13 +79,7 @@ class EndAtValved(MapTransform):
             ValueError: if the image has no affine.
         """
         items = dict(data)
-        image = items[self.image_key]
-        if not isinstance(image, MetaTensor):
-            raise ValueError(
-                f"the slices of {self.image_key!r} have no distance: expected a MetaTensor with an affine, received a "
-                f"{type(image).__name__}; load the image by LoadVolumed, or set minimum_rv_probability to 0"
-            )
-        slice_mm = float(affine_to_spacing(image.affine, r=3)[2])
+        slice_mm = spacing_mm(items[self.image_key], self.image_key, knob="minimum_rv_probability")[2]
         beyond = self._beyond(items.pop(self.unsmoothed_key), max(1, int(_DESCENT_MM / slice_mm)))
         for key in self.key_iterator(items):
             items[key] = self._cleared(items[key], beyond)
