@@ -124,8 +124,8 @@ class Segmenter:
         """
         find_bundle(self.bundle, CORRECT)
         with self._file(image, affine) as path:
-            parser = self._parser({"saving": [], "clicks": {}}, f"{self.bundle}/configs/{CORRECT}")
-            self._check_one(path, parser)
+            parser = self._parser({"clicks": {}}, f"{self.bundle}/configs/{CORRECT}")
+            self._set_image(path, parser)
             return Correction(parser)
 
     def measure(
@@ -163,10 +163,11 @@ class Segmenter:
 
     def _run(self, path: Path, parser: ConfigParser) -> None:
         """Run inference on the image of a path."""
-        self._check_one(path, parser)
+        self._set_image(path, parser)
         parser.get_parsed_content("evaluator").run()
 
-    def _check_one(self, path: Path, parser: ConfigParser) -> None:
+    def _set_image(self, path: Path, parser: ConfigParser) -> None:
+        """Make the configs read the image of a path, which must be the only one."""
         parser["dataset_dir"] = str(path)
         files = parser.get_parsed_content("dataset").files
         if files != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from components.data.clicks import read_clicks
-from components.inference.correction import EMBEDDINGS, check_clicks
+from components.inference.correction import EMBEDDINGS, only_item, original_shape
 
 
 class Correction:
@@ -28,11 +28,8 @@ class Correction:
     """
 
     def __init__(self, parser: ConfigParser) -> None:
-        names = parser.get_parsed_content("settings")["class_names"]
-        path = parser.get_parsed_content("dataset_dir")
-        item: Any = check_clicks({}, names, parser.get_parsed_content("dataset"), path)
-        self.image: MetaTensor = item["image"]
-        self._item: dict[Hashable, Any] = item
+        self._item = only_item(parser.get_parsed_content("dataset"), parser.get_parsed_content("dataset_dir"))
+        self.image: MetaTensor = self._item["image"]
         self._network: Any = parser.get_parsed_content("network").eval()
         self._device = parser.get_parsed_content("device")
         self._inferer: Any = parser.get_parsed_content("inferer")
@@ -52,7 +49,7 @@ class Correction:
             ValueError: if a click does not fit the image.
             FileNotFoundError: if there is no file of clicks.
         """
-        read_clicks(clicks, self._correct.class_names, self.image.meta["spatial_shape"])
+        read_clicks(clicks, self._correct.class_names, original_shape(self.image))
         self._correct.clicks = clicks
         return self._correct(self._answer)["pred"].to(torch.uint8).cpu()
 

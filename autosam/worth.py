@@ -1,4 +1,4 @@
-"""What the bundles that come with a trained model are worth beside each other."""
+"""Purpose, Dice and relative time of the bundles that come with a trained model."""
 
 # purpose; mean Dice in percent on real hearts without a label, as in docs/results.md; seconds on a CPU relative to the
 # fastest

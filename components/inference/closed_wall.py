@@ -13,8 +13,7 @@ from torch import Tensor
 
 from components.base.layers import largest_channel
 from components.data.geometry import spacing_mm
-
-_BACKGROUND = 0
+from components.inference.swap import BACKGROUND, swap_with_background
 
 
 class CloseWalld(MapTransform):
@@ -73,10 +72,7 @@ class CloseWalld(MapTransform):
         for number in np.flatnonzero((labels == self.cavity).any((0, 1))):
             cavity = binary_fill_holes(labels[..., number] == self.cavity)
             near[..., number] = distance_transform_edt(~cavity, sampling=pixel_mm) <= self.minimum_mm
-        near &= labels == _BACKGROUND
+        near &= labels == BACKGROUND
         second = largest_channel(outputs[1:], 0) + 1
         gap = torch.as_tensor(near, device=outputs.device) & (second == self.wall)
-        closed = outputs.clone()
-        for of, by in ((_BACKGROUND, self.wall), (self.wall, _BACKGROUND)):
-            closed[of] = torch.where(gap, outputs[by], outputs[of])
-        return closed
+        return swap_with_background(outputs, self.wall, gap)

@@ -157,7 +157,7 @@ def merge_slice(before: np.ndarray, redrawn: np.ndarray, clicks: OfSlice) -> np.
 
 def check_clicks(
     clicks: str | Mapping[str, Any], class_names: Sequence[str], dataset: Dataset, dataset_dir: str
-) -> dict[Hashable, Any]:
+) -> None:
     """Check that clicks fit the image to segment, before this takes its time.
 
     Args:
@@ -166,12 +166,22 @@ def check_clicks(
         dataset: of one image, prepared for the network.
         dataset_dir: where it was found, for messages.
 
-    Returns:
-        the dataset's only item.
+    Raises:
+        ValueError: if a click does not fit, or as for `only_item`.
+        FileNotFoundError: if there is no file of clicks.
+    """
+    read_clicks(clicks, class_names, original_shape(only_item(dataset, dataset_dir)["image"]))
+
+
+def only_item(dataset: Dataset, dataset_dir: str) -> dict[str, Any]:
+    """Return the prepared image in which clicks lie.
+
+    Args:
+        dataset: as for `check_clicks`.
+        dataset_dir: likewise.
 
     Raises:
-        ValueError: if a click does not fit, or there are several images or the frames of a cine.
-        FileNotFoundError: if there is no file of clicks.
+        ValueError: if there are several images or the frames of a cine.
     """
     if len(dataset) != 1:
         raise ValueError(
@@ -179,8 +189,12 @@ def check_clicks(
             "image's file, and save a frame of a cine as a volume"
         )
     item: Any = dataset[0]
-    read_clicks(clicks, class_names, [int(size) for size in item["image"].meta[MetaKeys.SPATIAL_SHAPE]])
     return item
+
+
+def original_shape(image: MetaTensor) -> list[int]:
+    """Return the shape HxWxD that an image had in its file, where clicks lie."""
+    return [int(size) for size in image.meta[MetaKeys.SPATIAL_SHAPE]]
 
 
 def _within(of_slice: OfSlice, axis: int) -> OfSlice:

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from components.base.layers import largest_channel
 from components.data.geometry import spacing_mm
+from components.inference.swap import swap_with_background
 
-_BACKGROUND = 0
 _DESCENT_MM = 15.0  # of the valve from end-diastole to end-systole
 
 
 class EndAtValved(MapTransform):
     """Clear the right ventricle (RV) from slices at the base in which the network is unsure of it.
 
-    Beyond the valve a slice shows the right atrium and the outflow tract. Networks often label these two pools, but
-    less surely than a ventricle. Slices are judged from the base on, by the mean probability of the pixels that are RV.
-    The first slice of which the network is sure ends the search, and the last slice with an RV stays in any case. In
-    slices that are cleared, the outputs of RV and background are swapped.
+    Slices beyond the valve show the right atrium and the outflow tract. Networks often label these two pools, but less
+    surely than a ventricle. Slices are judged from the base on, by the mean probability of their RV pixels. The search
+    ends at the first slice with a sure RV. The last slice with an RV always stays. In cleared slices, the outputs of RV
+    and background are swapped.
 
     The base is the end of the stack towards which the RV widens. Outputs are judged before they are smoothed across
     slices, since smoothing makes each end of the ventricle unsure.
@@ -31,7 +31,7 @@ class EndAtValved(MapTransform):
     Args:
         keys: item with a network's outputs CxHxWxD, background first, slices last.
         class_names: names of the foreground classes, in the order of their labels; RV is among them.
-        minimum_probability: mean probability of the RV in a slice of which the network is sure; 0 to 1.
+        minimum_probability: smallest mean probability of a sure RV in a slice; 0 to 1.
         is_probability: whether the outputs are probabilities, else they are logits.
         unsmoothed_key: item with the outputs before smoothing; it is removed.
         image_key: item with the image 1xHxWxD, whose affine gives the distance between slices.
@@ -90,7 +90,7 @@ class EndAtValved(MapTransform):
         mask = largest_channel(outputs, 0) == self.ventricle  # HxWxD
         area = mask.sum((0, 1))
         stack = area.nonzero()[:, 0]
-        if (stack * area[stack]).sum() / area.sum() > stack.double().mean():
+        if (stack * area[stack]).sum() / area.sum() > stack.double().mean():  # 0 / 0 is nan, which is not larger
             stack = stack.flip(0)
         probability = (outputs if self.is_probability else outputs.softmax(0))[self.ventricle]
         means = [probability[..., number][mask[..., number]].mean() for number in stack[:-1][:judged].tolist()]
@@ -101,7 +101,4 @@ class EndAtValved(MapTransform):
         is_cleared = torch.zeros_like(outputs[0], dtype=torch.bool)
         is_cleared[..., beyond] = True
         is_cleared &= largest_channel(outputs, 0) == self.ventricle
-        cleared = outputs.clone()
-        for of, by in ((_BACKGROUND, self.ventricle), (self.ventricle, _BACKGROUND)):
-            cleared[of] = torch.where(is_cleared, outputs[by], outputs[of])
-        return cleared
+        return swap_with_background(outputs, self.ventricle, is_cleared)
