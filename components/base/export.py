@@ -1,4 +1,4 @@
-"""Whether torch computes a network now, or records it for another engine."""
+"""A test of whether torch records a network for another engine."""
 
 import torch
 

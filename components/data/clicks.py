@@ -21,9 +21,9 @@ def read_clicks(source: str | Mapping[str, Any] | None, class_names: Sequence[st
     """Read the clicks on one image.
 
     Args:
-        source: a JSON file, or what it holds: for each class that has clicks, a list of voxels `[i, j, k]`. Upper and
-            lower case in names are alike. Voxels of `background` belong to no class. A picture's voxels are `[x, y]`.
-            This is the form in which MONAI Label sends clicks.
+        source: a JSON file, or what it holds: for each class that has clicks, a list of voxels `[i, j, k]`. Names may
+            be in upper or lower case. Voxels of `background` belong to no class. A picture's voxels are `[x, y]`. This
+            is the form in which MONAI Label sends clicks.
         class_names: the classes without the background, in the order of their labels.
         shape: the image's shape HxWxD, that of a picture WxHx1.
 

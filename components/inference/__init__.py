@@ -1,4 +1,4 @@
-"""From a trained network to label maps of volumes and cines."""
+"""Label maps of volumes and cines, made by a trained network."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A change of which class a network's outputs favour."""
+"""The swap of a class and the background in a network's outputs."""
 
 import torch
 from torch import Tensor

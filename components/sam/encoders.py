@@ -55,7 +55,7 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderType:
-    """What the code and the documents need to know of one encoder.
+    """Facts of one encoder, for the code and the documents.
 
     Args:
         family: name of the encoders to which it belongs.
