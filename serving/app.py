@@ -38,6 +38,7 @@ _CHOSEN = (  # knobs chosen from the labelled cases, or on the command line of t
     "slice_axis",
     "normalisation",
     "largest_component",
+    "minimum_lv_share",
     "minimum_rv_probability",
     "minimum_wall_mm",
     "slice_smoothing",

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "cine_buffer": ["CineBuffer"],
         "closed_wall": ["CloseWalld"],
         "correction": ["CorrectByClicksd", "check_clicks"],
+        "lost_slices": ["FillLostSlicesd"],
         "model_loader": ["ModelCheckpointLoader"],
         "segmentation": ["SegmentationEvaluator"],
         "slice_inferer": ["TestTimeAugmentationInferer"],

@@ -11,10 +11,9 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from components.base.layers import largest_channel
-from components.data.geometry import spacing_mm
-from components.inference.swap import swap_with_background
+from components.inference.swap import BACKGROUND, swap_with_background
 
-_DESCENT_MM = 15.0  # of the valve from end-diastole to end-systole
+_DESCENT = 5  # the valve descends by one in so many slices of the heart from end-diastole to end-systole
 
 
 class EndAtValved(MapTransform):
@@ -22,8 +21,8 @@ class EndAtValved(MapTransform):
 
     Slices beyond the valve show the right atrium and the outflow tract. Networks often label these two pools, but less
     surely than a ventricle. Slices are judged from the base on, by the mean probability of their RV pixels. The search
-    ends at the first slice with a sure RV. The last slice with an RV always stays. In cleared slices, the outputs of RV
-    and background are swapped.
+    ends at the first slice with a sure RV, or after a fifth of the heart's slices. The last slice with an RV always
+    stays. In cleared slices, the outputs of RV and background are swapped.
 
     The base is the end of the stack towards which the RV widens. Outputs are judged before they are smoothed across
     slices, since smoothing makes each end of the ventricle unsure.
@@ -34,7 +33,6 @@ class EndAtValved(MapTransform):
         minimum_probability: smallest mean probability of a sure RV in a slice; 0 to 1.
         is_probability: whether the outputs are probabilities, else they are logits.
         unsmoothed_key: item with the outputs before smoothing; it is removed.
-        image_key: item with the image 1xHxWxD, whose affine gives the distance between slices.
 
     Raises:
         ValueError: if RV is missing, or the probability is out of range.
@@ -48,7 +46,6 @@ class EndAtValved(MapTransform):
         minimum_probability: float,
         is_probability: bool,
         unsmoothed_key: str = "unsmoothed",
-        image_key: str = "image",
     ) -> None:
         super().__init__(keys)
         if "RV" not in class_names:
@@ -64,36 +61,34 @@ class EndAtValved(MapTransform):
         self.minimum_probability = minimum_probability
         self.is_probability = is_probability
         self.unsmoothed_key = unsmoothed_key
-        self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Clear the slices.
 
         Args:
-            data: the outputs, those before smoothing and the image.
+            data: the outputs and those before smoothing.
 
         Returns:
             the data with new outputs of the same shape and type, without those before smoothing.
-
-        Raises:
-            ValueError: if the image has no affine.
         """
         items = dict(data)
-        slice_mm = spacing_mm(items[self.image_key], self.image_key, knob="minimum_rv_probability")[2]
-        beyond = self._beyond(items.pop(self.unsmoothed_key), max(1, int(_DESCENT_MM / slice_mm)))
+        beyond = self._beyond(items.pop(self.unsmoothed_key))
         for key in self.key_iterator(items):
             items[key] = self._cleared(items[key], beyond)
         return items
 
-    def _beyond(self, outputs: Tensor, judged: int) -> list[int]:
-        """Return the slices that lie beyond the valve, at most as many as are to be judged."""
-        mask = largest_channel(outputs, 0) == self.ventricle  # HxWxD
+    def _beyond(self, outputs: Tensor) -> list[int]:
+        """Return the slices that lie beyond the valve."""
+        labels = largest_channel(outputs, 0)  # HxWxD
+        heart_slices = int((labels != BACKGROUND).any(0).any(0).sum())
+        mask = labels == self.ventricle
         area = mask.sum((0, 1))
         stack = area.nonzero()[:, 0]
         if (stack * area[stack]).sum() / area.sum() > stack.double().mean():  # 0 / 0 is nan, which is not larger
             stack = stack.flip(0)
+        judged = stack[:-1][: max(1, heart_slices // _DESCENT)]
         probability = (outputs if self.is_probability else outputs.softmax(0))[self.ventricle]
-        means = [probability[..., number][mask[..., number]].mean() for number in stack[:-1][:judged].tolist()]
+        means = [probability[..., number][mask[..., number]].mean() for number in judged.tolist()]
         unsure = takewhile(lambda mean: mean < self.minimum_probability, means)
         return stack[: len(list(unsure))].tolist()
 
