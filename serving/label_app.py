@@ -485,9 +485,13 @@ class App(MONAILabelApp):
         return {name: TrainTask(bundle, self.conf) for name, bundle in self.bundles.items()}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        """Return what chooses the next sample, by name."""
-        of_inference = {"lowest_predicted_dice": LowestDice(self), "most_different_embedding": MostDifferent(self)}
-        return {"random": Random(), "first": First(), **of_inference}
+        """Return what chooses the next sample, by name; Slicer and OHIF begin with the first one."""
+        return {
+            "lowest_predicted_dice": LowestDice(self),
+            "random": Random(),
+            "first": First(),
+            "most_different_embedding": MostDifferent(self),
+        }
 
     def init_batch_infer(self) -> BatchTask:
         """Return the inference on many images."""

@@ -51,6 +51,7 @@ def test_nothing_is_saved_by_the_overlay(bundle):
         trained |= {
             "channels": 1,
             "slice_axis": None,
+            "minimum_lv_share": 0,
             "minimum_rv_probability": 0,
             "minimum_wall_mm": 0,
             "test_time_views": 1,

@@ -87,7 +87,7 @@ class Segmenter:
         parser = ConfigParser()
         parser.read_config(REPOSITORY / "bundles/unet_acdc/configs/inference.json")
         small = {"canvas_size": 32, "crop_size": 32, "test_time_views": 1}
-        plain = {"slice_smoothing": 0, "minimum_rv_probability": 0, "largest_component": False}
+        plain = {"slice_smoothing": 0, "minimum_lv_share": 0, "minimum_rv_probability": 0, "largest_component": False}
         plain["ckpt_path"] = "there is no model"
         parser.update({**small, **plain, "output_dir": str(folder), **knobs})
         self.network = Bands()

@@ -322,7 +322,7 @@ def test_a_batch_goes_on_past_images_that_cannot_be_segmented(label_python, pati
         assert status["left_out"] == {"a": answer["a"]["left_out"]}
         assert nib.load(studies / "labels/original/b.nii.gz").shape == nib.load(image).shape
         status, said = client.refusal("POST", "/activelearning/nope")
-        offered = "random, first, lowest_predicted_dice, most_different_embedding"
+        offered = "lowest_predicted_dice, random, first, most_different_embedding"
         assert (status, said) == (422, f"there is no strategy nope: expected one of {offered}")
 
 

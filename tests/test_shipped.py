@@ -257,7 +257,7 @@ def test_trained_model_wins_over_the_start_and_a_given_one_over_both(adapted, we
 
 
 MENDING = ("EndAtValved", "CloseWalld")
-NO_ANATOMY = {"minimum_rv_probability": 0, "minimum_wall_mm": 0}
+NO_ANATOMY = {"minimum_lv_share": 0, "minimum_rv_probability": 0, "minimum_wall_mm": 0}
 
 
 @pytest.mark.parametrize("switch", [True, False])
