@@ -105,22 +105,3 @@ def pose(volume: torch.Tensor, slice_axis: int | None) -> str:
 
 def _as_rows(affine: np.ndarray) -> str:
     return str(np.round(affine[:3], 4).tolist())
-
-
-def spacing_mm(image: torch.Tensor, name: str, *, knob: str) -> list[float]:
-    """Return the size of a voxel.
-
-    Args:
-        image: an image CxHxWxD with its affine.
-        name: its name, for the message.
-        knob: the knob that is set to 0 to do without it, for the message.
-
-    Raises:
-        ValueError: if the image has no affine.
-    """
-    if not isinstance(image, MetaTensor):
-        raise ValueError(
-            f"the voxels of {name!r} have no size: expected a MetaTensor with an affine, received a "
-            f"{type(image).__name__}; load the image by LoadVolumed, or set {knob} to 0"
-        )
-    return affine_to_spacing(image.affine, r=3).tolist()

@@ -7,13 +7,14 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform
 from scipy.ndimage import binary_fill_holes, distance_transform_edt
 from torch import Tensor
 
 from components.base.layers import largest_channel
-from components.data.geometry import spacing_mm
-from components.inference.swap import BACKGROUND, swap_with_background
+from components.inference.heart_rules import BACKGROUND, swap_with_background
 
 
 class CloseWalld(MapTransform):
@@ -61,7 +62,13 @@ class CloseWalld(MapTransform):
             ValueError: if the image has no affine.
         """
         items = dict(data)
-        pixel_mm = spacing_mm(items[self.image_key], self.image_key, knob="minimum_wall_mm")[:2]
+        image = items[self.image_key]
+        if not isinstance(image, MetaTensor):
+            raise ValueError(
+                f"the voxels of {self.image_key!r} have no size: expected a MetaTensor with an affine, received a "
+                f"{type(image).__name__}; load the image by LoadVolumed, or set minimum_wall_mm to 0"
+            )
+        pixel_mm = affine_to_spacing(image.affine, r=3).tolist()[:2]
         for key in self.key_iterator(items):
             items[key] = self._closed(items[key], pixel_mm)
         return items

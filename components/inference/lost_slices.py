@@ -10,7 +10,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from components.base.layers import largest_channel
-from components.inference.swap import BACKGROUND
+from components.inference.heart_rules import BACKGROUND, checked_fraction, label_of
 
 
 class FillLostSlicesd(MapTransform):
@@ -31,15 +31,8 @@ class FillLostSlicesd(MapTransform):
 
     def __init__(self, keys: KeysCollection, *, class_names: Sequence[str], minimum_share: float) -> None:
         super().__init__(keys)
-        if "LV" not in class_names:
-            raise ValueError(
-                f"expected the class LV, received {', '.join(class_names)}: no slice can be lost, set minimum_lv_share "
-                "to 0"
-            )
-        if not 0 <= minimum_share <= 1:
-            raise ValueError(f"expected minimum_lv_share from 0 to 1, received {minimum_share}: give for example 0.25")
-        self.cavity = list(class_names).index("LV") + 1
-        self.minimum_share = minimum_share
+        self.cavity = label_of("LV", class_names, knob="minimum_lv_share")
+        self.minimum_share = checked_fraction(minimum_share, knob="minimum_lv_share", example=0.25)
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor]:
         """Fill the lost slices of each item.

@@ -11,7 +11,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from components.base.layers import largest_channel
-from components.inference.swap import BACKGROUND, swap_with_background
+from components.inference.heart_rules import BACKGROUND, checked_fraction, label_of, swap_with_background
 
 _DESCENT = 5  # the valve descends by one in so many slices of the heart from end-diastole to end-systole
 
@@ -48,17 +48,8 @@ class EndAtValved(MapTransform):
         unsmoothed_key: str = "unsmoothed",
     ) -> None:
         super().__init__(keys)
-        if "RV" not in class_names:
-            raise ValueError(
-                f"expected the class RV, received {', '.join(class_names)}: there is no valve to end at, set "
-                "minimum_rv_probability to 0"
-            )
-        if not 0 <= minimum_probability <= 1:
-            raise ValueError(
-                f"expected minimum_rv_probability from 0 to 1, received {minimum_probability}: give for example 0.93"
-            )
-        self.ventricle = list(class_names).index("RV") + 1
-        self.minimum_probability = minimum_probability
+        self.ventricle = label_of("RV", class_names, knob="minimum_rv_probability")
+        self.minimum_probability = checked_fraction(minimum_probability, knob="minimum_rv_probability", example=0.93)
         self.is_probability = is_probability
         self.unsmoothed_key = unsmoothed_key
 
@@ -94,6 +85,5 @@ class EndAtValved(MapTransform):
 
     def _cleared(self, outputs: Tensor, beyond: list[int]) -> Tensor:
         is_cleared = torch.zeros_like(outputs[0], dtype=torch.bool)
-        is_cleared[..., beyond] = True
-        is_cleared &= largest_channel(outputs, 0) == self.ventricle
+        is_cleared[..., beyond] = largest_channel(outputs[..., beyond], 0) == self.ventricle
         return swap_with_background(outputs, self.ventricle, is_cleared)
