@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from components.base.atomic_write import save_atomically, write_atomically
 from components.inference.model_loader import ModelCheckpointLoader
 from components.networks.trained_with import attach_training_record
+from components.training.averages import AverageUpdates, MeanWithStart
 from components.training.checkpoints import TrainingCheckpoints
 from components.training.epoch_handlers import LastEpochValidationHandler, StepLimit
 
@@ -63,19 +64,22 @@ def build(
     val_batches=BATCHES,
     wrap=None,
     batches=BATCHES,
+    start_share=None,
 ):
     """Return a run whose validation at epoch N scores `scores[N - 1]`; without scores it has no validation data.
 
-    With `start` the initial network is validated too, with that score.
+    With `start` the initial network is validated too, with that score. With `start_share` the mean of the start's
+    weights and the trained ones is validated.
     """
     network = torch.nn.Linear(3, 1)
     network = network if wrap is None else wrap(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     scheduler = WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=epochs)
+    averaged = None if start_share is None else MeanWithStart(network, start_share)
     evaluator = SupervisedEvaluator(
         device="cpu",
         val_data_loader=val_batches if scores else [],
-        network=network,
+        network=network if averaged is None else averaged.mean,
         key_val_metric={"score": GivenScore({0: start, **dict(enumerate(scores, 1))})},
     )
     handler = TrainingCheckpoints(
@@ -95,6 +99,7 @@ def build(
         optimizer=optimizer,
         loss_function=torch.nn.MSELoss(),
         train_handlers=[
+            *([] if averaged is None else [AverageUpdates(averaged)]),
             LastEpochValidationHandler(interval, evaluator),
             LrScheduleHandler(scheduler, print_lr=False),
             handler,
@@ -155,6 +160,26 @@ def test_fresh_run_keeps_the_best_model_and_the_last_two_checkpoints(tmp_path):
     assert (last["epoch"], last["iteration"], last["best_score"], last["best_epoch"]) == (4, 8, 0.9, 2)
     assert same(last["model"], weights(run.network))
     assert not same(load(folder / "model.pt"), last["model"])
+
+
+def test_validated_mean_with_the_start_becomes_the_model(tmp_path):
+    run = build(tmp_path, scores=[0.5, 0.9], epochs=2, start_share=0.25)
+    start = weights(run.network)
+    run.trainer.run()
+    trained = load(tmp_path / "checkpoint_epoch=2.pt")["model"]
+    assert same(trained, weights(run.network))
+    expected = {name: 0.25 * start[name] + 0.75 * trained[name] for name in start}
+    torch.testing.assert_close(load(tmp_path / "model.pt"), expected)
+
+
+def test_run_resumed_after_its_last_epoch_writes_the_mean_of_its_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    train(tmp_path, start_share=0.25)
+    written = load(tmp_path / "model.pt")
+    (tmp_path / "model.pt").unlink()
+    torch.manual_seed(0)
+    train(tmp_path, resume=True, start_share=0.25)
+    assert same(load(tmp_path / "model.pt"), written)
 
 
 def fail_at_writing(run, path, epoch):

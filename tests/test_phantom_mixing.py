@@ -9,8 +9,9 @@ from torch.overrides import TorchFunctionMode
 
 from components.data.slices import SliceDataset
 from components.phantom.slices import phantom_slices
+from components.training.averages import ExponentialMovingAverage
 from components.training.epoch_handlers import EpochSeeds
-from components.training.mean_teacher import ExponentialMovingAverage, PseudoLabelCutMix
+from components.training.mean_teacher import PseudoLabelCutMix
 from components.training.phantom_mixing import PhantomMixing
 
 SIZE = 32

@@ -15,12 +15,12 @@ import ignite.distributed as idist
 import torch
 from filelock import FileLock
 from ignite.engine import Engine, Events
-from monai.engines import Evaluator
+from monai.engines import SupervisedEvaluator
 from monai.utils.misc import is_scalar
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from components.base.atomic_write import remove_partial_files, save_atomically, write_atomically
+from components.training.averages import ExponentialMovingAverage, unwrapped
 from components.training.checkpoint_folder import (
     MODEL_FILENAME,
     archive_previous_run,
@@ -32,7 +32,6 @@ from components.training.checkpoint_folder import (
     remove_superseded,
     unlock_folder,
 )
-from components.training.mean_teacher import ExponentialMovingAverage
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +40,10 @@ class TrainingCheckpoints:
     """Write the best model and the last checkpoints of a training run, and resume from them.
 
     After every epoch ``checkpoint_epoch=N.pt`` is written with everything that resuming needs; the last two are kept.
-    After every validation with the best score so far, the network's bare state dict is written as ``model.pt``. Files
-    are replaced atomically, ``model.pt`` before the checkpoint that records its score, so a killed run always leaves a
-    usable folder. If no validation gave a score, the last model becomes ``model.pt`` at the end.
+    After every validation with the best score so far, the validated network's bare state dict is written as
+    ``model.pt``. This may be an average of the network in training. Files are replaced atomically, ``model.pt`` before
+    the checkpoint that records its score, so a killed run always leaves a usable folder. If no validation gave a
+    score, the last model becomes ``model.pt`` at the end.
 
     With ``validate_start`` a fresh run validates the network before its first step, as epoch 0. So ``model.pt`` is
     never worse on the validation data than the initial network.
@@ -60,7 +60,8 @@ class TrainingCheckpoints:
         network: the network in training; the inner module of a ``DistributedDataParallel`` is saved.
         optimizer: its optimizer.
         lr_scheduler: schedule that depends on the number of its steps only, or None.
-        evaluator: the engine that the validation handler runs, or None; its key metric is the score.
+        evaluator: the engine that the validation handler runs, or None; its key metric is the score, its network
+            becomes ``model.pt``.
         resume: whether to continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints
             and a copy of their ``model.pt`` are moved to a subfolder ``previous_run_<n>``.
         validate_start: whether ``model.pt`` may be the initial network of a fresh run.
@@ -85,7 +86,7 @@ class TrainingCheckpoints:
         network: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: LRScheduler | None = None,
-        evaluator: Evaluator | None = None,
+        evaluator: SupervisedEvaluator | None = None,
         resume: bool = False,
         validate_start: bool = False,
         teacher: ExponentialMovingAverage | None = None,
@@ -96,13 +97,14 @@ class TrainingCheckpoints:
                 "use for example monai.optimizers.WarmupCosineSchedule."
             )
         self.ckpt_dir = Path(ckpt_dir)
-        self.network = network.module if isinstance(network, DataParallel | DistributedDataParallel) else network
+        self.network = unwrapped(network)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
         self.resume = resume
         self.validate_start = validate_start
         self.teacher = teacher
+        self.model = self.network if evaluator is None else unwrapped(evaluator.network)
         self.start_score: float | None = None
         self.best_score: float | None = None
         self.best_epoch: int | None = None
@@ -166,7 +168,7 @@ class TrainingCheckpoints:
         """
         if self.best_score is None and engine.state.epoch > 0 and _is_writer():
             path = self.ckpt_dir / MODEL_FILENAME
-            save_atomically(self.network.state_dict(), path)
+            save_atomically(self.model.state_dict(), path)
             logger.info("no validation gave a score: the model of the last epoch (%d) is %s", engine.state.epoch, path)
         if self._lock is not None:
             unlock_folder(self._lock)
@@ -183,7 +185,7 @@ class TrainingCheckpoints:
         return is_best
 
     def _save_model(self, engine: Engine) -> None:
-        save_atomically(self.network.state_dict(), self.ckpt_dir / MODEL_FILENAME)
+        save_atomically(self.model.state_dict(), self.ckpt_dir / MODEL_FILENAME)
         logger.info("epoch %d: best validation score so far, %g, model saved", engine.state.epoch, self.best_score)
 
     def _checkpoint(self, engine: Engine) -> dict[str, Any]:

@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from monai.engines import default_prepare_batch
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from components.data.slices import UNLABELLED
-
-
-class ExponentialMovingAverage:
-    """A copy of a network whose trained weights are their exponential moving average over the steps of a training.
-
-    Differs: ignite's `EMAHandler` averages frozen weights as well. Rounding changes them slowly, so that they no longer
-    match the encoder's fingerprint. Here frozen weights are shared with the network.
-
-    Args:
-        network: the network in training; the inner module of a `DistributedDataParallel` is taken.
-        momentum: share of the average that a step keeps; 0.99 averages about the last hundred steps.
-
-    Attributes:
-        mean: the copy, in evaluation mode.
-
-    Raises:
-        ValueError: when `momentum` is not between 0 and 1.
-    """
-
-    def __init__(self, network: torch.nn.Module, momentum: float = 0.99) -> None:
-        if not 0 < momentum < 1:
-            raise ValueError(f"expected a momentum between 0 and 1, received {momentum}: give for example 0.99")
-        self.network = network.module if isinstance(network, DataParallel | DistributedDataParallel) else network
-        self.momentum = momentum
-        frozen = [parameter for parameter in self.network.parameters() if not parameter.requires_grad]
-        self.mean = copy.deepcopy(self.network, {id(parameter): parameter for parameter in frozen})
-        self.mean.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the network, and copy running statistics such as those of batch norm."""
-        for mean, module in zip(self.mean.modules(), self.network.modules(), strict=True):
-            trained = {name for name, value in module.named_parameters(recurse=False) if value.requires_grad}
-            for name in trained:
-                mean.get_parameter(name).lerp_(module.get_parameter(name), 1 - self.momentum)
-            for name, value in module.named_buffers(recurse=False) if trained else ():
-                mean.get_buffer(name).copy_(value)
+from components.training.averages import ExponentialMovingAverage
 
 
 class PseudoLabelCutMix:
