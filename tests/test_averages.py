@@ -1,8 +1,12 @@
 """Averages of a network's weights: a copy with averaged trained weights and shared frozen ones."""
 
+import monai.bundle
 import pytest
 import torch
+from conftest import REPOSITORY
 
+from components.networks.unet import GreyUNet
+from components.phantom.dataset import write_phantom_dataset
 from components.training.averages import ExponentialMovingAverage, MeanWithStart
 
 
@@ -62,3 +66,34 @@ def test_impossible_momentum_is_refused(momentum):
 def test_impossible_share_of_the_start_is_refused(start_share):
     with pytest.raises(ValueError, match="start_share of 0 or more and below 1"):
         MeanWithStart(head_on_frozen_encoder(), start_share)
+
+
+def test_unet_adapts_to_the_mean_of_its_start_and_the_trained_network(tmp_path):
+    start = tmp_path / "start.pt"
+    torch.manual_seed(0)
+    torch.save(GreyUNet(out_channels=4, width=2).state_dict(), start)
+    monai.bundle.run(
+        "training",
+        config_file=str(REPOSITORY / "bundles/unet_acdc/configs/train.json"),
+        logging_file=False,
+        dataset_dir=write_phantom_dataset(str(tmp_path / "phantoms"), patients=8, size_hw_d=(32, 32, 2)),
+        ckpt_dir=str(tmp_path / "models"),
+        output_dir=str(tmp_path / "eval"),
+        start_checkpoint=str(start),
+        width=2,
+        canvas_size=32,
+        crop_size=32,
+        epochs=1,
+        phantom_share=0,
+        test_time_views=2,
+        is_silent=True,
+        **{"train#handlers#5#validate_start": False},  # so that the only epoch is the best
+    )
+    before, trained, saved = (
+        torch.load(path, weights_only=True)
+        for path in (start, tmp_path / "models/checkpoint_epoch=1.pt", tmp_path / "models/model.pt")
+    )
+    weights = {name: value for name, value in before.items() if value.is_floating_point()}
+    assert any(not torch.equal(value, trained["model"][name]) for name, value in weights.items())
+    for name, value in weights.items():
+        torch.testing.assert_close(saved[name], (value + trained["model"][name]) / 2)
