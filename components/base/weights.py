@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 RANDOM_WEIGHTS_SEED = 20230613
 
@@ -118,6 +119,11 @@ def _without_prefix(state: Mapping[str, torch.Tensor], is_key: Callable[[str], b
         if all(map(is_key, stripped)):
             return stripped
     return state
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the inner module of a `DataParallel` or `DistributedDataParallel`, else the network itself."""
+    return network.module if isinstance(network, DataParallel | DistributedDataParallel) else network
 
 
 def key_test(network: nn.Module) -> Callable[[str], bool]:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 from monai.handlers import CheckpointLoader
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from components.base.weights import key_test, load_weights, read_state_dict
+from components.base.weights import key_test, load_weights, read_state_dict, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +59,7 @@ class ModelCheckpointLoader(CheckpointLoader):
                 "monai.bundle run training --config_file configs/train.json`, or say where the model is with "
                 "`--ckpt_path FILE`."
             )
-        network = next(iter(self.load_dict.values()))
-        if isinstance(network, DataParallel | DistributedDataParallel):
-            network = network.module
+        network = unwrapped(next(iter(self.load_dict.values())))
         state = read_state_dict(self.load_path, kind="trained model", remedy=_REMEDY, is_key=key_test(network))
         load_weights(network, state, path=self.load_path, remedy=_REMEDY, strict=self.strict)
         self.logger.info("Restored all variables from %s", self.load_path)

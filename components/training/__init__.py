@@ -1,4 +1,4 @@
-"""What a training run needs beyond MONAI's trainer: checkpoints, seeded epochs, what is mixed into batches, records."""
+"""Additions to MONAI's trainer: checkpoints, averages of weights, seeded epochs, mixing of batches, records."""
 
 import lazy_loader
 

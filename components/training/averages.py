@@ -8,12 +8,8 @@ from collections.abc import Iterator
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-
-def unwrapped(network: nn.Module) -> nn.Module:
-    """Return the inner module of a `DataParallel` or `DistributedDataParallel`, else the network itself."""
-    return network.module if isinstance(network, DataParallel | DistributedDataParallel) else network
+from components.base.weights import unwrapped
 
 
 class AveragedNetwork:
@@ -93,7 +89,7 @@ class MeanWithStart(AveragedNetwork):
     def __init__(self, network: nn.Module, start_share: float) -> None:
         if not 0 <= start_share < 1:
             raise ValueError(
-                f"expected a start_share of 0 or more and below 1, received {start_share}: give for example 0.5"
+                f"expected a start_share of 0 or more and below 1, received {start_share}: give for example 0.25"
             )
         super().__init__(network)
         self.start_share = start_share
@@ -108,13 +104,13 @@ class MeanWithStart(AveragedNetwork):
 
 
 class AverageUpdates:
-    """Ignite handler that updates an averaged network after each epoch. List it BEFORE the validation handler.
+    """Ignite handler that updates a mean with the start after each epoch. List it BEFORE the validation handler.
 
     Args:
-        averaged: the averaged network.
+        averaged: the mean.
     """
 
-    def __init__(self, averaged: ExponentialMovingAverage | MeanWithStart) -> None:
+    def __init__(self, averaged: MeanWithStart) -> None:
         self.averaged = averaged
 
     def attach(self, engine: Engine) -> None:

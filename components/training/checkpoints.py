@@ -20,7 +20,8 @@ from monai.utils.misc import is_scalar
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from components.base.atomic_write import remove_partial_files, save_atomically, write_atomically
-from components.training.averages import ExponentialMovingAverage, unwrapped
+from components.base.weights import unwrapped
+from components.training.averages import ExponentialMovingAverage
 from components.training.checkpoint_folder import (
     MODEL_FILENAME,
     archive_previous_run,
@@ -45,8 +46,8 @@ class TrainingCheckpoints:
     the checkpoint that records its score, so a killed run always leaves a usable folder. If no validation gave a
     score, the last model becomes ``model.pt`` at the end.
 
-    With ``validate_start`` a fresh run validates the network before its first step, as epoch 0. So ``model.pt`` is
-    never worse on the validation data than the initial network.
+    With ``validate_start`` a fresh run validates the network before its first step, as epoch 0. On the validation
+    data, ``model.pt`` is then at least as good as the initial network.
 
     A resumed run follows its own configuration. Weights, the optimizer's moments, epoch and best score come from the
     checkpoint. Learning rate, schedule, number of epochs and iterations per epoch are those now configured. The state
