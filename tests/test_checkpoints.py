@@ -1,4 +1,4 @@
-"""What a training run writes, keeps and resumes from: tiny trainers with given scores."""
+"""Files that a training run writes, keeps and resumes from, tested by tiny trainers with given scores."""
 
 import contextlib
 import logging

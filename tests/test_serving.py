@@ -36,7 +36,7 @@ SMALL = {"max_epochs": 1}
 
 @pytest.fixture
 def replaced_by(monkeypatch) -> dict:
-    """What `serve` would have become: the command line and the environment of MONAI Label's server."""
+    """Return the command line and environment with which `serve` would start MONAI Label's server."""
     seen: dict = {}
     monkeypatch.setattr(
         "serving.__main__.os.execve", lambda _, *given: seen.update(zip(("command", "env"), given, strict=True))

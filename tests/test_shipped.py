@@ -1,4 +1,4 @@
-"""What comes with the package, from which all bundles start; in most tests small random weights stand for it."""
+"""The shipped weights, from which all bundles start. Most tests replace them by small random weights."""
 
 import json
 import logging
