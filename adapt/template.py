@@ -106,7 +106,8 @@ class Instance:
                 "encoder's file; give --checkpoint FILE"
             )
         self.tags = {kind, network, cases, shows} | ({"pretrained"} & own.keys())
-        layers = [datasets[shows], datasets[cases], of_kind := described["kinds"][kind], of_kind[shows]]
+        of_kind = described["kinds"][kind]
+        layers = [*(datasets[name] for name in ("all", shows, cases)), of_kind, of_kind[shows]]
         if is_general:
             layers.append(described["kinds"]["general"])
         self.parts: Parts = {"shipped_encoder": SHIPPED_ENCODER if self.is_of_paper else model_type}

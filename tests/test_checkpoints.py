@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import resource
 import signal
@@ -65,6 +66,7 @@ def build(
     wrap=None,
     batches=BATCHES,
     start_share=None,
+    keep_last=False,
 ):
     """Return a run whose validation at epoch N scores `scores[N - 1]`; without scores it has no validation data.
 
@@ -90,6 +92,7 @@ def build(
         evaluator=evaluator,
         resume=resume,
         validate_start=start is not None,
+        keep_last=keep_last,
     )
     trainer = SupervisedTrainer(
         device="cpu",
@@ -160,6 +163,17 @@ def test_fresh_run_keeps_the_best_model_and_the_last_two_checkpoints(tmp_path):
     assert (last["epoch"], last["iteration"], last["best_score"], last["best_epoch"]) == (4, 8, 0.9, 2)
     assert same(last["model"], weights(run.network))
     assert not same(load(folder / "model.pt"), last["model"])
+
+
+def test_last_validated_model_is_kept_whatever_its_score(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = train(tmp_path, start=0.9, scores=[0.5, 0.2, math.nan], keep_last=True)
+    assert "epoch 2: last validation score, 0.2, model saved" in caplog.text
+    assert (run.handler.start_score, run.handler.best_score, run.handler.best_epoch) == (0.9, 0.2, 2)
+    assert same(load(tmp_path / "model.pt"), load(tmp_path / "checkpoint_epoch=2.pt")["model"])
+    resumed = train(tmp_path, start=0.9, scores=[0.5, 0.2, math.nan, 0.1], keep_last=True, resume=True, epochs=4)
+    assert (resumed.handler.best_score, resumed.handler.best_epoch) == (0.1, 4)
+    assert same(load(tmp_path / "model.pt"), weights(resumed.network))
 
 
 def test_validated_mean_with_the_start_becomes_the_model(tmp_path):

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingCheckpoints:
-    """Write the best model and the last checkpoints of a training run, and resume from them.
+    """Write the model and the last checkpoints of a training run, and resume from them.
 
     After every epoch ``checkpoint_epoch=N.pt`` is written with everything that resuming needs; the last two are kept.
     After every validation with the best score so far, the validated network's bare state dict is written as
@@ -48,6 +48,9 @@ class TrainingCheckpoints:
 
     With ``validate_start`` a fresh run validates the network before its first step, as epoch 0. On the validation
     data, ``model.pt`` is then at least as good as the initial network.
+
+    With ``keep_last`` every validated network replaces ``model.pt``, whatever its score. Few validation cases choose an
+    epoch badly, and a learning rate that falls to 0 makes the last one a good choice.
 
     A resumed run follows its own configuration. Weights, the optimizer's moments, epoch and best score come from the
     checkpoint. Learning rate, schedule, number of epochs and iterations per epoch are those now configured. The state
@@ -66,12 +69,13 @@ class TrainingCheckpoints:
         resume: whether to continue from the newest readable checkpoint of ``ckpt_dir``. If False, older checkpoints
             and a copy of their ``model.pt`` are moved to a subfolder ``previous_run_<n>``.
         validate_start: whether ``model.pt`` may be the initial network of a fresh run.
+        keep_last: whether ``model.pt`` is the last validated network instead of the best one.
         teacher: exponential moving average of the network, if the training uses one. It is saved as of its last update
             and resumed, but never becomes ``model.pt``.
 
     Attributes:
         start_score: the score of the initial network, None if it was not validated.
-        best_score: the best score so far, None before the first.
+        best_score: the score of ``model.pt``, None before the first.
         best_epoch: its epoch, 0 for the initial network.
 
     Raises:
@@ -90,6 +94,7 @@ class TrainingCheckpoints:
         evaluator: SupervisedEvaluator | None = None,
         resume: bool = False,
         validate_start: bool = False,
+        keep_last: bool = False,
         teacher: ExponentialMovingAverage | None = None,
     ) -> None:
         if isinstance(lr_scheduler, ReduceLROnPlateau):
@@ -104,6 +109,7 @@ class TrainingCheckpoints:
         self.evaluator = evaluator
         self.resume = resume
         self.validate_start = validate_start
+        self.keep_last = keep_last
         self.teacher = teacher
         self.model = self.network if evaluator is None else unwrapped(evaluator.network)
         self.start_score: float | None = None
@@ -142,22 +148,22 @@ class TrainingCheckpoints:
         idist.barrier()
         if not resumed and self.validate_start and self.evaluator is not None:
             self.evaluator.run(engine.state.epoch)
-            if self._update_best(engine) and _is_writer():
+            if self._choose(engine) and _is_writer():
                 self._save_model(engine)
             self.start_score = self.best_score
 
     def finish_epoch(self, engine: Engine) -> None:
-        """Write the model if it is the best so far, then the checkpoint of this epoch.
+        """Write the model if it is chosen, then the checkpoint of this epoch.
 
         Args:
             engine: the trainer.
         """
-        is_best, epoch = self._update_best(engine), engine.state.epoch
+        is_chosen, epoch = self._choose(engine), engine.state.epoch
         if not _is_writer():
             return
         with write_atomically(checkpoint_path(self.ckpt_dir, epoch)) as partial:
             torch.save(self._checkpoint(engine), partial)
-            if is_best:  # last, so that the replacement of the checkpoint follows at once
+            if is_chosen:  # last, so that the replacement of the checkpoint follows at once
                 self._save_model(engine)
         remove_superseded(self.ckpt_dir, epoch=epoch)
 
@@ -176,18 +182,19 @@ class TrainingCheckpoints:
             self._lock = None
         idist.barrier()
 
-    def _update_best(self, engine: Engine) -> bool:
-        """Compare this epoch's validation score with the best so far, and keep the better one."""
+    def _choose(self, engine: Engine) -> bool:
+        """Return whether the network validated in this epoch becomes the model, and keep its score."""
         score = self._validated_score(engine)
-        is_best = score is not None and self._is_best(score)
-        if is_best:
+        is_chosen = score is not None and (self.keep_last or self._is_best(score))
+        if is_chosen:
             self.best_score, self.best_epoch = score, engine.state.epoch
         self._copy_best_to_evaluator()
-        return is_best
+        return is_chosen
 
     def _save_model(self, engine: Engine) -> None:
         save_atomically(self.model.state_dict(), self.ckpt_dir / MODEL_FILENAME)
-        logger.info("epoch %d: best validation score so far, %g, model saved", engine.state.epoch, self.best_score)
+        which = "last validation score" if self.keep_last else "best validation score so far"
+        logger.info("epoch %d: %s, %g, model saved", engine.state.epoch, which, self.best_score)
 
     def _checkpoint(self, engine: Engine) -> dict[str, Any]:
         scaler = getattr(engine, "scaler", None)
