@@ -38,7 +38,7 @@ import sys
 
 import torch
 
-__version__ = "0.17.0"
+__version__ = "0.18.0"
 
 
 def _warm_up_cpu_math() -> None:
