@@ -82,8 +82,13 @@ def record_of(output: Path, case: str) -> dict:
     return json.loads((output / RECORDS / f"{case}.json").read_text())
 
 
+def records_of(output: Path) -> list[Path]:
+    """The files of finished records, without the hidden one of a record that is being written."""
+    return list((output / RECORDS).glob("[!.]*.json"))
+
+
 def results_of(output: Path) -> dict[str, bytes]:
-    """What a run has written, without its log and the seconds in its records."""
+    """The files that a run has written, without its log and the seconds in its records."""
     found = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
     without = {name: re.sub(rb'"seconds": .*', b"", content) for name, content in found.items()}
     return {name: content for name, content in without.items() if not name.endswith((".log", ".lock"))}
@@ -192,21 +197,17 @@ def killed_at_random_moments(data: Path, output: Path, kills: int, *further: str
     loaded = [name for name in sys.modules if name.startswith(("components.", "autosam.cohort", "monai.bundle"))]
     context.set_forkserver_preload(loaded)  # what a run imports, so that it starts at once
     arguments = ["segment", str(data), "-o", str(output), *FAST, "--measure", *further]
-
-    def done() -> int:  # not the hidden file of a record that is being written
-        return len(list((output / RECORDS).glob("[!.]*.json")))
-
     for _ in range(kills):
-        before = done()
+        before = len(records_of(output))
         process = context.Process(target=main, args=(arguments,))
         process.start()
-        while process.is_alive() and done() == before:
+        while process.is_alive() and len(records_of(output)) == before:
             time.sleep(0.02)
         process.join(timeout=chosen.uniform(0, 0.5))  # less than a case takes
         assert process.is_alive(), "the run has ended before it was killed"
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    return done()
+    return len(records_of(output))
 
 
 def test_nothing_is_lost_or_doubled_by_kills(cines, segment, tmp_path):
@@ -215,7 +216,7 @@ def test_nothing_is_lost_or_doubled_by_kills(cines, segment, tmp_path):
     done = killed_at_random_moments(data, tmp_path / "killed", 3)
     assert 3 <= done < 6
     assert not (tmp_path / "killed/function.csv").exists()
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / RECORDS).glob("[!.]*.json")}
+    times = {path: path.stat().st_mtime_ns for path in records_of(tmp_path / "killed")}
     line, _ = segment(data, tmp_path / "killed", "--measure")
     assert line == f"segmented {6 - done} images with unet_acdc; {done} done before"
     assert {path: path.stat().st_mtime_ns for path in times} == times

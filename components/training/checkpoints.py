@@ -47,10 +47,10 @@ class TrainingCheckpoints:
     score, the last model becomes ``model.pt`` at the end.
 
     With ``validate_start`` a fresh run validates the network before its first step, as epoch 0. On the validation
-    data, ``model.pt`` is then at least as good as the initial network.
+    data, the best ``model.pt`` is then at least as good as the initial network.
 
     With ``keep_last`` every validated network replaces ``model.pt``, whatever its score. Few validation cases choose an
-    epoch badly, and a learning rate that falls to 0 makes the last one a good choice.
+    epoch badly, and a learning rate that falls to 0 makes the last epoch a good choice.
 
     A resumed run follows its own configuration. Weights, the optimizer's moments, epoch and best score come from the
     checkpoint. Learning rate, schedule, number of epochs and iterations per epoch are those now configured. The state
